@@ -1,0 +1,67 @@
+"""Class-incremental learning on frozen pre-trained vision transformers.
+
+Names are imported when first used: timm, peft and avalanche cost seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cil.backbone import Backbone, load_backbone
+    from cil.config import Config
+    from cil.configfile import load as load_config
+    from cil.errors import CilError
+    from cil.learner import Context, Learner, LearnerConfig
+    from cil.runner import run, run_stages
+    from cil.stream import ClassIncremental, DomainIncremental, Stream, Task
+    from cil.training import Recipe, fit
+    from cil.vit import Tuner
+
+_WHERE = {
+    "Backbone": "cil.backbone",
+    "CilError": "cil.errors",
+    "ClassIncremental": "cil.stream",
+    "Config": "cil.config",
+    "Context": "cil.learner",
+    "DomainIncremental": "cil.stream",
+    "Learner": "cil.learner",
+    "LearnerConfig": "cil.learner",
+    "Recipe": "cil.training",
+    "Stream": "cil.stream",
+    "Task": "cil.stream",
+    "Tuner": "cil.vit",
+    "fit": "cil.training",
+    "load_backbone": "cil.backbone",
+    "load_config": "cil.configfile:load",
+    "run": "cil.runner",
+    "run_stages": "cil.runner",
+}
+
+__all__ = [
+    "Backbone",
+    "CilError",
+    "ClassIncremental",
+    "Config",
+    "Context",
+    "DomainIncremental",
+    "Learner",
+    "LearnerConfig",
+    "Recipe",
+    "Stream",
+    "Task",
+    "Tuner",
+    "fit",
+    "load_backbone",
+    "load_config",
+    "run",
+    "run_stages",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'cil' has no attribute {name!r}")
+    module, _, attribute = _WHERE[name].partition(":")
+    return getattr(import_module(module), attribute or name)

@@ -1,0 +1,5 @@
+"""``python -m cil`` is the command line."""
+
+from cil.cli import main
+
+main()

@@ -1,0 +1,197 @@
+"""A pre-trained timm model: loaded by name or file, frozen, fingerprinted, and called with or without a tuner."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cil.config import BackboneConfig
+from cil.errors import BackboneError, nearest
+from cil.randomness import isolated
+from cil.vit import Tuner, Walk
+
+EMBEDDED = "vit_tiny_patch8_64.tinyimagenet100"
+
+
+class Backbone(nn.Module):
+    """A frozen timm model and what a reader of its results must know.
+
+    Args:
+        model: A timm model; its classifier head is ignored.
+        name: Name with its weights' tag, for results.
+        data_config: timm's resolved data configuration.
+
+    Attributes:
+        fingerprint: sha256 over the names, shapes and bytes of all weights: equal weights, equal digest, whatever the file.
+        feature_dim: Width F of the features.
+        passes: Images sent through so far; what "forward passes per image" is counted from.
+    """
+
+    def __init__(self, model: nn.Module, name: str, data_config: dict[str, Any]) -> None:
+        super().__init__()
+        self.walk = Walk(model.requires_grad_(False).eval())
+        self.name, self.data_config = name, data_config
+        self.feature_dim: int = model.head_hidden_size
+        self.fingerprint = fingerprint(model)
+        self.passes = 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The timm model itself."""
+        return self.walk.model
+
+    def forward(self, images: Tensor, tuner: Tuner | None = None) -> Tensor:
+        """Images float [B, 3, H, W], normalised → features [B, F], with ``tuner`` riding along.
+
+        Raises:
+            BackboneError: A token-level tuner on a family it does not fit.
+        """
+        self.passes += len(images)
+        weights = tuner.weights() if tuner is not None else {}
+        if weights:
+            swapped = {f"model.{key}": value for key, value in weights.items()}
+            return functional_call(self.walk, swapped, (images, tuner))
+        return self.walk(images, tuner)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """A frozen model has no training mode: dropout and stochastic depth stay off."""
+        return super().train(False)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over every entry of the state dict: name, dtype, shape and bytes, in name order."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode())
+    return digest.hexdigest()
+
+
+def load_backbone(config: BackboneConfig | str = EMBEDDED, device: str | torch.device = "cpu") -> Backbone:
+    """The frozen backbone a configuration names.
+
+    Args:
+        config: A timm name with its tag, the embedded default's name, or the full configuration.
+        device: Where it shall live.
+
+    Raises:
+        BackboneError: Unknown name, weights of another architecture, a pickle, or no way to fetch the weights.
+    """
+    config = BackboneConfig(name=config) if isinstance(config, str) else config
+    # local weights are tensors in a known order; layer constructors draw (and throw away) global random numbers
+    with isolated(0):
+        model, name, data_config = _embedded(config) if config.name == EMBEDDED else _from_timm(config)
+    return Backbone(model, name, data_config).to(device)
+
+
+def embedded_card() -> dict[str, Any]:
+    """Facts about the shipped backbone: architecture, input, training data, recipe, measured accuracy."""
+    return json.loads((files("cil") / "weights" / f"{EMBEDDED}.json").read_text(encoding="utf-8"))
+
+
+def _embedded(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any]]:
+    card = embedded_card()
+    model = timm.create_model(**{**card["timm_create_model"], **config.options})
+    if config.weights is None:
+        _load(model, load_file(str(files("cil") / "weights" / card["weights"]["file"])), "the embedded weights")
+        name = EMBEDDED
+    else:
+        name = _local(model, config, EMBEDDED)
+    size = card["input"]
+    data_config = {
+        "input_size": tuple(size["size"]),
+        "mean": tuple(size["mean"]),
+        "std": tuple(size["std"]),
+        "interpolation": size["interpolation"],
+        "crop_pct": size["crop_pct"],
+        "crop_mode": "squash",
+    }
+    return model, name, data_config
+
+
+def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any]]:
+    architecture = config.name.split(".")[0]
+    if not timm.is_model(architecture):
+        known = [EMBEDDED, *timm.list_models(), *timm.list_pretrained()]
+        raise BackboneError(f"backbone.name: timm knows no {config.name!r}{nearest(config.name, known)}; see `cil list backbones`")
+    try:
+        model = timm.create_model(
+            config.name, pretrained=config.weights is None, num_classes=0, **config.options
+        )
+    except Exception as error:  # hub, network, disk and bad options all surface here, each with its own type
+        what = "created" if config.weights is not None else "created with its pretrained weights"
+        raise BackboneError(
+            f"backbone.name: {config.name} could not be {what} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "without network give backbone.weights=FILE"
+        ) from None
+    pretrained = model.pretrained_cfg or {}
+    tag = pretrained.get("tag")
+    full = f"{architecture}.{tag}" if tag and "." not in config.name else config.name  # never record an untagged name
+    name = full if config.weights is None else _local(model, config, architecture)
+    # timm's data configuration speaks of the pretrained size, whatever img_size the model was built with
+    size = {key: config.options[key] for key in ("img_size", "input_size") if key in config.options}
+    return model, name, resolve_data_config(size, model=model)
+
+
+def _local(model: nn.Module, config: BackboneConfig, architecture: str) -> str:
+    """Load local weights as the configuration asks; the name to record."""
+    if config.weights == "random":
+        return f"{architecture}.random"
+    path = Path(str(config.weights)).expanduser()
+    _load(model, read_tensors(path), str(path))
+    return f"{architecture}.{path.stem}"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a safetensors file, or from a torch file that holds nothing but tensors.
+
+    Raises:
+        BackboneError: No such file, a damaged one, or a pickle that would have to run code.
+    """
+    if not path.is_file():
+        raise BackboneError(f"backbone.weights: {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors errors share no base class
+        raise BackboneError(
+            f"backbone.weights: {path} is no safetensors file and torch's weights-only loading refuses it "
+            f"({type(error).__name__}); pickles are never loaded: convert it to safetensors where you trust it"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise BackboneError(f"backbone.weights: {path} does not hold a dictionary of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    expected = model.state_dict()
+    state = {k: v for k, v in state.items() if k in expected or not k.startswith(("head.", "head_dist."))}
+    shapes = [k for k in state if k in expected and state[k].shape != expected[k].shape]
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if shapes or missing or extra:
+        first = (
+            f"{shapes[0]} is {tuple(state[shapes[0]].shape)}, expected {tuple(expected[shapes[0]].shape)}"
+            if shapes
+            else f"{missing[0]} is missing"
+            if missing
+            else f"{extra[0]} is not in the model"
+        )
+        raise BackboneError(
+            f"backbone.weights: {source} fits another architecture: {len(missing)} weights missing, {len(extra)} unknown, "
+            f"{len(shapes)} of another shape; first: {first}"
+        )
+    model.load_state_dict(state)

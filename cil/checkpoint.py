@@ -1,0 +1,180 @@
+"""What a run leaves on disk: one folder, stages written whole or not at all, no pickle.
+
+``stage-NN/`` holds the learner's tensors (safetensors) and extra state (JSON), per-image predictions and the stage's
+row. It is written under a temporary name and renamed, so whatever happens, every folder called ``stage-NN`` is complete
+and the stages before a crash stay usable. ``metrics.json`` is always rebuilt from the stages' rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cil.errors import RunError
+from cil.learner import Learner
+
+
+class RunFolder:
+    """The folder of one run (one learner, class order and seed)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock falls with the process, however it ends.
+
+        Raises:
+            RunError: Another process holds it, or the folder cannot be written.
+        """
+        with self._reported():
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / "run.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise RunError(f"{self.path}: another process is running in this folder; wait for it or use another --results") from None
+        try:
+            for leftover in self.path.glob(".stage-*"):
+                shutil.rmtree(leftover)
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            what = "the disk is full" if full else error.strerror or str(error)
+            raise RunError(
+                f"{self.path}: cannot write: {what}. Finished stages are kept; make room and run the same command again"
+            ) from None
+
+    def stage(self, index: int) -> Path:
+        return self.path / f"stage-{index:02d}"
+
+    def finished(self) -> int:
+        """How many stages are complete, counted from the first."""
+        count = 0
+        while self.stage(count).is_dir():
+            count += 1
+        return count
+
+    def save_stage(self, index: int, learner: Learner, row: dict[str, Any], predictions: dict[str, Tensor], keep: str = "all") -> None:
+        """Write a stage, then make it count by one rename.
+
+        Args:
+            keep: ``last`` drops the weights (not the rows and predictions) of the stage before.
+
+        Raises:
+            RunError: The disk is full or not writable; nothing that was there is lost.
+        """
+        tensors, extra = split_state(learner.state_dict())
+        temporary = self.path / f".stage-{index:02d}"
+        try:
+            with self._reported():
+                temporary.mkdir()
+                save_file(tensors, temporary / "learner.safetensors")
+                write_json(temporary / "learner.json", extra)
+                save_file(predictions, temporary / "predictions.safetensors")
+                write_json(temporary / "stage.json", row)
+                for file in temporary.iterdir():
+                    _flush(file)
+                temporary.rename(self.stage(index))
+                _flush(self.path)
+        except RunError:
+            shutil.rmtree(temporary, ignore_errors=True)  # the reason is already on its way to the user
+            raise
+        if keep == "last" and index:
+            (self.stage(index - 1) / "learner.safetensors").unlink(missing_ok=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of all complete stages."""
+        return [self.read_json(self.stage(i) / "stage.json") for i in range(self.finished())]
+
+    def load_learner(self, learner: Learner, index: int) -> None:
+        """Load a stage's state into a learner that has begun all tasks up to it.
+
+        Raises:
+            RunError: The weights are not there (``hardware.checkpoints: last``), damaged, or of another learner.
+        """
+        file = self.stage(index) / "learner.safetensors"
+        try:
+            state: dict[str, Any] = dict(load_file(file))
+            state |= self.read_json(self.stage(index) / "learner.json")
+            learner.load_state_dict(state)
+        except FileNotFoundError:
+            raise RunError(f"{file}: not there; stage {index}'s weights were not kept") from None
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{file}: does not fit this learner or is damaged: {reason}") from None
+
+    def read_json(self, file: Path) -> Any:
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file}: cannot be read ({error}); remove {file.parent.name} to run that stage again") from None
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file in one step."""
+        with self._reported():
+            temporary = self.path / f".{name}"
+            temporary.write_text(text, encoding="utf-8")
+            _flush(temporary)
+            temporary.replace(self.path / name)
+
+
+def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state dict as (tensors, JSON-able extra state); shared tensors are cloned, everything on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    extra: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value.detach().to("cpu", copy=True).contiguous()
+        else:
+            extra[key] = value
+    try:
+        json.dumps(extra)
+    except TypeError as error:
+        raise RunError(f"the learner's extra state ({', '.join(extra)}) is not JSON ({error}); keep tensors in buffers") from None
+    return tensors, extra
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Make sure a file's or folder's content is on the disk before anything that depends on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def state_bytes(learner: Learner) -> dict[str, int]:
+    """What a learner keeps between tasks, in bytes: trained parameters, statistics (buffers), exemplars."""
+    return {
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in learner.parameters()),
+        "statistics_bytes": sum(b.numel() * b.element_size() for b in learner.buffers()),
+        "exemplar_bytes": learner.exemplar_bytes,
+    }
+
+
+def as_tensors(**arrays: Any) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array).contiguous() for name, array in arrays.items()}

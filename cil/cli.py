@@ -1,0 +1,141 @@
+"""The command line. Nothing heavy is imported before a command needs it: ``cil --help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from cil.errors import CilError
+
+app = typer.Typer(
+    name="cil",
+    help="Class-incremental learning on frozen pre-trained vision transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Results = Annotated[Path, typer.Option("--results", help="Folder that holds all results.")]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped configuration (see: cil list configs).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. stream.increment=10 learner.lr=0.01")] = None,
+    results: Results = Path("results"),
+) -> None:
+    """Run a benchmark. Finished runs are skipped; the same command goes on with an interrupted one."""
+    from rich.console import Console
+
+    from cil.configfile import load
+
+    settings = load(config, overrides or [])
+    console = Console()
+    with console.status("loading torch, data and backbone …"):
+        from cil.console import Display
+        from cil.runner import run as run_benchmark
+    try:
+        run_benchmark(settings, results, display=Display(console))
+    except KeyboardInterrupt:
+        console.print("\nstopped. Finished stages are kept; give the same command to go on.")
+        raise typer.Exit(130) from None
+    _compare([results / settings.name], None)
+    console.print(f"curves:    tensorboard --logdir {results / settings.name}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.png and compare.html; default: the first given.")] = None,
+) -> None:
+    """Compare runs: a ranked table, a figure, and a page that opens from disk."""
+    _compare(runs, out)
+
+
+def _compare(paths: list[Path], out: Path | None) -> None:
+    from rich.console import Console
+
+    from cil.report import compare as compare_runs
+
+    console = Console()
+    tables, written = compare_runs(paths, out)
+    for table in tables:
+        console.print(table)
+    for file in written:
+        console.print(f"{'picture' if file.suffix == '.png' else 'page'}:   {file}", highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="learners, datasets, backbones or configs")],
+    pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. 'vit_base*' (backbones).")] = "",
+) -> None:
+    """List what can be named in a configuration."""
+    from rich.console import Console
+
+    from cil import catalogue
+
+    kinds = {"learners": catalogue.learners, "datasets": catalogue.datasets, "backbones": catalogue.backbones, "configs": catalogue.configs}
+    if what not in kinds:
+        from cil.errors import ConfigError, nearest
+
+        raise ConfigError(f"cil list {what}: unknown{nearest(what, kinds)}; allowed: {', '.join(kinds)}")
+    Console().print(kinds[what](pattern))
+
+
+@app.command("check-learner")
+def check_learner(
+    learner: Annotated[str, typer.Argument(help="A name, pkg.module:Class or path/file.py:Class")],
+    parameters: Annotated[list[str] | None, typer.Argument(help="key=value hyper-parameters")] = None,
+) -> None:
+    """Run the checks that every learner must pass; exits with 1 if one fails."""
+    from rich.console import Console
+
+    from cil.configfile import override
+    from cil.learners import registry
+
+    cls = registry.resolve(learner)
+    from cil.testing import check_learner as check
+
+    console = Console()
+    failed = 0
+    for result in check(cls, override({}, parameters or [])):
+        failed += not result.passed
+        mark = "[green]ok[/]    " if result.passed else "[red]FAILED[/]"
+        console.print(f"{mark} {result.name}", highlight=False)
+        if not result.passed:
+            console.print(f"       {result.message}", markup=False, highlight=False, soft_wrap=True)
+    console.print("all checks passed" if not failed else f"{failed} checks failed")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder: results/<name>/<learner>/order…-seed…")],
+    images: Annotated[list[Path], typer.Argument(help="Image files")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to print")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+) -> None:
+    """Load a run's last stage and print the top classes of images by name."""
+    from cil.prediction import predict as predict_images
+
+    for path, ranked in predict_images(run, images, top, device):
+        typer.echo(f"{path}: " + ", ".join(f"{name} ({score:.3f})" for name, score in ranked))
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except CilError as error:
+        for line in str(error).splitlines():
+            print(f"cil: {line}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

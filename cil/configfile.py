@@ -1,0 +1,196 @@
+"""Reading a configuration: YAML, one level of ``base:``, ``key=value`` overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cil.config import Config
+from cil.errors import ConfigError, nearest
+
+
+def shipped() -> dict[str, Path]:
+    """Configurations that come with the package, by name (``split_tiny_imagenet100/ncm``)."""
+    inside = Path(str(files("cil"))) / "configs"  # in an installed package; in a checkout they lie beside it
+    root = inside if inside.is_dir() else Path(str(files("cil"))).parent / "configs"
+    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """The file of a configuration: a path, or the name of a shipped one.
+
+    Raises:
+        ConfigError: Neither exists.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = shipped()
+    plain = name.removeprefix("configs/").removesuffix(".yaml")
+    if plain in known:
+        return known[plain]
+    raise ConfigError(f"{name}: no such file, nor a shipped configuration{nearest(plain, known)}; see `cil list configs`")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One YAML file as a dictionary, on top of the file its ``base:`` names (one level).
+
+    Raises:
+        ConfigError: Not YAML, not a mapping, or the base is missing.
+    """
+    raw = _yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    below = _yaml(path.parent / str(base))
+    if "base" in below:
+        raise ConfigError(f"{path}: base: {base} has a base of its own; one level is allowed")
+    return _merge(below, raw)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    if "learner" in above or "learners" in above:
+        merged.pop("learner", None)
+        merged.pop("learners", None)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply ``a.b=value`` assignments, the value in YAML.
+
+    ``learner.lr=0.1`` reaches the only learner, ``learners.ncm.metric=euclidean`` the one of that name or label.
+
+    Raises:
+        ConfigError: No ``=``, or a path through something that is no section.
+
+    >>> override({"stream": {"increment": 2}}, ["stream.increment=5", "name=x"])
+    {'stream': {'increment': 5}, 'name': 'x'}
+    """
+    raw = _copy(raw)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{assignment!r}: an override is key=value, e.g. stream.increment=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{assignment!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+        *path, last = key.split(".")
+        if path[:1] == ["learner"] and "learners" in raw:
+            if len(raw["learners"]) != 1:
+                raise ConfigError(f"{assignment!r}: the configuration has {len(raw['learners'])} learners; write learners.<name>.{last}=…")
+            path = ["learners", _title(raw["learners"][0]), *path[1:]]
+        if path[:1] == ["learners"] and len(path) == 1:  # learners.ncm=… makes no sense: a learner is a section
+            raise ConfigError(f"{assignment!r}: write learners.{last}.<key>=value, or learners=[{last}]")
+        if key in ("learner", "learners"):
+            raw.pop("learner", None)
+            raw.pop("learners", None)
+        _descend(raw, path, assignment)[last] = value
+    return raw
+
+
+def _descend(raw: dict[str, Any], path: list[str], assignment: str) -> dict[str, Any]:
+    here: Any = raw
+    for depth, part in enumerate(path):
+        if isinstance(here, list):
+            titles = [_title(item) for item in here]
+            if part not in titles:
+                raise ConfigError(f"{assignment!r}: no learner {part!r}{nearest(part, titles)}; there are {', '.join(titles)}")
+            position = titles.index(part)
+            if isinstance(here[position], str):
+                here[position] = {"name": here[position]}
+            here = here[position]
+            continue
+        child = here.get(part)
+        if isinstance(child, str) and part == "learner":
+            child = here[part] = {"name": child}
+        if child is None:
+            child = here[part] = {}
+        if not isinstance(child, (dict, list)):
+            raise ConfigError(f"{assignment!r}: {'.'.join(path[: depth + 1])} is a value, not a section")
+        here = child
+    return here
+
+
+def _title(item: Any) -> str:
+    if isinstance(item, dict):
+        return str(item.get("label") or item.get("name") or str(item.get("class", "")).rsplit(":", 1)[-1])
+    return str(item)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """A validated configuration from a file or a shipped name, with overrides.
+
+    Raises:
+        ConfigError: Every wrong key at once, one line each.
+    """
+    path = find(name)
+    raw = override(read(path), overrides)
+    if "name" not in raw:
+        raw["name"] = path.stem
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config, prefix="config: ")) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Pydantic's errors as lines that name the key, what was got, and the nearest valid key."""
+    lines = []
+    for item in error.errors():
+        where = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-"))]
+        key = ".".join(where)
+        if item["type"] == "extra_forbidden":
+            fields = _fields(model, where[:-1])
+            known = f"; known here: {', '.join(sorted(fields))}" if fields and not difflib.get_close_matches(where[-1], fields) else ""
+            lines.append(f"{prefix}unknown key {key}{nearest(where[-1], fields)}{known}")
+        elif item["type"] == "missing":
+            lines.append(f"{prefix}{key} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
+            lines.append(f"{prefix}{key + ': ' if key else ''}{message}{got}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the model at ``path`` below ``model``."""
+    for part in path:
+        info = model.model_fields.get(part)
+        if info is None:
+            continue  # a list position or the tag of a union
+        candidates = [info.annotation, *typing.get_args(info.annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and not isinstance(c, types.GenericAlias) and issubclass(c, BaseModel)]
+        if inner:
+            model = inner[0]
+    return [f.alias or name for name, f in model.model_fields.items()]

@@ -1,0 +1,245 @@
+"""Pictures as batches of tensors: decoded once into memory where they fit, streamed by worker processes where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from cil.config import DataConfig, HardwareConfig
+from cil.data import sources
+from cil.data.sources import ImageSource
+from cil.data.transforms import Transforms
+from cil.errors import DataError, nearest
+from cil.randomness import isolated, seed_everything
+
+GIB = 2**30
+
+
+class ImageSet:
+    """A source seen through one backbone's transforms.
+
+    Args:
+        source: Labelled pictures.
+        transforms: Test and training transform.
+        in_memory: Decoding is cheap because the pictures lie in memory; otherwise batches come from worker processes.
+        memory_bytes: Keep transformed test pictures (uint8) if all of them fit.
+        workers: Worker processes when streaming.
+    """
+
+    def __init__(
+        self, source: ImageSource, transforms: Transforms, *, in_memory: bool = True, memory_bytes: float = 4 * GIB, workers: int = 2
+    ) -> None:
+        self.source, self.transforms, self.in_memory, self.workers = source, transforms, in_memory, workers
+        self.labels, self.class_names, self.domains = source.labels, source.class_names, source.domains
+        shape = (len(source), 3, transforms.size, transforms.size)
+        keep = float(np.prod(shape)) <= memory_bytes
+        self._pixels = torch.empty(shape, dtype=torch.uint8) if keep else None  # pages are touched as they fill
+        self._ready = np.zeros(len(source), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(
+        self,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(normalised images float [B, 3, S, S], labels int64 [B]) over ``indices``; see ``TaskData.batches``."""
+        if augment and generator is None:
+            raise ValueError("augmented batches need a generator: they may not draw from the global random state")
+        order, seeds = np.arange(len(indices)), None
+        if generator is not None:
+            order = torch.randperm(len(indices), generator=generator).numpy()
+            if augment and self.transforms.augment is not None:
+                seeds = torch.randint(2**62, (len(indices),), generator=generator).numpy()
+        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        pixels = self._augmented(indices, chunks, seeds) if seeds is not None else self._plain(indices, chunks)
+        for chunk, batch in zip(chunks, pixels, strict=True):
+            yield (
+                self.transforms.normalize(batch.to(device, non_blocking=True)),
+                torch.as_tensor(labels[chunk]).to(device, non_blocking=True),
+            )
+
+    def _plain(self, indices: np.ndarray, chunks: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        """Test-transformed uint8 batches, each picture transformed once if memory allows."""
+        if self._pixels is None:
+            yield from self._load([[(int(indices[p]), None) for p in chunk] for chunk in chunks])
+            return
+        wanted = np.unique(indices)
+        missing = wanted[~self._ready[wanted]]
+        parts = [missing[start : start + 256] for start in range(0, len(missing), 256)]
+        for part, loaded in zip(parts, self._load([[(int(i), None) for i in part] for part in parts]), strict=True):
+            self._pixels[torch.from_numpy(part)] = loaded
+            self._ready[part] = True
+        for chunk in chunks:
+            yield self._pixels[torch.from_numpy(indices[chunk])]
+
+    def _augmented(self, indices: np.ndarray, chunks: list[np.ndarray], seeds: np.ndarray) -> Iterator[torch.Tensor]:
+        """Training-transformed uint8 batches; each picture has its own seed, so workers and batches change nothing."""
+        return self._load([[(int(indices[p]), int(seeds[p])) for p in chunk] for chunk in chunks])
+
+    def _load(self, batches: list[list[tuple[int, int | None]]]) -> Iterator[torch.Tensor]:
+        reader = _Pictures(self.source, self.transforms)
+        if self.in_memory or not self.workers or sum(map(len, batches)) < 64:  # starting processes costs more than that
+            for batch in batches:
+                with isolated():
+                    loaded = [reader[item] for item in batch]
+                yield torch.from_numpy(np.stack(loaded))
+            return
+        loader: DataLoader[torch.Tensor] = DataLoader(
+            reader,
+            batch_sampler=batches,
+            num_workers=min(self.workers, len(batches)),
+            collate_fn=_stack,
+            generator=torch.Generator().manual_seed(0),  # otherwise the loader draws a seed from the global state
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield from loader
+
+
+class _Pictures(Dataset[np.ndarray]):
+    """(position, augmentation seed or None) → uint8 [3, S, S]. Seeds global state: run it isolated or in a worker."""
+
+    def __init__(self, source: ImageSource, transforms: Transforms) -> None:
+        self.source, self.transforms = source, transforms
+
+    def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray:
+        index, seed = item
+        picture = self.source.read(index)
+        if seed is None or self.transforms.augment is None:
+            return np.asarray(self.transforms.evaluate(picture))
+        seed_everything(seed)
+        return np.asarray(self.transforms.augment(picture))
+
+
+def _stack(pictures: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures))
+
+
+def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
+    """The pictures at positions ``keep``; ``extra`` goes into the fingerprint."""
+    import hashlib
+
+    return ImageSource(
+        lambda i: source._read(int(keep[i])),
+        source.labels[keep],
+        source.class_names,
+        describe=lambda i: source.describe(int(keep[i])),
+        fingerprint=hashlib.sha256(f"{source.fingerprint} {extra}".encode() + keep.tobytes()).hexdigest(),
+        domains=None if source.domains is None else source.domains[keep],
+    )
+
+
+def decode(source: ImageSource, *, memory_bytes: float, workers: int, on_error: str) -> tuple[ImageSource, bool, list[str]]:
+    """Decode a source into memory if it fits, and find the files that are no images.
+
+    Returns:
+        The source to use, whether it lies in memory, and the names of skipped files.
+
+    Raises:
+        DataError: ``on_error="raise"`` and a file is no readable image (when streaming: once it is reached).
+    """
+    probe = [source.read_or_none(int(i)) for i in np.linspace(0, len(source) - 1, min(16, len(source)))]
+    sizes = [3 * p.width * p.height for p in probe if p is not None]
+    fits = bool(sizes) and float(np.mean(sizes)) * len(source) <= memory_bytes
+    if not fits and on_error == "raise":
+        return source, False, []
+
+    def load(index: int) -> np.ndarray | bool | None:
+        picture = source.read(index) if on_error == "raise" else source.read_or_none(index)
+        return None if picture is None else np.asarray(picture) if fits else True
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:  # PIL decodes outside the interpreter lock
+        pictures = list(pool.map(load, range(len(source))))
+    good = np.array([i for i, p in enumerate(pictures) if p is not None], dtype=np.int64)
+    skipped = [source.describe(i) for i, p in enumerate(pictures) if p is None]
+    kept = subset(source, good, "readable") if skipped else source
+    if not fits:
+        return kept, False, skipped
+    arrays = [pictures[i] for i in good]
+    held = ImageSource(
+        lambda i: Image.fromarray(arrays[i]),
+        kept.labels,
+        kept.class_names,
+        describe=kept.describe,
+        fingerprint=kept.fingerprint,
+        domains=kept.domains,
+    )
+    return held, True, skipped
+
+
+def open_source(config: DataConfig, split: str) -> ImageSource:
+    """The source a configuration names, for ``split`` train or test.
+
+    Raises:
+        DataError: Unknown dataset, nothing at the path, an empty class, a missing package or network.
+    """
+    name = config.dataset
+    given = config.train if split == "train" else config.test
+    if name == "digits":
+        return sources.digits(split)
+    if name.lower().startswith("torch/"):
+        return sources.torchvision_set(name, config.root, split, config.download)
+    if name.lower().startswith("hfds/"):
+        options = {"input_key": config.image_key or "image", "target_key": config.label_key or "label"}
+        return sources.huggingface_set(name, config.root, given or split, options)
+    if name == "folder":
+        if config.root is None:
+            raise DataError("data.root: a folder dataset needs the folder that holds its splits, e.g. data.root=images")
+        root = config.root.expanduser()
+        if not root.is_dir():
+            raise DataError(f"data.root: {root} is not a folder")
+        if config.domains:
+            return sources.combine_domains([sources.folder(sources.find_split(root / d, given, split)) for d in config.domains])
+        return sources.folder(sources.find_split(root, given, split))
+    known = ["digits", "folder", "torch/cifar100", "hfds/uoft-cs/cifar100"]
+    raise DataError(f"data.dataset: unknown dataset {name!r}{nearest(name, known)}; allowed: digits, folder, torch/<set>, hfds/<org>/<set>")
+
+
+class LoadedSplit:
+    """A split ready for any backbone: its source, where it lies, and what was skipped."""
+
+    def __init__(self, config: DataConfig, split: str, hardware: HardwareConfig) -> None:
+        memory = hardware.memory_gib * GIB
+        source = open_source(config, split)
+        if split == "train" and config.per_class:
+            rank = np.zeros(len(source), dtype=np.int64)
+            for c in range(len(source.class_names)):
+                rank[source.labels == c] = np.arange((source.labels == c).sum())
+            source = subset(source, np.flatnonzero(rank < config.per_class), f"first {config.per_class}")
+        self.source, self.in_memory, self.skipped = decode(
+            source, memory_bytes=memory, workers=hardware.workers, on_error=config.on_error
+        )
+        self._memory, self._workers = memory, hardware.workers
+
+    def images(self, transforms: Transforms) -> ImageSet:
+        return ImageSet(
+            self.source, transforms, in_memory=self.in_memory, memory_bytes=self._memory, workers=self._workers
+        )
+
+
+def read_image(path: Path, transforms: Transforms) -> torch.Tensor:
+    """One picture from disk as the backbone wants it, float [1, 3, S, S].
+
+    Raises:
+        DataError: No such file, or not an image.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    source = ImageSource(
+        lambda i: Image.open(path).convert("RGB"), [0], ["image"], describe=lambda i: str(path), fingerprint=""
+    )
+    with isolated():
+        pixels = torch.from_numpy(np.asarray(transforms.evaluate(source.read(0))))
+    return transforms.normalize(pixels[None])

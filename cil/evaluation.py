@@ -1,0 +1,114 @@
+"""One classifier over all classes seen, tested on the test images of all tasks so far, without task ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cil import metrics
+from cil.features import FeatureCache
+from cil.learner import Learner
+from cil.stream import Stream
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Per test image of the tasks seen, in a fixed mixed order.
+
+    Attributes:
+        index: Position in the test set, int64 [N].
+        task: Task of the image, int64 [N].
+        label: True label in order of appearance, int64 [N].
+        predicted: argmax over all classes seen, int64 [N].
+        within: argmax over the classes of the image's task, int64 [N].
+        top: The min(5, C) best classes, best first, int64 [N, min(5, C)].
+        passes: Images this evaluation had to send through the backbone.
+    """
+
+    index: np.ndarray
+    task: np.ndarray
+    label: np.ndarray
+    predicted: np.ndarray
+    within: np.ndarray
+    top: np.ndarray
+    passes: int
+
+
+def evaluate(learner: Learner, stream: Stream, stage: int, cache: FeatureCache, unchanged_since: int = 0) -> Predictions:
+    """Test ``learner`` after ``stage``.
+
+    Tasks are mixed within batches, so that a learner whose predictions lean on the rest of the batch gains nothing from
+    test images arriving task by task.
+
+    Args:
+        unchanged_since: The stage from which on the learner's features have been what they are now. It fixes the
+            batches in which features are computed, whether the run was interrupted or not.
+    """
+    task_classes = [list(task.classes) for task in stream.tasks[: stage + 1]]
+    with stream.open_test() as test:
+        parts = [test.task(j)[0] for j in range(stage + 1)]
+        first = np.concatenate(parts[: unchanged_since + 1])
+        groups = [_mixed(first), *parts[unchanged_since + 1 :]]
+        images = test.images
+        if unchanged_since < stage:
+            cache.get(learner, images, groups[:-1])  # there already, unless the run was resumed: not a cost of this stage
+        before = learner.backbone.passes
+        features = cache.get(learner, images, groups)
+        passes = learner.backbone.passes - before
+        index = np.concatenate(groups)
+        label = test.labels[index]
+    task = np.repeat(np.arange(stage + 1), [len(p) for p in parts])[_inverse(np.concatenate(parts), index)]
+    order = _mixed(np.arange(len(index)))
+    index, label, task, features = index[order], label[order], task[order], features[torch.from_numpy(order)]
+    allowed = torch.full((stage + 1, len(stream.tasks[stage].seen)), float("-inf"))
+    for j, classes in enumerate(task_classes):
+        allowed[j, classes] = 0
+    predicted, within, top = [], [], []
+    was_training = learner.training
+    learner.eval()
+    with torch.inference_mode(), cache.accelerator.autocast():
+        for start in range(0, len(index), cache.batch_size):
+            rows = slice(start, start + cache.batch_size)
+            logits = learner.logits(features[rows].to(cache.accelerator.device)).float().cpu()
+            predicted.append(logits.argmax(1))
+            within.append((logits + allowed[torch.from_numpy(task[rows])]).argmax(1))
+            top.append(logits.topk(min(TOP, logits.shape[1]), dim=1).indices)
+    learner.train(was_training)
+    return Predictions(
+        index, task, label, torch.cat(predicted).numpy(), torch.cat(within).numpy(), torch.cat(top).numpy(), passes
+    )
+
+
+def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int] | int | float | None]:
+    """What one stage's predictions add to the results: correct and total counts by task, and why it is wrong."""
+    stages = stage + 1
+    hit, hit_within = found.predicted == found.label, found.within == found.label
+    seen = len(stream.tasks[stage].seen)
+    classes = [task.classes for task in stream.tasks[:stages]]
+    disjoint = sum(map(len, classes)) == seen
+    task_of = np.zeros(seen, dtype=np.int64)
+    for j, members in enumerate(classes):
+        task_of[list(members)] = j
+    return {
+        "correct": np.bincount(found.task[hit], minlength=stages).tolist(),
+        "correct_within_task": np.bincount(found.task[hit_within], minlength=stages).tolist(),
+        "total": np.bincount(found.task, minlength=stages).tolist(),
+        "top5_accuracy": float((found.top == found.label[:, None]).any(1).mean()),
+        "class_mean_accuracy": metrics.class_mean_accuracy(metrics.confusion_matrix(found.label, found.predicted, seen)),
+        # domains share their classes, so a predicted class says nothing about the task there
+        "task_id_accuracy": metrics.task_id_accuracy(task_of[found.predicted], found.task) if disjoint else None,
+    }
+
+
+def _mixed(items: np.ndarray) -> np.ndarray:
+    return items[np.random.RandomState(0).permutation(len(items))]
+
+
+def _inverse(haystack: np.ndarray, needles: np.ndarray) -> np.ndarray:
+    """Positions in ``haystack`` of ``needles``, a permutation of it."""
+    order = np.argsort(haystack)
+    return order[np.searchsorted(haystack[order], needles)]

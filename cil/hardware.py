@@ -1,0 +1,64 @@
+"""The device a run uses, through Accelerate, and the facts about the machine that results record."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from cil.errors import ConfigError
+
+
+def accelerator(device: str = "cpu", precision: str = "fp32") -> Accelerator:
+    """An Accelerator on the device asked for.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        ConfigError: No such device here, or a precision it cannot do.
+    """
+    kind, _, index = device.partition(":")
+    there = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in there or (index and not index.isdigit()):
+        raise ConfigError(f"hardware.device: {device!r} is unknown; allowed: auto, cpu, cuda, cuda:N, mps")
+    if not there[kind]:
+        usable = ", ".join(k for k, ok in there.items() if ok)
+        raise ConfigError(f"hardware.device: torch sees no {kind} here; allowed: {usable}")
+    if kind == "cuda" and index:
+        if int(index) >= torch.cuda.device_count():
+            raise ConfigError(f"hardware.device: {device} does not exist; torch sees {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(int(index))
+    AcceleratorState._reset_state(reset_partial_state=True)  # otherwise a second run in this process keeps the first's precision
+    try:
+        return Accelerator(cpu=kind == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    except ValueError as error:
+        raise ConfigError(f"precision: {precision} on {device}: {error}") from None
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What a reader must know to judge times: processor, cores, threads, device."""
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the device where it is a GPU, of this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,155 @@
+"""The contract between a learner and everything else.
+
+A learner answers three questions: how do I *see* (:meth:`Learner.features`), how do I *decide*
+(:meth:`Learner.logits`), how do I *learn* (:meth:`Learner.learn`). It knows neither the runner, nor the disk, nor
+TensorBoard. What is checked of every learner is in :mod:`cil.testing`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from cil.backbone import Backbone
+from cil.features import FeatureCache
+from cil.randomness import generator
+from cil.stream import Task, TaskData
+
+T = TypeVar("T")
+
+
+class LearnerConfig(BaseModel):
+    """Hyper-parameters of a learner; unknown keys are refused. Defaults are one setting for all datasets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Context:
+    """What a learner is given to learn with: a device, a generator, features, and somewhere to report to.
+
+    Args:
+        accelerator: Device, mixed precision and processes.
+        cache: Feature cache of the run.
+        seed: The run's training seed.
+        stage: The current stage; with ``seed`` it decides everything that is random in it.
+        log: Receives (name, value); what arrives ends in TensorBoard under ``train/``, with a step of its own per name.
+        track: Wraps an iterable in a progress bar: (iterable, description, length) → iterable.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        cache: FeatureCache,
+        *,
+        seed: int = 0,
+        stage: int = 0,
+        log: Callable[[str, float], None] | None = None,
+        track: Callable[[Iterable[Any], str, int], Iterable[Any]] | None = None,
+    ) -> None:
+        self.accelerator, self.cache, self.stage = accelerator, cache, stage
+        self.generator = generator(seed, stage)
+        self.trainable_parameters = 0
+        self._log, self._track = log, track
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def log(self, name: str, value: float) -> None:
+        """Report a number of this stage, e.g. the loss of an epoch; the n-th report of a name is drawn at step n."""
+        if self._log is not None:
+            self._log(name, float(value))
+
+    def track(self, items: Iterable[T], description: str, length: int) -> Iterator[T]:
+        """Iterate with a progress bar where there is a screen."""
+        return iter(items if self._track is None else self._track(items, description, length))
+
+    def features(self, learner: Learner, data: TaskData) -> tuple[Tensor, Tensor]:
+        """The learner's own features of a task under the test transform, and the labels.
+
+        Computed once per image and ``feature_version``.
+
+        Returns:
+            (float32 [N, F] on the device, int64 [N] on the device).
+        """
+        images, indices = data.source
+        labels = torch.as_tensor(data.labels)
+        return self.cache.get(learner, images, [indices]).to(self.device), labels.to(self.device)
+
+
+class Learner(nn.Module, ABC):
+    """A class-incremental learner on a frozen backbone.
+
+    Everything that must survive a crash is a parameter, a buffer or extra state (JSON). The backbone is none of these:
+    results record its name and hash instead. Subclass, set :class:`Config`, implement :meth:`learn` and
+    :meth:`logits`; override :meth:`features` (and then :attr:`feature_version`) if the eyes change, and :meth:`begin`
+    to add a module for every task.
+    """
+
+    Config: ClassVar[type[LearnerConfig]] = LearnerConfig
+    name: ClassVar[str] = ""
+    """Registered name."""
+    paper: ClassVar[str] = ""
+    """Where the method comes from."""
+    stores_images: ClassVar[bool] = False
+    """True for exemplar methods and upper bounds: old tasks' images stay open to them, and results say so."""
+    trains_backbone: ClassVar[bool] = False
+    """True where (copies of) the backbone's own weights are trained."""
+
+    backbone: Backbone
+
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        """Cheap, without data and without global random numbers. ``config`` is an instance of :class:`Config`."""
+        super().__init__()
+        self.config = config
+        object.__setattr__(self, "backbone", backbone)  # not a submodule: it is shared, and not part of the state
+        self.seen = 0
+
+    def begin(self, task: Task, ctx: Context) -> None:
+        """Make room for a task: grow heads, add a module. Called before :meth:`learn`, and again for every past task
+        when a run resumes, before the state is loaded; so it may not look at images. Call ``super().begin`` first."""
+        self.seen = len(task.seen)
+
+    @abstractmethod
+    def learn(self, task: Task, ctx: Context) -> None:
+        """One stage: learn ``task`` from ``task.train`` alone, drawing random numbers from ``ctx.generator`` alone."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] → features [B, F]. No image's result may depend on the rest of the batch."""
+        return self.backbone(images)
+
+    @abstractmethod
+    def logits(self, features: Tensor) -> Tensor:
+        """Features [B, F] → scores [B, len(task.seen)]; column i is class i in order of appearance."""
+
+    @property
+    def feature_version(self) -> Hashable:
+        """Changes exactly when :meth:`features` would answer differently; constant while the eyes are frozen."""
+        return "frozen"
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] → labels [B] in order of appearance."""
+        with torch.inference_mode():
+            return self.logits(self.features(images).float()).argmax(1)
+
+    @property
+    def exemplar_bytes(self) -> int:
+        """Bytes of old images the learner keeps; 0 unless it declares ``stores_images``."""
+        return 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Before loading, give every tensor the saved one's shape: heads and statistics grow with the classes."""
+        for name, module in self.named_modules():
+            for kind in (module._parameters, module._buffers):
+                for key, old in kind.items():
+                    saved = state_dict.get(f"{prefix}{name}.{key}" if name else f"{prefix}{key}")
+                    if old is not None and saved is not None and old.shape != saved.shape:
+                        fresh = torch.empty_like(saved, dtype=old.dtype, device=old.device)
+                        kind[key] = nn.Parameter(fresh, old.requires_grad) if isinstance(old, nn.Parameter) else fresh
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,40 @@
+"""SimpleCIL: a nearest class mean on frozen features."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from cil.backbone import Backbone
+from cil.classifiers.ncm import NCM, Metric
+from cil.learner import Context, Learner, LearnerConfig
+from cil.stream import Task
+
+
+class NCMLearner(Learner):
+    """SimpleCIL: prototypes of a frozen backbone, compared by cosine (Zhou et al., arXiv 2303.07338).
+
+    For every new class c, p_c = mean of f(x_i) over its training images (test transform, features not normalised);
+    predict argmax_c cos(f(x), p_c). Nothing is trained: A_last does not depend on class order, task split, batch size
+    or seed. One forward pass per image.
+    """
+
+    class Config(LearnerConfig):
+        metric: Metric = Field("cosine", description="how a feature is compared with a class mean")
+
+    name = "ncm"
+    paper = "Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models, IJCV 2024, arXiv 2303.07338"
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.classifier = NCM(backbone.feature_dim, config.metric)
+
+    def begin(self, task: Task, ctx: Context) -> None:
+        super().begin(task, ctx)
+        self.classifier.grow(len(task.seen))
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        self.classifier.partial_fit(*ctx.features(self, task.train))
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.classifier.logits(features)

@@ -1,0 +1,97 @@
+"""From what a configuration writes to a learner class: a name, ``pkg.module:Class``, ``path/file.py:Class``, or an
+entry point of the group ``cil.learners``. Imports nothing heavy until a class is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cil.config import LearnerEntry
+from cil.configfile import explain
+from cil.errors import ConfigError, PluginError, nearest
+
+if TYPE_CHECKING:
+    from cil.learner import Learner, LearnerConfig
+
+BUILTIN = {
+    "ncm": "cil.learners.ncm:NCMLearner",
+    "finetune": "cil.learners.finetune:Finetune",
+    "linear_probe": "cil.learners.linear_probe:LinearProbe",
+    "joint": "cil.learners.joint:Joint",
+}
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Learners that other installed packages offer, by name."""
+    return {entry.name: entry for entry in entry_points(group="cil.learners")}
+
+
+def resolve(spec: str) -> type[Learner]:
+    """The learner class a specification names.
+
+    Raises:
+        PluginError: Unknown name, missing file or module, no such class in it, or not a :class:`Learner`.
+    """
+    if spec in BUILTIN:
+        module, _, attribute = BUILTIN[spec].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if ":" in spec:
+        found = _import(spec)
+    elif spec in installed():
+        try:
+            found = installed()[spec].load()
+        except Exception as error:  # somebody else's package may fail in any way while it is imported
+            raise PluginError(f"learner {spec!r} (entry point {installed()[spec].value}): {type(error).__name__}: {error}") from error
+    else:
+        known = sorted([*BUILTIN, *installed()])
+        raise PluginError(f"unknown learner {spec!r}{nearest(spec, known)}; known: {', '.join(known)}, or class: file.py:Class")
+    from cil.learner import Learner
+
+    if not (isinstance(found, type) and issubclass(found, Learner)):
+        raise PluginError(f"learner {spec!r} is {found!r}; it must be a subclass of cil.Learner")
+    return found
+
+
+def _import(spec: str) -> Any:
+    place, _, attribute = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            path = Path(place).expanduser()
+            if not path.is_file():
+                raise PluginError(f"learner {spec!r}: no such file {path}")
+            found = importlib.util.spec_from_file_location(path.stem, path)
+            if found is None or found.loader is None:
+                raise PluginError(f"learner {spec!r}: {path} cannot be imported")
+            module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module  # pydantic and pickling-free dataclasses look their module up there
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except PluginError:
+        raise
+    except Exception as error:  # the user's own code may fail in any way
+        raise PluginError(f"learner {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
+        raise PluginError(f"learner {spec!r}: {place} has no {attribute!r}{nearest(attribute, classes)}; it defines {classes}")
+    return getattr(module, attribute)
+
+
+def configure(entry: LearnerEntry) -> tuple[type[Learner], LearnerConfig]:
+    """The class of a configuration entry and its validated hyper-parameters.
+
+    Raises:
+        PluginError: See :func:`resolve`.
+        ConfigError: A hyper-parameter is unknown, of the wrong type or out of range.
+    """
+    from pydantic import ValidationError
+
+    cls = resolve(entry.spec)
+    try:
+        return cls, cls.Config.model_validate(entry.parameters)
+    except ValidationError as error:
+        raise ConfigError(explain(error, cls.Config, prefix=f"learner {entry.title}: ")) from None

@@ -1,0 +1,142 @@
+"""Everything that is reported, as pure functions of one accuracy matrix.
+
+R [T, T]: R[i, j] is the accuracy on task j's test images after stage i, the argmax running over all classes seen up to
+i; NaN above the diagonal. R_task is the same with the argmax restricted to task j's classes: a control without
+label-space growth. All values are fractions in [0, 1] (differences in [−1, 1]), stages and tasks count from 0, and no
+function changes its arguments. Definitions that other toolboxes print carry their names.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def accuracy_matrix(correct: Array, total: Array) -> Array:
+    """R[i, j] = correct[i, j] / total[j] for j ≤ i, else NaN.
+
+    Args:
+        correct: Images of task j classified correctly after stage i, int [T, T].
+        total: Test images of each task, int [T].
+    """
+    stages = correct.shape[0]
+    known = np.tril(np.ones((stages, stages), dtype=bool))
+    return np.where(known, correct / np.asarray(total)[None, :], np.nan)
+
+
+def seen_accuracy(r: Array, total: Array) -> Array:
+    """A_i per image (micro), the headline: Σ_{j≤i} n_j R[i, j] / Σ_{j≤i} n_j. Shape [T]."""
+    weights = np.asarray(total, dtype=float)
+    return np.array([np.average(r[i, : i + 1], weights=weights[: i + 1]) for i in range(len(r))])
+
+
+def task_mean_accuracy(r: Array) -> Array:
+    """A_i as the mean over tasks: (1/(i+1)) Σ_{j≤i} R[i, j] (L2P, DualPrompt, RanPAC). Shape [T]."""
+    return np.array([r[i, : i + 1].mean() for i in range(len(r))])
+
+
+def class_mean_accuracy(confusion: Array) -> float:
+    """Mean over classes of the recall: (1/C) Σ_c confusion[c, c] / Σ_d confusion[c, d].
+
+    Args:
+        confusion: Counts [C, C], rows true classes, columns predictions; every class has an image.
+    """
+    return float(np.mean(np.diag(confusion) / confusion.sum(1)))
+
+
+def average_accuracy(accuracy: Array) -> float:
+    """A_avg, average incremental accuracy: the mean of A_i over stages."""
+    return float(np.mean(accuracy))
+
+
+def last_accuracy(accuracy: Array) -> float:
+    """A_last: A after the last stage."""
+    return float(accuracy[-1])
+
+
+def new_accuracy(r: Array) -> Array:
+    """Accuracy on the newest task, R[i, i]. Shape [T]."""
+    return np.diag(r).copy()
+
+
+def old_accuracy(r: Array, total: Array) -> Array:
+    """Accuracy per image on all tasks before stage i; NaN for the first stage. Shape [T]."""
+    weights = np.asarray(total, dtype=float)
+    return np.array([np.nan] + [np.average(r[i, :i], weights=weights[:i]) for i in range(1, len(r))])
+
+
+def forgetting_by_task(r: Array, stage: int = -1) -> Array:
+    """f_j = max_{l<i} R[l, j] − R[i, j] for j < i (Chaudhry et al. 2018, arXiv 1801.10112, eq. 3). Shape [i].
+
+    The maximum runs over *earlier* stages only, so a task that still improves has a negative value, down to −1.
+    """
+    i = range(len(r))[stage]
+    return np.array([np.nanmax(r[:i, j]) - r[i, j] for j in range(i)])
+
+
+def forgetting(r: Array, stage: int = -1) -> float:
+    """F_i: the mean of f_j over the i earlier tasks (Chaudhry et al. 2018); NaN at the first stage.
+
+    On R_task this is forgetting without label-space growth: a frozen prototype classifier has none there, while on R
+    it "forgets" because every new class is one more competitor.
+    """
+    values = forgetting_by_task(r, stage)
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def forgetting_clipped(r: Array, stage: int = -1) -> float:
+    """As PyCIL, LAMDA-PILOT, Mammoth and the L2P and DualPrompt code print it: the maximum includes the current stage
+    (and 0 for stages before the task), so no task counts below 0: mean_{j<i} (max_{l≤i} R[l, j] − R[i, j])."""
+    i = range(len(r))[stage]
+    filled = np.nan_to_num(r[: i + 1, : i + 1], nan=0.0)
+    return float((filled.max(0) - filled[i])[:i].mean()) if i else float("nan")
+
+
+def forgetting_from_first(r: Array, stage: int = -1) -> float:
+    """As Avalanche prints it: mean_{j<i} (R[j, j] − R[i, j]), which is −BWT."""
+    return -backward_transfer(r, stage)
+
+
+def backward_transfer(r: Array, stage: int = -1) -> float:
+    """BWT = (1/i) Σ_{j<i} (R[i, j] − R[j, j]) (Lopez-Paz & Ranzato 2017, arXiv 1706.08840); NaN at the first stage."""
+    i = range(len(r))[stage]
+    return float(np.mean([r[i, j] - r[j, j] for j in range(i)])) if i else float("nan")
+
+
+def learning_accuracy(r: Array) -> float:
+    """LA = (1/T) Σ_i R[i, i]: how well tasks were learned when they came (Riemer et al. 2019). The mean over tasks at
+    the end is LA + ((T−1)/T)·BWT."""
+    return float(np.diag(r).mean())
+
+
+def task_id_accuracy(task_of_prediction: Array, task_of_label: Array) -> float:
+    """TP: how often the predicted class belongs to the right task. Both [N]."""
+    return float(np.mean(np.asarray(task_of_prediction) == np.asarray(task_of_label)))
+
+
+def within_task_accuracy(r_task: Array, total: Array) -> Array:
+    """WP_i: accuracy per image when the task is given, Σ_{j≤i} n_j R_task[i, j] / Σ_{j≤i} n_j. Shape [T]."""
+    return seen_accuracy(r_task, total)
+
+
+def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
+    """Counts [C, C], rows true labels, columns predictions."""
+    return np.bincount(np.asarray(labels) * classes + predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def summary(r: Array, r_task: Array, total: Array) -> dict[str, float]:
+    """The numbers of a table row, by name; undefined ones are NaN."""
+    seen = seen_accuracy(r, total)
+    return {
+        "accuracy_last": last_accuracy(seen),
+        "accuracy_average": average_accuracy(seen),
+        "accuracy_last_task_mean": float(task_mean_accuracy(r)[-1]),
+        "accuracy_average_task_mean": average_accuracy(task_mean_accuracy(r)),
+        "forgetting": forgetting(r),
+        "forgetting_within_task": forgetting(r_task),
+        "forgetting_clipped": forgetting_clipped(r),
+        "backward_transfer": backward_transfer(r),
+        "learning_accuracy": learning_accuracy(r),
+        "within_task_accuracy": float(within_task_accuracy(r_task, total)[-1]),
+    }

@@ -1,0 +1,388 @@
+"""From labelled images to a sequence of tasks.
+
+A class-incremental stream cuts the classes, in a given order, into tasks; a domain-incremental one hands over the same
+classes again and again from new domains. Inside the library a label is always 0…C−1 **in order of appearance**: the
+learner's column i is the i-th class the stream shows. People see class names.
+
+Numpy only: nothing here imports torch, decodes an image or draws from a global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from cil.errors import StreamError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from cil.data.images import ImageSet
+
+Order = int | str | Sequence[int] | Sequence[str]
+
+
+def class_order(names: Sequence[str], order: Order) -> list[int]:
+    """The classes in the order the stream shows them, as positions in ``names``.
+
+    Args:
+        names: Class names in the dataset's own order.
+        order: ``"natural"``; an integer seed k for the field's ``numpy.random.RandomState(k).permutation`` (1993 is
+            iCaRL's); or an explicit list of all class names or of all positions.
+
+    Raises:
+        StreamError: An explicit list misses, repeats or invents a class.
+
+    >>> class_order(["ant", "bee", "cat", "dog"], 1993)
+    [0, 2, 3, 1]
+    >>> class_order(["ant", "bee", "cat"], ["cat", "ant", "bee"])
+    [2, 0, 1]
+    """
+    count = len(names)
+    if order == "natural":
+        return list(range(count))
+    if isinstance(order, str):
+        raise StreamError(f"orders: unknown class order {order!r}; allowed: natural, an integer seed, a list of classes")
+    if isinstance(order, (int, np.integer)):
+        return [int(c) for c in np.random.RandomState(int(order)).permutation(count)]
+    position = {name: i for i, name in enumerate(names)}
+    chosen = []
+    for item in order:
+        if isinstance(item, str) and item not in position:
+            raise StreamError(f"orders: class {item!r} is not in the dataset{nearest(item, names)}")
+        chosen.append(position[item] if isinstance(item, str) else int(item))
+    if sorted(chosen) != list(range(count)):
+        missing = [names[i] for i in range(count) if i not in set(chosen)][:5]
+        raise StreamError(
+            f"orders: an explicit class order must hold each of the {count} classes once; got {len(chosen)} entries, "
+            f"{len(set(chosen))} different, missing e.g. {missing}"
+        )
+    return chosen
+
+
+def task_sizes(count: int, *, base: int = 0, increment: int | None = None, sizes: Sequence[int] | None = None) -> list[int]:
+    """How many classes each task brings. No class is ever dropped: the last task is smaller if it must be.
+
+    Args:
+        count: Number of classes C.
+        base: Classes of the first task in the B-m Inc-n notation; 0 means as many as ``increment`` (B0).
+        increment: Classes of every later task.
+        sizes: The sizes themselves, instead of ``base`` and ``increment``; must add up to C.
+
+    Raises:
+        StreamError: With sizes that would fit.
+
+    >>> task_sizes(100, increment=10) == [10] * 10
+    True
+    >>> task_sizes(100, base=50, increment=20)
+    [50, 20, 20, 10]
+    >>> task_sizes(10, sizes=[4, 1, 5])
+    [4, 1, 5]
+    """
+    if sizes is not None:
+        if increment is not None or base:
+            raise StreamError("stream: give either sizes or base and increment, not both")
+        if any(s < 1 for s in sizes) or sum(sizes) != count:
+            total = sum(sizes)
+            fit = [*sizes, count - total] if 0 < total < count and min(sizes) > 0 else task_sizes(count, increment=min(count, 10))
+            raise StreamError(f"stream.sizes: {list(sizes)} adds up to {total}, the dataset has {count} classes; would fit: {fit}")
+        return list(sizes)
+    if increment is None:
+        raise StreamError(f"stream: give increment (classes a task) or sizes; the dataset has {count} classes")
+    first = base or increment
+    if first > count or increment < 1 or base < 0:
+        wrong, value = ("base", base) if base else ("increment", increment)
+        raise StreamError(f"stream.{wrong}: {value} does not fit {count} classes; allowed: 1 to {count}")
+    sizes = [first]
+    while sum(sizes) < count:
+        sizes.append(min(increment, count - sum(sizes)))
+    return sizes
+
+
+def validation_split(labels: np.ndarray, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Split positions into (train, validation), class by class, at least one image of every class staying in training.
+
+    A class of a single image gives none to validation. The split depends on ``seed`` alone, not on the class order.
+    """
+    keep, held = [], []
+    for c in np.unique(labels):
+        members = np.flatnonzero(labels == c)
+        members = members[np.random.RandomState([seed, int(c)]).permutation(len(members))]
+        take = min(round(fraction * len(members)), len(members) - 1)
+        held.append(members[:take])
+        keep.append(members[take:])
+    return np.sort(np.concatenate(keep)), np.sort(np.concatenate(held))
+
+
+class TaskData:
+    """The training (or validation) images of one task, and nothing else.
+
+    The runner closes it when the task is over. From then on reading raises :class:`StreamError`: a learner that keeps
+    no exemplars has no way back to old images.
+    """
+
+    def __init__(self, images: ImageSet | None, indices: np.ndarray, labels: np.ndarray) -> None:
+        self._images, self._indices, self._labels = images, indices, labels
+        self._closed = "" if images is not None else "this task belongs to a finished run; its images are not loaded"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise StreamError(self._closed)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels in order of appearance, int64 [N]."""
+        self._open()
+        return self._labels
+
+    @property
+    def source(self) -> tuple[ImageSet, np.ndarray]:
+        """The underlying image set and the positions in it, int64 [N]; what the feature cache is keyed by."""
+        self._open()
+        assert self._images is not None  # only a closed one has none
+        return self._images, self._indices
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One pass over the task as (images float [B, 3, H, W], labels int64 [B]) on ``device``.
+
+        Args:
+            batch_size: Images a batch; the last may be smaller, none is dropped.
+            generator: Shuffles the pass and seeds its augmentation; without it the order is the dataset's.
+            augment: Use the training transform instead of the test transform; needs a generator.
+        """
+        images, indices = self.source
+        return images.batches(
+            indices, self._labels, batch_size, generator=generator, augment=augment, device=device
+        )
+
+    def close(self, why: str) -> None:
+        """Make every later read raise ``StreamError(why)``."""
+        self._closed = why
+
+
+def concatenate(parts: Sequence[TaskData]) -> TaskData:
+    """Several open tasks of one stream as one; for learners that declare ``stores_images``."""
+    sources = [part.source for part in parts]
+    if any(images is not sources[0][0] for images, _ in sources):
+        raise StreamError("tasks of different image sets cannot be concatenated")
+    return TaskData(
+        sources[0][0], np.concatenate([i for _, i in sources]), np.concatenate([part.labels for part in parts])
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a learner may know about one stage: never the future, never the test data.
+
+    Attributes:
+        index: Stage, from 0.
+        classes: Labels this task is about. New ones in a class-incremental stream, all of them in a domain-incremental.
+        seen: All labels so far, 0…C−1; ``logits`` has one column for each.
+        names: Class names of ``seen``.
+        train: The task's training images.
+        validation: Images held out of *training* data, if the stream was asked for them.
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    seen: tuple[int, ...]
+    names: tuple[str, ...]
+    train: TaskData = field(repr=False)
+    validation: TaskData | None = field(default=None, repr=False)
+
+    def close(self) -> None:
+        why = f"task {self.index} is over: its images are closed to a learner that does not declare stores_images"
+        self.train.close(why)
+        if self.validation is not None:
+            self.validation.close(why)
+
+
+def past_tasks(classes: Sequence[Sequence[int]], names: Sequence[str]) -> list[Task]:
+    """Tasks as a finished run describes them, without images: enough to give a learner its shape back."""
+    tasks: list[Task] = []
+    for index, members in enumerate(classes):
+        seen = max([members[-1] + 1, *[len(t.seen) for t in tasks]])
+        closed = TaskData(None, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        tasks.append(Task(index, tuple(members), tuple(range(seen)), tuple(names[:seen]), closed))
+    return tasks
+
+
+class Tasks(Protocol):
+    """A stream type: how images and classes are dealt out to tasks."""
+
+    def deal(self, names: Sequence[str], labels: np.ndarray, domains: np.ndarray | None) -> Deal: ...
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How one image set's classes and images go to tasks.
+
+    Attributes:
+        order: Dataset class of each label, in order of appearance.
+        classes: Per task, the labels it is about.
+        members: Per task, positions of its images.
+    """
+
+    order: list[int]
+    classes: list[tuple[int, ...]]
+    members: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class ClassIncremental:
+    """New classes in every task (the field's class-incremental protocol)."""
+
+    order: Order = 1993
+    base: int = 0
+    increment: int | None = None
+    sizes: Sequence[int] | None = None
+
+    def deal(self, names: Sequence[str], labels: np.ndarray, domains: np.ndarray | None) -> Deal:
+        order = class_order(names, self.order)
+        sizes = task_sizes(len(names), base=self.base, increment=self.increment, sizes=self.sizes)
+        ends = np.cumsum(sizes)
+        classes = [tuple(range(end - size, end)) for size, end in zip(sizes, ends.tolist(), strict=True)]
+        members = [np.flatnonzero(np.isin(labels, [order[c] for c in task])) for task in classes]
+        return Deal(order, classes, members)
+
+
+@dataclass(frozen=True)
+class DomainIncremental:
+    """The same classes in every task, each task from a domain of its own; an image's domain comes with the data."""
+
+    order: Order = "natural"
+
+    def deal(self, names: Sequence[str], labels: np.ndarray, domains: np.ndarray | None) -> Deal:
+        if domains is None:
+            raise StreamError("stream.type domain_incremental needs data.domains: the folders that hold the domains, in order")
+        every = tuple(range(len(names)))
+        count = int(domains.max()) + 1
+        return Deal(class_order(names, self.order), [every] * count, [np.flatnonzero(domains == d) for d in range(count)])
+
+
+class Stream:
+    """Tasks over a training set, and a test set only the evaluator can open.
+
+    Args:
+        train: Training images.
+        test: Test images with the same classes.
+        tasks: :class:`ClassIncremental` or :class:`DomainIncremental`.
+        validation: Fraction of each class's training images held out, in [0, 1).
+        test_on: ``"test"``, or ``"validation"`` to evaluate on the held-out training images instead (for tuning).
+
+    Raises:
+        StreamError: Train and test differ in classes, or the classes do not fit the task sizes.
+    """
+
+    def __init__(
+        self, train: ImageSet, test: ImageSet, tasks: Tasks, *, validation: float = 0.0, test_on: str = "test"
+    ) -> None:
+        if set(train.class_names) != set(test.class_names):
+            only_train = sorted(set(train.class_names) - set(test.class_names))[:5]
+            only_test = sorted(set(test.class_names) - set(train.class_names))[:5]
+            raise StreamError(
+                f"train and test have different classes; only in train: {only_train}, only in test: {only_test}"
+            )
+        if test_on == "validation" and not validation:
+            raise StreamError("stream.test_on: validation needs stream.validation > 0, e.g. stream.validation=0.2")
+        deal = tasks.deal(train.class_names, train.labels, train.domains)
+        self.class_names: tuple[str, ...] = tuple(train.class_names[c] for c in deal.order)
+        self.order: tuple[int, ...] = tuple(deal.order)
+        self.tasks: tuple[Task, ...] = ()
+        label_of = np.argsort(deal.order)  # dataset class → label in order of appearance
+        train_labels = label_of[train.labels]
+        kept, held = validation_split(train.labels, validation)
+        seen = 0
+        for index, (classes, members) in enumerate(zip(deal.classes, deal.members, strict=True)):
+            seen = max(seen, classes[-1] + 1)
+            own, out = np.intersect1d(members, kept), np.intersect1d(members, held)
+            task = Task(
+                index=index,
+                classes=classes,
+                seen=tuple(range(seen)),
+                names=self.class_names[:seen],
+                train=TaskData(train, own, train_labels[own]),
+                validation=TaskData(train, out, train_labels[out]) if len(out) else None,
+            )
+            self.tasks = (*self.tasks, task)
+        if test_on == "validation":
+            held_by_task = [np.intersect1d(m, held) for m in deal.members]
+            self._test = TestData(train, train_labels, held_by_task, what="validation")
+        else:
+            # the test set may list the same classes in another order: map through the names
+            to_train = np.array([list(train.class_names).index(n) for n in test.class_names])
+            test_raw = to_train[test.labels]
+            test_deal = tasks.deal(train.class_names, test_raw, test.domains)
+            if len(test_deal.members) != len(deal.members):
+                raise StreamError(f"train has {len(deal.members)} domains, test has {len(test_deal.members)}; they must agree")
+            self._test = TestData(test, label_of[test_raw], test_deal.members)
+        for task in self.tasks:
+            if not len(task.train) or not len(self._test.members[task.index]):
+                what = "training" if not len(task.train) else self._test.what
+                raise StreamError(f"task {task.index} ({', '.join(task.names[-len(task.classes):][:5])}) has no {what} images")
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __repr__(self) -> str:
+        return f"Stream({len(self)} tasks of {[len(t.classes) for t in self.tasks]} classes)"
+
+    @contextmanager
+    def open_test(self) -> Iterator[TestData]:
+        """Let the block read the test images. For evaluators; nothing handed to a learner leads here."""
+        self._test.is_open = True
+        try:
+            yield self._test
+        finally:
+            self._test.is_open = False
+
+    def to_avalanche(self) -> Any:
+        """The same tasks as an Avalanche benchmark, labels in order of appearance (imports avalanche)."""
+        from cil.avalanche import benchmark
+
+        return benchmark(self)
+
+
+class TestData:
+    """Test images by task. Reading them while the evaluator has not opened them raises :class:`StreamError`."""
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, images: ImageSet, labels: np.ndarray, members: list[np.ndarray], what: str = "test") -> None:
+        self._images, self._labels = images, labels
+        self.members, self.what = members, what
+        self.is_open = False
+
+    def _check(self) -> None:
+        if not self.is_open:
+            raise StreamError("the test split may be read by the evaluator only (inside Stream.open_test())")
+
+    @property
+    def images(self) -> ImageSet:
+        self._check()
+        return self._images
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label in order of appearance of every image of the test set, int64."""
+        self._check()
+        return self._labels
+
+    def task(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(positions in the image set, labels) of task ``index``'s test images."""
+        self._check()
+        return self.members[index], self._labels[self.members[index]]

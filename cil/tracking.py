@@ -1,0 +1,93 @@
+"""TensorBoard: a pure function of a run's rows, so a resumed run draws exactly what an uninterrupted one draws.
+
+The step of everything under ``accuracy``, ``forgetting`` and ``cost`` is the stage (from 1), never the iteration, so
+learners that train differently share an x-axis; what learners log while training lies under ``train/`` with a step of
+its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from cil import figures, metrics, results
+
+LAYOUT = {
+    "cil": {
+        "accuracy over all classes seen": ["Multiline", ["accuracy/seen$"]],
+        "forgetting": ["Multiline", ["forgetting/mean"]],
+        "newest task and older tasks": ["Multiline", ["accuracy/new", "accuracy/old"]],
+        "forgetting of every task": ["Multiline", [r"forgetting/task_\d+"]],
+        "task identification": ["Multiline", ["task_id_accuracy"]],
+    }
+}
+COSTS = ("trainable_parameters", "parameter_bytes", "statistics_bytes", "exemplar_bytes", "train_passes", "test_passes", "seconds_learn", "seconds_test", "peak_memory_bytes")
+
+
+class Tracker:
+    """Writes a run's event file. Opening it replaces what an interrupted process left.
+
+    Args:
+        folder: The run's folder.
+        header: The run's header; its configuration becomes a text panel.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(folder))
+        self._writer.add_custom_scalars(LAYOUT)
+        text = yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True)
+        self._writer.add_text("config", "```yaml\n" + text + "```")
+        self._header = header
+        self._steps: Counter[str] = Counter()
+
+    def scalar(self, name: str, value: float) -> None:
+        """The next value of something logged while training."""
+        self._writer.add_scalar(f"train/{name}", value, self._steps[name])
+        self._steps[name] += 1
+
+    def stage(self, rows: list[dict[str, Any]]) -> None:
+        """The newest stage of ``rows``."""
+        stage = len(rows)
+        for name, values in results.curves(rows).items():
+            self._scalar(name, values[-1], stage)
+        r, _, _ = results.matrices(rows)
+        for task, value in enumerate(metrics.forgetting_by_task(r)):
+            self._scalar(f"forgetting/task_{task + 1:02d}", value, stage)
+        for task, value in enumerate(r[-1]):
+            self._scalar(f"accuracy/task_{task + 1:02d}", value, stage)
+        for name in COSTS:
+            self._scalar(f"cost/{name}", rows[-1]["costs"][name], stage)
+        padded = np.full((len(self._header["tasks"]),) * 2, np.nan)
+        padded[:stage, :stage] = r
+        self._writer.add_figure("accuracy_matrix", figures.matrix(padded, f"{self._header['learner']}, stage {stage}"), stage)
+        self._writer.flush()
+
+    def _scalar(self, name: str, value: float, stage: int) -> None:
+        if not math.isnan(value):
+            self._writer.add_scalar(name, value, stage)
+
+    def replay(self, rows: list[dict[str, Any]]) -> None:
+        """Everything the finished stages of an interrupted run wrote."""
+        for i, row in enumerate(rows):
+            for name, value in row["log"]:
+                self.scalar(name, value)
+            self.stage(rows[: i + 1])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Hyper-parameters beside final metrics, in the same run directory."""
+        config = self._header["config"]
+        flat = {"learner": self._header["learner"], "order": str(config["orders"][0]), "seed": config["seeds"][0]}
+        parameters = {k: v for k, v in config["learners"][0].items() if isinstance(v, (str, int, float, bool))}
+        final = {f"final/{k}": float(v) for k, v in summary.items() if v is not None}
+        self._writer.add_hparams({**parameters, **flat}, final, run_name=".")
+
+    def close(self) -> None:
+        self._writer.close()

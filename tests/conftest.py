@@ -1,0 +1,62 @@
+"""Shared fixtures: small image sets from arrays, a small backbone, and the real data where it lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cil.backbone import Backbone
+from cil.data.images import ImageSet
+from cil.data.sources import from_arrays
+from cil.data.transforms import Transforms
+from cil.testing import setting
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Backbone:
+    return setting.backbone()
+
+
+@pytest.fixture
+def image_set(backbone: Backbone):
+    """A factory: labels (and optionally names) → an ImageSet of random 32-pixel pictures."""
+
+    def make(labels, names=None, seed=0) -> ImageSet:
+        labels = np.asarray(labels)
+        names = names or [f"class{c}" for c in range(labels.max() + 1)]
+        pixels = np.random.RandomState(seed).randint(0, 256, (len(labels), 32, 32, 3)).astype(np.uint8)
+        return ImageSet(from_arrays(pixels, labels, names), Transforms(backbone.data_config))
+
+    return make
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path):
+    """A factory: writes root/<split>/<class>/<i>.png and returns root."""
+
+    def make(classes=("ant", "bee", "cat"), train=3, test=2, root: Path = tmp_path / "pictures") -> Path:
+        rng = np.random.RandomState(0)
+        for split, count in (("train", train), ("val", test)):
+            for name in classes:
+                place = root / split / name
+                place.mkdir(parents=True)
+                for i in range(count):
+                    Image.fromarray(rng.randint(0, 256, (40, 50, 3)).astype(np.uint8)).save(place / f"{i}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real tars. Without it the test is skipped, unless CIL_REQUIRE_DATA says it must be there."""
+    place = Path(os.environ.get("CIL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (place / "tiny_imagenet_stream_train.tar").exists():
+        if os.environ.get("CIL_REQUIRE_DATA"):
+            pytest.fail(f"{place} holds no data, and CIL_REQUIRE_DATA is set")
+        pytest.skip(f"no real images in {place}; set CIL_DATA")
+    return place
