@@ -14,18 +14,19 @@ if TYPE_CHECKING:
     from cil.configfile import load as load_config
     from cil.errors import CilError
     from cil.learner import Context, Learner, LearnerConfig
+    from cil.protocol import ClassIncremental, DomainIncremental
     from cil.runner import run, run_stages
-    from cil.stream import ClassIncremental, DomainIncremental, Stream, Task
+    from cil.stream import Stream, Task
     from cil.training import Recipe, fit
     from cil.vit import Tuner
 
 _WHERE = {
     "Backbone": "cil.backbone",
     "CilError": "cil.errors",
-    "ClassIncremental": "cil.stream",
+    "ClassIncremental": "cil.protocol",
     "Config": "cil.config",
     "Context": "cil.learner",
-    "DomainIncremental": "cil.stream",
+    "DomainIncremental": "cil.protocol",
     "Learner": "cil.learner",
     "LearnerConfig": "cil.learner",
     "Recipe": "cil.training",

@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         data_config: timm's resolved data configuration.
 
     Attributes:
-        fingerprint: sha256 over the names, shapes and bytes of all weights: equal weights, equal digest, whatever the file.
+        fingerprint: sha256 over the names, shapes and bytes of all weights: equal weights, equal digest.
         feature_dim: Width F of the features.
         passes: Images sent through so far; what "forward passes per image" is counted from.
     """
@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.walk = Walk(model.requires_grad_(False).eval())
         self.name, self.data_config = name, data_config
-        self.feature_dim: int = model.head_hidden_size
+        self.feature_dim = int(model.head_hidden_size)  # type: ignore[arg-type]
         self.fingerprint = fingerprint(model)
         self.passes = 0
 
@@ -73,7 +73,9 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode())
+        digest.update(
+            value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode()
+        )
     return digest.hexdigest()
 
 
@@ -123,19 +125,19 @@ def _from_timm(config: BackboneConfig) -> tuple[nn.Module, str, dict[str, Any]]:
     architecture = config.name.split(".")[0]
     if not timm.is_model(architecture):
         known = [EMBEDDED, *timm.list_models(), *timm.list_pretrained()]
-        raise BackboneError(f"backbone.name: timm knows no {config.name!r}{nearest(config.name, known)}; see `cil list backbones`")
-    try:
-        model = timm.create_model(
-            config.name, pretrained=config.weights is None, num_classes=0, **config.options
+        raise BackboneError(
+            f"backbone.name: timm knows no {config.name!r}{nearest(config.name, known)}; see `cil list backbones`"
         )
+    try:
+        model = timm.create_model(config.name, pretrained=config.weights is None, num_classes=0, **config.options)
     except Exception as error:  # hub, network, disk and bad options all surface here, each with its own type
         what = "created" if config.weights is not None else "created with its pretrained weights"
         raise BackboneError(
             f"backbone.name: {config.name} could not be {what} ({type(error).__name__}: {str(error).splitlines()[0]}); "
             "without network give backbone.weights=FILE"
         ) from None
-    pretrained = model.pretrained_cfg or {}
-    tag = pretrained.get("tag")
+    pretrained: Any = model.pretrained_cfg
+    tag = pretrained.get("tag") if pretrained else None
     full = f"{architecture}.{tag}" if tag and "." not in config.name else config.name  # never record an untagged name
     name = full if config.weights is None else _local(model, config, architecture)
     # timm's data configuration speaks of the pretrained size, whatever img_size the model was built with
@@ -191,7 +193,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
             else f"{extra[0]} is not in the model"
         )
         raise BackboneError(
-            f"backbone.weights: {source} fits another architecture: {len(missing)} weights missing, {len(extra)} unknown, "
-            f"{len(shapes)} of another shape; first: {first}"
+            f"backbone.weights: {source} fits another architecture: {len(missing)} weights missing, "
+            f"{len(extra)} unknown, {len(shapes)} of another shape; first: {first}"
         )
     model.load_state_dict(state)

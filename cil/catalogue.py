@@ -11,8 +11,8 @@ from cil.learners import registry
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)  # names stay whole, to be copied
     return table
 
 
@@ -49,7 +49,7 @@ def backbones(pattern: str = "") -> Table:
     table.add_row(EMBEDDED, "the embedded default: 2.7 M weights, 64×64 pixels, 192 features")
     for name in timm.list_pretrained(pattern or "vit_*"):
         cfg = timm.get_pretrained_cfg(name)
-        table.add_row(name, f"{cfg.input_size[-1]}×{cfg.input_size[-1]} pixels")
+        table.add_row(name, f"{cfg.input_size[-1]}×{cfg.input_size[-1]} pixels" if cfg else "")
     return table
 
 

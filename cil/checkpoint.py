@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,13 +40,15 @@ class RunFolder:
         Raises:
             RunError: Another process holds it, or the folder cannot be written.
         """
-        with self._reported():
+        with self.reported():
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / "run.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise RunError(f"{self.path}: another process is running in this folder; wait for it or use another --results") from None
+                raise RunError(
+                    f"{self.path}: another process is running in this folder; wait for it or use another --results"
+                ) from None
         try:
             for leftover in self.path.glob(".stage-*"):
                 shutil.rmtree(leftover)
@@ -54,12 +57,23 @@ class RunFolder:
             lock.release()
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
+    def reported(self, *, only_full: bool = False) -> Iterator[None]:
+        """Turn a failed write inside the block into one line for the user.
+
+        Args:
+            only_full: Translate only a full disk, and let every other OSError pass as it is.
+
+        Raises:
+            RunError: The disk is full, or the folder is not writable.
+        """
         try:
             yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            what = "the disk is full" if full else error.strerror or str(error)
+        except (OSError, SafetensorError) as error:
+            code = error.errno if isinstance(error, OSError) else _system_error(error)
+            full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if only_full and not full:
+                raise
+            what = "the disk is full" if full else os.strerror(code) if code else str(error)
             raise RunError(
                 f"{self.path}: cannot write: {what}. Finished stages are kept; make room and run the same command again"
             ) from None
@@ -74,7 +88,9 @@ class RunFolder:
             count += 1
         return count
 
-    def save_stage(self, index: int, learner: Learner, row: dict[str, Any], predictions: dict[str, Tensor], keep: str = "all") -> None:
+    def save_stage(
+        self, index: int, learner: Learner, row: dict[str, Any], predictions: dict[str, Tensor], keep: str = "all"
+    ) -> None:
         """Write a stage, then make it count by one rename.
 
         Args:
@@ -86,7 +102,7 @@ class RunFolder:
         tensors, extra = split_state(learner.state_dict())
         temporary = self.path / f".stage-{index:02d}"
         try:
-            with self._reported():
+            with self.reported():
                 temporary.mkdir()
                 save_file(tensors, temporary / "learner.safetensors")
                 write_json(temporary / "learner.json", extra)
@@ -127,11 +143,13 @@ class RunFolder:
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RunError(f"{file}: cannot be read ({error}); remove {file.parent.name} to run that stage again") from None
+            raise RunError(
+                f"{file}: cannot be read ({error}); remove {file.parent.name} to run that stage again"
+            ) from None
 
     def write(self, name: str, text: str) -> None:
         """Replace a file in one step."""
-        with self._reported():
+        with self.reported():
             temporary = self.path / f".{name}"
             temporary.write_text(text, encoding="utf-8")
             _flush(temporary)
@@ -150,12 +168,20 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     try:
         json.dumps(extra)
     except TypeError as error:
-        raise RunError(f"the learner's extra state ({', '.join(extra)}) is not JSON ({error}); keep tensors in buffers") from None
+        raise RunError(
+            f"the learner's extra state ({', '.join(extra)}) is not JSON ({error}); keep tensors in buffers"
+        ) from None
     return tensors, extra
 
 
 def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _system_error(error: SafetensorError) -> int | None:
+    """The system's error number in a safetensors message, which has it as text: ``… (os error 28)``."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found.group(1)) if found else None
 
 
 def _flush(path: Path) -> None:

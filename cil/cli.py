@@ -23,8 +23,12 @@ Results = Annotated[Path, typer.Option("--results", help="Folder that holds all 
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped configuration (see: cil list configs).")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. stream.increment=10 learner.lr=0.01")] = None,
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a shipped configuration (see: cil list configs).")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. stream.increment=10 learner.lr=0.01")
+    ] = None,
     results: Results = Path("results"),
 ) -> None:
     """Run a benchmark. Finished runs are skipped; the same command goes on with an interrupted one."""
@@ -49,7 +53,9 @@ def run(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for compare.png and compare.html; default: the first given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for compare.png and compare.html; default: the first given.")
+    ] = None,
 ) -> None:
     """Compare runs: a ranked table, a figure, and a page that opens from disk."""
     _compare(runs, out)
@@ -61,7 +67,7 @@ def _compare(paths: list[Path], out: Path | None) -> None:
     from cil.report import compare as compare_runs
 
     console = Console()
-    tables, written = compare_runs(paths, out)
+    tables, written = compare_runs(paths, out, console.width)
     for table in tables:
         console.print(table)
     for file in written:
@@ -78,7 +84,12 @@ def list_(
 
     from cil import catalogue
 
-    kinds = {"learners": catalogue.learners, "datasets": catalogue.datasets, "backbones": catalogue.backbones, "configs": catalogue.configs}
+    kinds = {
+        "learners": catalogue.learners,
+        "datasets": catalogue.datasets,
+        "backbones": catalogue.backbones,
+        "configs": catalogue.configs,
+    }
     if what not in kinds:
         from cil.errors import ConfigError, nearest
 

@@ -46,7 +46,9 @@ class TransformConfig(Section):
     crop: Literal["center", "squash", "border"] | None = Field(
         None, description="center: shorter side, then crop; squash: both sides, no crop; border: as timm"
     )
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(None, description="resampling filter")
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
+        None, description="resampling filter"
+    )
     augment: Augmentation | Literal["none"] = Field(
         Augmentation(), description="training transform; none trains on the test transform"
     )
@@ -75,7 +77,9 @@ class StreamConfig(Section):
     increment: PositiveInt | None = Field(None, description="classes of every later task; the last may be smaller")
     sizes: list[PositiveInt] | None = Field(None, description="the task sizes themselves")
     validation: float = Field(0.0, ge=0, lt=1, description="fraction of each class's training images held out")
-    test_on: Literal["test", "validation"] = Field("test", description="validation: evaluate on the held-out training images")
+    test_on: Literal["test", "validation"] = Field(
+        "test", description="validation: evaluate on the held-out training images"
+    )
 
 
 class BackboneConfig(Section):
@@ -140,12 +144,15 @@ class Config(Section):
     backbone: BackboneConfig = BackboneConfig()
     transform: TransformConfig = TransformConfig()
     learners: list[LearnerEntry] = Field(min_length=1)
-    orders: list[int | str | list[int] | list[str]] = Field([1993], min_length=1, description="class orders: seeds, natural, lists")
+    orders: list[int | str | list[int] | list[str]] = Field(
+        [1993], min_length=1, description="class orders: seeds, natural, lists"
+    )
     seeds: list[int] = Field([0], min_length=1, description="training seeds")
     batch_size: PositiveInt = Field(128, description="images a forward pass outside training")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="mixed precision of the backbone")
     chosen_by: str = Field(
-        "default", description="how hyper-parameters were chosen: default, first_task, proxy, paper; recorded with results"
+        "default",
+        description="how hyper-parameters were chosen: default, first_task, proxy, paper; recorded with results",
     )
     hardware: HardwareConfig = HardwareConfig()
 
@@ -170,5 +177,7 @@ class Config(Section):
         titles = [entry.title for entry in self.learners]
         twice = sorted({t for t in titles if titles.count(t) > 1})
         if twice:
-            raise ValueError(f"two learners are called {twice[0]!r} and would share a results folder; give each a label")
+            raise ValueError(
+                f"two learners are called {twice[0]!r} and would share a results folder; give each a label"
+            )
         return self

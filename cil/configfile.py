@@ -21,7 +21,11 @@ def shipped() -> dict[str, Path]:
     """Configurations that come with the package, by name (``split_tiny_imagenet100/ncm``)."""
     inside = Path(str(files("cil"))) / "configs"  # in an installed package; in a checkout they lie beside it
     root = inside if inside.is_dir() else Path(str(files("cil"))).parent / "configs"
-    return {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+    return {
+        p.relative_to(root).with_suffix("").as_posix(): p
+        for p in sorted(root.rglob("*.yaml"))
+        if not p.name.startswith("_")  # what others build on
+    }
 
 
 def find(name: str) -> Path:
@@ -37,7 +41,9 @@ def find(name: str) -> Path:
     plain = name.removeprefix("configs/").removesuffix(".yaml")
     if plain in known:
         return known[plain]
-    raise ConfigError(f"{name}: no such file, nor a shipped configuration{nearest(plain, known)}; see `cil list configs`")
+    raise ConfigError(
+        f"{name}: no such file, nor a shipped configuration{nearest(plain, known)}; see `cil list configs`"
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -102,7 +108,10 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
         *path, last = key.split(".")
         if path[:1] == ["learner"] and "learners" in raw:
             if len(raw["learners"]) != 1:
-                raise ConfigError(f"{assignment!r}: the configuration has {len(raw['learners'])} learners; write learners.<name>.{last}=…")
+                raise ConfigError(
+                    f"{assignment!r}: the configuration has {len(raw['learners'])} learners; "
+                    f"write learners.<name>.{last}=…"
+                )
             path = ["learners", _title(raw["learners"][0]), *path[1:]]
         if path[:1] == ["learners"] and len(path) == 1:  # learners.ncm=… makes no sense: a learner is a section
             raise ConfigError(f"{assignment!r}: write learners.{last}.<key>=value, or learners=[{last}]")
@@ -119,7 +128,9 @@ def _descend(raw: dict[str, Any], path: list[str], assignment: str) -> dict[str,
         if isinstance(here, list):
             titles = [_title(item) for item in here]
             if part not in titles:
-                raise ConfigError(f"{assignment!r}: no learner {part!r}{nearest(part, titles)}; there are {', '.join(titles)}")
+                raise ConfigError(
+                    f"{assignment!r}: no learner {part!r}{nearest(part, titles)}; there are {', '.join(titles)}"
+                )
             position = titles.index(part)
             if isinstance(here[position], str):
                 here[position] = {"name": here[position]}
@@ -172,7 +183,11 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         key = ".".join(where)
         if item["type"] == "extra_forbidden":
             fields = _fields(model, where[:-1])
-            known = f"; known here: {', '.join(sorted(fields))}" if fields and not difflib.get_close_matches(where[-1], fields) else ""
+            known = (
+                f"; known here: {', '.join(sorted(fields))}"
+                if fields and not difflib.get_close_matches(where[-1], fields)
+                else ""
+            )
             lines.append(f"{prefix}unknown key {key}{nearest(where[-1], fields)}{known}")
         elif item["type"] == "missing":
             lines.append(f"{prefix}{key} is missing")
@@ -190,7 +205,11 @@ def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
         if info is None:
             continue  # a list position or the tag of a union
         candidates = [info.annotation, *typing.get_args(info.annotation)]
-        inner = [c for c in candidates if isinstance(c, type) and not isinstance(c, types.GenericAlias) and issubclass(c, BaseModel)]
+        inner = [
+            c
+            for c in candidates
+            if isinstance(c, type) and not isinstance(c, types.GenericAlias) and issubclass(c, BaseModel)
+        ]
         if inner:
             model = inner[0]
     return [f.alias or name for name, f in model.model_fields.items()]

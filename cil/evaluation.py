@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cil import metrics
+from cil.errors import PluginError
 from cil.features import FeatureCache
 from cil.learner import Learner
 from cil.stream import Stream
@@ -38,7 +39,9 @@ class Predictions:
     passes: int
 
 
-def evaluate(learner: Learner, stream: Stream, stage: int, cache: FeatureCache, unchanged_since: int = 0) -> Predictions:
+def evaluate(
+    learner: Learner, stream: Stream, stage: int, cache: FeatureCache, unchanged_since: int = 0
+) -> Predictions:
     """Test ``learner`` after ``stage``.
 
     Tasks are mixed within batches, so that a learner whose predictions lean on the rest of the batch gains nothing from
@@ -55,7 +58,9 @@ def evaluate(learner: Learner, stream: Stream, stage: int, cache: FeatureCache, 
         groups = [_mixed(first), *parts[unchanged_since + 1 :]]
         images = test.images
         if unchanged_since < stage:
-            cache.get(learner, images, groups[:-1])  # there already, unless the run was resumed: not a cost of this stage
+            cache.get(
+                learner, images, groups[:-1]
+            )  # there already, unless the run was resumed: not a cost of this stage
         before = learner.backbone.passes
         features = cache.get(learner, images, groups)
         passes = learner.backbone.passes - before
@@ -74,6 +79,11 @@ def evaluate(learner: Learner, stream: Stream, stage: int, cache: FeatureCache, 
         for start in range(0, len(index), cache.batch_size):
             rows = slice(start, start + cache.batch_size)
             logits = learner.logits(features[rows].to(cache.accelerator.device)).float().cpu()
+            if logits.shape[1] != allowed.shape[1]:
+                raise PluginError(
+                    f"{type(learner).__name__}.logits gave {logits.shape[1]} columns after stage {stage}, where "
+                    f"{allowed.shape[1]} classes have been seen; it must give one a class, in order of appearance"
+                )
             predicted.append(logits.argmax(1))
             within.append((logits + allowed[torch.from_numpy(task[rows])]).argmax(1))
             top.append(logits.topk(min(TOP, logits.shape[1]), dim=1).indices)
@@ -98,7 +108,9 @@ def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int
         "correct_within_task": np.bincount(found.task[hit_within], minlength=stages).tolist(),
         "total": np.bincount(found.task, minlength=stages).tolist(),
         "top5_accuracy": float((found.top == found.label[:, None]).any(1).mean()),
-        "class_mean_accuracy": metrics.class_mean_accuracy(metrics.confusion_matrix(found.label, found.predicted, seen)),
+        "class_mean_accuracy": metrics.class_mean_accuracy(
+            metrics.confusion_matrix(found.label, found.predicted, seen)
+        ),
         # domains share their classes, so a predicted class says nothing about the task there
         "task_id_accuracy": metrics.task_id_accuracy(task_of[found.predicted], found.task) if disjoint else None,
     }

@@ -60,9 +60,7 @@ class FeatureCache:
         return self._kept[key][2][torch.from_numpy(wanted)]
 
     def _compute(self, learner: Learner, images: ImageSet, indices: np.ndarray) -> Tensor:
-        batches: Iterable[Any] = images.batches(
-            indices, indices, self.batch_size, device=self.accelerator.device
-        )
+        batches: Iterable[Any] = images.batches(indices, indices, self.batch_size, device=self.accelerator.device)
         if self._track is not None:
             batches = self._track(batches, "features", -(-len(indices) // self.batch_size))
         was_training = learner.training

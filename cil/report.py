@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from cil import figures, results
@@ -17,21 +18,22 @@ from cil import figures, results
 Run = dict[str, Any]
 
 COLUMNS: tuple[tuple[str, str, float, str], ...] = (
-    # key of the summary, heading, factor, format
+    # key of the summary, heading, factor, format; on a narrow terminal the first NARROW are shown
     ("accuracy_last", "A_last %", 100, ".1f"),
     ("accuracy_average", "A_avg %", 100, ".1f"),
     ("forgetting", "forgetting", 100, ".1f"),
-    ("forgetting_within_task", "…within task", 100, ".1f"),
-    ("learning_accuracy", "learned %", 100, ".1f"),
+    ("seconds", "seconds", 1, ".0f"),
     ("trainable_parameters", "trained", 1, ",.0f"),
+    ("forgetting_within_task", "…task given", 100, ".1f"),
+    ("learning_accuracy", "learned %", 100, ".1f"),
     ("kept_bytes", "kept MiB", 2**-20, ".2f"),
     ("passes_per_train_image", "passes", 1, ".1f"),
-    ("seconds", "seconds", 1, ".0f"),
 )
+NARROW = 4
 
 
 def protocol(run: Run) -> str:
-    """What must agree for two runs to stand in one table: data, task sizes, backbone weights, transforms, tested split."""
+    """What must agree for two runs to stand in one table: data, task sizes, backbone, transforms, tested split."""
     config = run["config"]
     facts = {
         "data": {split: run["data"][split]["sha256"] for split in ("train", "test")},
@@ -82,7 +84,7 @@ def cells(runs: Sequence[Run]) -> list[str]:
     return row
 
 
-def marks(runs: Sequence[Run], stages: int) -> str:
+def marks(runs: Sequence[Run]) -> str:
     """What a reader must know before comparing the row: kept images, unfinished runs, how it was tuned."""
     notes = ["keeps old images"] if runs[0]["stores_images"] else []
     unfinished = sum(not run["complete"] for run in runs)
@@ -91,16 +93,17 @@ def marks(runs: Sequence[Run], stages: int) -> str:
     return ", ".join(notes)
 
 
-def table(runs: Sequence[Run]) -> Table:
-    """The ranked table of one protocol for the terminal."""
-    shown = Table(title=describe(runs[0]), title_justify="left")
-    shown.add_column("learner")
-    shown.add_column("runs", justify="right")
-    for _, heading, _, _ in COLUMNS:
-        shown.add_column(heading, justify="right")
+def table(runs: Sequence[Run], width: int = 80) -> Table:
+    """The ranked table of one protocol for a terminal of ``width`` columns."""
+    count = len(COLUMNS) if width >= 140 else NARROW
+    shown = Table(title=describe(runs[0]), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("learner", no_wrap=True)
+    shown.add_column("runs", justify="right", no_wrap=True)
+    for _, heading, _, _ in COLUMNS[:count]:
+        shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("note")
     for name, group in by_learner(runs).items():
-        shown.add_row(name, str(len(group)), *cells(group), marks(group, len(runs[0]["tasks"])))
+        shown.add_row(name, str(len(group)), *cells(group)[:count], marks(group))
     return shown
 
 
@@ -119,7 +122,8 @@ def _svg(figure: Any) -> str:
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfd; --line: #d5d5d5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181c; --line: #3a3d44; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -139,7 +143,7 @@ def page(groups: Sequence[Sequence[Run]]) -> str:
         head = "".join(f"<th>{html.escape(h)}</th>" for h in ("learner", "runs", *[c[1] for c in COLUMNS], "note"))
         rows = []
         for name, group in learners.items():
-            row = (name, str(len(group)), *cells(group), marks(group, len(runs[0]["tasks"])))
+            row = (name, str(len(group)), *cells(group), marks(group))
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
         parts.append(f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>')
         parts.append(f"<figure>{_svg(figures.comparison(learners, ''))}</figure>")
@@ -148,9 +152,10 @@ def page(groups: Sequence[Sequence[Run]]) -> str:
             parts.append(f"<figure>{_svg(figures.matrix(r, name))}</figure>")
         backbone = runs[0]["backbone"]
         parts.append(
-            f"<p><small>Accuracy per image over all classes seen, no task id. Forgetting: best earlier accuracy − now, mean over "
-            f"earlier tasks. Mean ± standard deviation over class orders and seeds. Backbone {html.escape(backbone['name'])}, "
-            f"sha256 {backbone['sha256'][:16]}…. The matrices are of {html.escape(Path(group[0]['folder']).name)}.</small></p>"
+            "<p><small>Accuracy per image over all classes seen, no task id. Forgetting: best earlier accuracy − now, "
+            "mean over earlier tasks. Mean ± standard deviation over class orders and seeds. "
+            f"Backbone {html.escape(backbone['name'])}, sha256 {backbone['sha256'][:16]}…. "
+            f"The matrices are of {html.escape(Path(group[0]['folder']).name)}.</small></p>"
         )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -158,12 +163,13 @@ def page(groups: Sequence[Sequence[Run]]) -> str:
     )
 
 
-def compare(paths: Sequence[Path], out: Path | None = None) -> tuple[list[Table], list[Path]]:
+def compare(paths: Sequence[Path], out: Path | None = None, width: int = 80) -> tuple[list[Table], list[Path]]:
     """Tables of all runs below ``paths``, and the files written: a PNG a protocol and one page.
 
     Args:
         paths: Run folders or folders that hold some.
         out: Where to write ``compare.png`` and ``compare.html``; the first path by default.
+        width: Columns of the terminal the tables are for.
 
     Raises:
         RunError: Nothing to compare, or a damaged result.
@@ -177,4 +183,4 @@ def compare(paths: Sequence[Path], out: Path | None = None) -> tuple[list[Table]
         write_png(runs, written[-1])
     written.append(out / "compare.html")
     written[-1].write_text(page(groups), encoding="utf-8")
-    return [table(runs) for runs in groups], written
+    return [table(runs, width) for runs in groups], written

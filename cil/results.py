@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +11,6 @@ import numpy as np
 
 from cil import metrics
 from cil.errors import RunError
-
-PACKAGES = ("cil", "torch", "torchvision", "timm", "peft", "accelerate", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes, and the commit when running from a checkout."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    root = Path(__file__).parent.parent
-    if (root / ".git").exists():
-        try:
-            commit = subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            commit = "unknown"
-        found["commit"] = commit
-    return found
 
 
 def matrices(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +13,19 @@ from accelerate import Accelerator
 from cil import hardware, results
 from cil.backbone import Backbone, load_backbone
 from cil.checkpoint import RunFolder, as_tensors, state_bytes
-from cil.config import Config, LearnerEntry
+from cil.config import Config
 from cil.console import Display
 from cil.data.images import ImageSet, LoadedSplit
 from cil.data.transforms import Transforms
-from cil.errors import RunError
 from cil.evaluation import counts, evaluate
 from cil.features import FeatureCache
-from cil.learner import Context, Learner, LearnerConfig
-from cil.learners import registry
+from cil.learner import Context, Learner
 from cil.metrics import confusion_matrix
+from cil.plan import Plan, plans
+from cil.protocol import ClassIncremental, DomainIncremental, Order
+from cil.provenance import check_same_run, make_header
 from cil.randomness import isolated
-from cil.stream import ClassIncremental, DomainIncremental, Order, Stream, past_tasks
+from cil.stream import Stream
 from cil.tracking import Tracker
 
 Row = dict[str, Any]
@@ -133,51 +131,6 @@ def run_stages(
     return rows
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One run of a benchmark: a learner, a class order, a seed, and the configuration narrowed to them."""
-
-    config: Config
-    cls: type[Learner]
-    parameters: LearnerConfig
-
-    @property
-    def entry(self) -> LearnerEntry:
-        return self.config.learners[0]
-
-    @property
-    def order(self) -> Order:
-        return self.config.orders[0]
-
-    @property
-    def seed(self) -> int:
-        return self.config.seeds[0]
-
-    @property
-    def place(self) -> Path:
-        """Folder below the results folder: ``<name>/<learner>/order<k>-seed<s>``."""
-        order = self.order
-        if not isinstance(order, (int, str)):
-            order = "list" + hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:8]
-        return Path(self.config.name) / self.entry.title / f"order{order}-seed{self.seed}"
-
-
-def plans(config: Config) -> Iterator[Plan]:
-    """Every run a configuration asks for; all hyper-parameters are validated before the first one starts.
-
-    Raises:
-        PluginError: A learner cannot be found.
-        ConfigError: A hyper-parameter is wrong.
-    """
-    configured = [(entry, *registry.configure(entry)) for entry in config.learners]
-    for entry, cls, parameters in configured:
-        identity = {"class": entry.cls} if entry.cls else {"name": entry.name}
-        resolved = LearnerEntry.model_validate({**identity, "label": entry.label, **parameters.model_dump(mode="json")})
-        for order in entry.orders or config.orders:
-            for seed in entry.seeds or config.seeds:
-                yield Plan(config.model_copy(update={"learners": [resolved], "orders": [order], "seeds": [seed]}), cls, parameters)
-
-
 def run(config: Config, root: Path | str = "results", *, display: Display | None = None) -> list[Path]:
     """Run everything a configuration asks for, skipping what is finished and going on with what is not.
 
@@ -205,14 +158,20 @@ def run(config: Config, root: Path | str = "results", *, display: Display | None
             folder = RunFolder(Path(root) / plan.place)
             stream = make_stream(plan.config, *images)
             header = make_header(plan, stream, backbone, transforms, train, test, accelerator)
-            with folder.locked():
+            with folder.locked(), folder.reported(only_full=True):
                 _run_one(plan, folder, stream, backbone, header, accelerator, display)
             folders.append(folder.path)
     return folders
 
 
 def _run_one(
-    plan: Plan, folder: RunFolder, stream: Stream, backbone: Backbone, header: Row, accelerator: Accelerator, display: Display
+    plan: Plan,
+    folder: RunFolder,
+    stream: Stream,
+    backbone: Backbone,
+    header: Row,
+    accelerator: Accelerator,
+    display: Display,
 ) -> None:
     check_same_run(folder, header)
     title = f"{plan.entry.title} {folder.path.name}"
@@ -240,8 +199,10 @@ def _run_one(
         )
         tracker.finish(results.assemble(header, rows, stages)["summary"])
     finally:
-        folder.write("metrics.json", _json(results.assemble(header, folder.rows(), stages)))
-        tracker.close()
+        try:
+            folder.write("metrics.json", _json(results.assemble(header, folder.rows(), stages)))
+        finally:
+            tracker.close()
 
 
 def make_stream(config: Config, train: ImageSet, test: ImageSet) -> Stream:
@@ -255,116 +216,5 @@ def make_stream(config: Config, train: ImageSet, test: ImageSet) -> Stream:
     return Stream(train, test, tasks, validation=wanted.validation, test_on=wanted.test_on)
 
 
-def make_header(
-    plan: Plan,
-    stream: Stream,
-    backbone: Backbone,
-    transforms: Transforms,
-    train: LoadedSplit,
-    test: LoadedSplit,
-    accelerator: Accelerator,
-) -> Row:
-    """Provenance: everything about a run that is known before it starts."""
-    return {
-        "learner": plan.entry.title,
-        "paper": plan.cls.paper,
-        "stores_images": plan.cls.stores_images,
-        "trains_backbone": plan.cls.trains_backbone,
-        "chosen_by": plan.config.chosen_by,
-        "tested_on": plan.config.stream.test_on,
-        "config": dump(plan.config),
-        "class_names": list(stream.class_names),
-        "class_order": list(stream.order),
-        "tasks": [list(task.classes) for task in stream.tasks],
-        "backbone": {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim},
-        "transform": transforms.card,
-        "data": {
-            split: {"sha256": loaded.source.fingerprint, "images": len(loaded.source), "skipped": loaded.skipped}
-            for split, loaded in (("train", train), ("test", test))
-        },
-        "versions": results.versions(),
-        "machine": hardware.facts(accelerator.device),
-    }
-
-
-def dump(config: Config) -> dict[str, Any]:
-    """A configuration as plain values that validate to the same configuration again."""
-    plain = config.model_dump(mode="json", by_alias=True)
-    fields = {f.alias or name for name, f in LearnerEntry.model_fields.items()}
-    plain["learners"] = [
-        {k: v for k, v in entry.items() if v is not None or k not in fields} for entry in plain["learners"]
-    ]
-    return plain
-
-
-def check_same_run(folder: RunFolder, header: Row) -> None:
-    """Refuse a folder that holds another run.
-
-    Raises:
-        RunError: Naming the first key that differs.
-    """
-    if not (folder.path / "metrics.json").exists():
-        if folder.finished():
-            raise RunError(f"{folder.path}: holds stages but no metrics.json to tell of which run; move it away or use another --results")
-        return
-    old, new = _identity(results.load(folder.path)), _identity(header)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise RunError(
-                f"{folder.path}: holds a run with {key} = {old.get(key)!r}, now {new.get(key)!r}; "
-                "give the new one another name= or label, or another --results"
-            )
-
-
-def _identity(header: Row) -> dict[str, Any]:
-    """What makes two runs the same: everything but the machine, the name, and where the data lies."""
-    config = {k: v for k, v in header["config"].items() if k not in ("hardware", "name")}
-    config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download")}
-    config["backbone"] = {k: v for k, v in config["backbone"].items() if k != "weights"}
-    flat = dict(_flatten(config))
-    flat["backbone weights (sha256)"] = header["backbone"]["sha256"]
-    for split in ("train", "test"):
-        flat[f"{split} data (sha256)"] = header["data"][split]["sha256"]
-    return flat
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for i, inner in enumerate(value):
-            yield from _flatten(inner, f"{prefix}.{i}")
-    else:
-        yield prefix, value
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
-
-
-def restore(folder: Path, accelerator: Accelerator) -> tuple[Learner, Transforms, Sequence[str]]:
-    """The learner of a run as it was after its last finished stage, its transforms, and its class names.
-
-    Raises:
-        RunError: Not a run folder, no finished stage, or other backbone weights than the run used.
-    """
-    header = results.load(folder)
-    run_folder = RunFolder(folder)
-    finished = run_folder.finished()
-    if not finished:
-        raise RunError(f"{folder}: no stage is finished (or stage folders were not kept); run it first")
-    config = Config.model_validate(header["config"])
-    cls, parameters = registry.configure(config.learners[0])
-    backbone = load_backbone(config.backbone, accelerator.device)
-    if backbone.fingerprint != header["backbone"]["sha256"]:
-        raise RunError(f"{folder}: the run used backbone weights {header['backbone']['sha256'][:12]}…, now they are {backbone.fingerprint[:12]}…")
-    with isolated(0):
-        learner = cls(parameters, backbone).to(accelerator.device)
-    cache = FeatureCache(accelerator, config.batch_size)
-    tasks = past_tasks(header["tasks"][:finished], header["class_names"])
-    for task in tasks:
-        learner.begin(task, Context(accelerator, cache, seed=config.seeds[0], stage=task.index))
-    run_folder.load_learner(learner, finished - 1)
-    learner.eval()
-    return learner, Transforms(backbone.data_config, config.transform), tasks[-1].names

@@ -27,7 +27,17 @@ LAYOUT = {
         "task identification": ["Multiline", ["task_id_accuracy"]],
     }
 }
-COSTS = ("trainable_parameters", "parameter_bytes", "statistics_bytes", "exemplar_bytes", "train_passes", "test_passes", "seconds_learn", "seconds_test", "peak_memory_bytes")
+COSTS = (
+    "trainable_parameters",
+    "parameter_bytes",
+    "statistics_bytes",
+    "exemplar_bytes",
+    "train_passes",
+    "test_passes",
+    "seconds_learn",
+    "seconds_test",
+    "peak_memory_bytes",
+)
 
 
 class Tracker:
@@ -67,7 +77,9 @@ class Tracker:
             self._scalar(f"cost/{name}", rows[-1]["costs"][name], stage)
         padded = np.full((len(self._header["tasks"]),) * 2, np.nan)
         padded[:stage, :stage] = r
-        self._writer.add_figure("accuracy_matrix", figures.matrix(padded, f"{self._header['learner']}, stage {stage}"), stage)
+        self._writer.add_figure(
+            "accuracy_matrix", figures.matrix(padded, f"{self._header['learner']}, stage {stage}"), stage
+        )
         self._writer.flush()
 
     def _scalar(self, name: str, value: float, stage: int) -> None:

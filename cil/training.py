@@ -104,7 +104,7 @@ def fit(loss: Loss, groups: Sequence[Iterable[nn.Parameter]], data: Batches, rec
             correct += int((logits.argmax(1) == labels).sum())
         ctx.log("loss", total / len(data))
         ctx.log("accuracy", correct / len(data))
-        ctx.log("learning_rate", scheduler.get_last_lr()[0])
+        ctx.log("learning_rate", float(scheduler.get_last_lr()[0]))
         ctx.log("images_per_second", len(data) / (time.perf_counter() - started))
     for p in parameters:
         p.grad = None

@@ -8,6 +8,7 @@ never copied and never edited, so any number of tuners share one in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from cil.errors import BackboneError
 
 
-def attention_half(block: nn.Module, tokens: Tensor) -> Tensor:
+def attention_half(block: Any, tokens: Tensor) -> Tensor:
     """x + DropPath(LayerScale(Attention(Norm(x)))): the first half of a timm ``Block``, [B, N, D] → [B, N, D]."""
     _require_block(block)
     return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
 
 
-def mlp_half(block: nn.Module, tokens: Tensor) -> Tensor:
+def mlp_half(block: Any, tokens: Tensor) -> Tensor:
     """x + DropPath(LayerScale(MLP(Norm(x)))): the second half of a timm ``Block``, [B, N, D] → [B, N, D]."""
     _require_block(block)
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
@@ -64,7 +65,7 @@ class Tuner(nn.Module):
         """The MLP half of block i, residual included, [B, N, D] → [B, N, D]."""
         return mlp_half(block, tokens)
 
-    def pool(self, vit: nn.Module, tokens: Tensor) -> Tensor:
+    def pool(self, vit: Any, tokens: Tensor) -> Tensor:
         """Tokens [B, N, D] after the final norm → features [B, F]; remove prompts before timm's own pooling."""
         return vit.forward_head(tokens, pre_logits=True)
 
@@ -78,7 +79,7 @@ class Walk(nn.Module):
 
     def forward(self, images: Tensor, tuner: Tuner | None) -> Tensor:
         """Images [B, 3, H, W] → features [B, F]; equal to timm's own when nothing rides along."""
-        vit = self.model
+        vit: Any = self.model  # timm's modules are not typed
         if tuner is None or not tuner.rides_blocks:
             return vit.forward_head(vit.forward_features(images), pre_logits=True)
         if not isinstance(vit, VisionTransformer):

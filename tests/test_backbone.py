@@ -26,7 +26,10 @@ VARIANTS = {
     "norm_pre (CLIP)": ("vit_base_patch32_clip_224", {"img_size": 64}),
     "attention pooling (SigLIP)": ("vit_base_patch16_siglip_224", {"img_size": 32}),
     "distilled (DeiT)": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8}),
-    "no class token": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "class_token": False, "global_pool": "avg"}),
+    "no class token": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 8, "class_token": False, "global_pool": "avg"},
+    ),
     "any size": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "dynamic_img_size": True}),
 }
 
@@ -57,7 +60,12 @@ def test_equals_timm_when_nothing_rides_along(variant):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("swin_tiny_patch4_window7_224", {}), ("eva02_tiny_patch14_224", {"depth": 2}), ("resnet18", {}), ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock, "depth": 2})],
+    [
+        ("swin_tiny_patch4_window7_224", {}),
+        ("eva02_tiny_patch14_224", {"depth": 2}),
+        ("resnet18", {}),
+        ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock, "depth": 2}),
+    ],
     ids=["swin", "eva", "resnet", "post-norm blocks"],
 )
 def test_other_families_give_features_and_refuse_token_tuners(name, options):
@@ -138,7 +146,9 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     with isolated(0):
         other = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(BackboneError, match=r"other\.safetensors fits another architecture: 0 weights missing, 12 unknown.*blocks\.1"):
+    with pytest.raises(
+        BackboneError, match=r"other\.safetensors fits another architecture: 0 weights missing, 12 unknown.*blocks\.1"
+    ):
         load_backbone(config_for(tmp_path / "other.safetensors"))
     with isolated(0):
         wide = timm.create_model("vit_small_patch16_224", depth=1, img_size=32)
@@ -163,7 +173,11 @@ def test_pickles_are_refused_and_not_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "name", "message"),
-    [(None, "none.safetensors", "no such file"), (b"junk", "junk.safetensors", "pickles are never loaded"), (b"junk", "junk.pt", "pickles are never loaded")],
+    [
+        (None, "none.safetensors", "no such file"),
+        (b"junk", "junk.safetensors", "pickles are never loaded"),
+        (b"junk", "junk.pt", "pickles are never loaded"),
+    ],
 )
 def test_missing_and_damaged_files_are_named(tmp_path, content, name, message):
     if content is not None:
@@ -180,8 +194,13 @@ def test_unknown_names_hint_at_the_nearest():
 def test_untagged_names_are_recorded_with_their_tag(tmp_path, monkeypatch):
     """timm changed what an untagged name means; results must say which weights it was."""
     original = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kw: original(name, pretrained=False, **kw))
-    assert load_backbone(BackboneConfig(name="vit_tiny_patch16_224", options={"depth": 1})).name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **kw: original(name, pretrained=False, **kw)
+    )
+    assert (
+        load_backbone(BackboneConfig(name="vit_tiny_patch16_224", options={"depth": 1})).name
+        == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    )
 
 
 def test_weight_tuner_is_a_second_set_of_weights():
@@ -199,4 +218,6 @@ def test_weight_tuner_is_a_second_set_of_weights():
     assert not torch.allclose(backbone(images, tuner), frozen)
     torch.testing.assert_close(backbone(images), frozen, atol=0, rtol=0)
     biases = WeightTuner(backbone, lambda name: name.endswith("bias"))
-    assert sum(p.numel() for p in biases.parameters()) == sum(p.numel() for n, p in backbone.model.named_parameters() if n.endswith("bias"))
+    assert sum(p.numel() for p in biases.parameters()) == sum(
+        p.numel() for n, p in backbone.model.named_parameters() if n.endswith("bias")
+    )

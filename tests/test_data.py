@@ -21,7 +21,14 @@ from cil.randomness import generator, isolated
 
 HARDWARE = HardwareConfig(workers=2)
 STREAMING = HardwareConfig(workers=2, memory_gib=0)
-CONFIG = {"input_size": (3, 32, 32), "mean": (0.48, 0.45, 0.4), "std": (0.27, 0.26, 0.28), "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center"}
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.48, 0.45, 0.4),
+    "std": (0.27, 0.26, 0.28),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
 
 
 def make_tar(root, split, path):
@@ -132,7 +139,7 @@ def test_domains_are_combined_by_class_name(picture_folder, tmp_path):
     assert [source.class_names[c] for c in source.labels[6:]] == ["ant", "ant", "bee", "bee"]
     assert "sketch" in source.describe(7)
     picture_folder(root=root / "clip", classes=("ant", "cow"))
-    with pytest.raises(DataError, match="same classes.*cow"):
+    with pytest.raises(DataError, match=r"same classes.*cow"):
         LoadedSplit(config.model_copy(update={"domains": ["photo", "clip"]}), "train", HARDWARE)
 
 
@@ -222,7 +229,9 @@ def test_augmentation_off_trains_on_the_test_transform(image_set, backbone):
 
 
 def _by_label(images, **options):
-    for batch, labels in images.batches(np.arange(len(images)), np.arange(len(images)), 3, generator=generator(0), **options):
+    for batch, labels in images.batches(
+        np.arange(len(images)), np.arange(len(images)), 3, generator=generator(0), **options
+    ):
         yield from zip(labels.tolist(), batch, strict=True)
 
 

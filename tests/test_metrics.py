@@ -62,7 +62,9 @@ def _zero_padded(r):
 # What each toolbox's code computes, restated on the same matrix (r[i, j]: task j after stage i).
 TOOLBOXES = {
     # PyCIL / LAMDA-PILOT trainer: table transposed and zero-padded, max over all stages, mean over tasks but the last
-    "lamda_pilot": lambda r: float(np.mean((np.max(_zero_padded(r).T, axis=1) - _zero_padded(r).T[:, -1])[: len(r) - 1])),
+    "lamda_pilot": lambda r: float(
+        np.mean((np.max(_zero_padded(r).T, axis=1) - _zero_padded(r).T[:, -1])[: len(r) - 1])
+    ),
     # Mammoth metrics.forgetting: zero-padded rows, max over stages, the last included
     "mammoth": lambda r: float(np.mean([_zero_padded(r).max(0)[i] - r[-1, i] for i in range(len(r) - 1)])),
     # L2P and DualPrompt: the same expression as PyCIL's
@@ -70,7 +72,12 @@ TOOLBOXES = {
     # FACIL: maximum over earlier stages (zero where a task was not there yet), mean over earlier tasks
     "facil": lambda r: float(np.mean([_zero_padded(r)[: len(r) - 1, u].max() - r[-1, u] for u in range(len(r) - 1)])),
 }
-OURS = {"lamda_pilot": "forgetting_clipped", "mammoth": "forgetting_clipped", "l2p": "forgetting_clipped", "facil": "forgetting"}
+OURS = {
+    "lamda_pilot": "forgetting_clipped",
+    "mammoth": "forgetting_clipped",
+    "l2p": "forgetting_clipped",
+    "facil": "forgetting",
+}
 
 
 @pytest.mark.parametrize("toolbox", TOOLBOXES)
@@ -83,7 +90,9 @@ def test_named_definitions_reproduce_other_toolboxes(toolbox, seed):
 
 
 def test_the_definitions_really_differ():
-    values = {round(getattr(metrics, name)(R), 6) for name in ("forgetting", "forgetting_clipped", "forgetting_from_first")}
+    values = {
+        round(getattr(metrics, name)(R), 6) for name in ("forgetting", "forgetting_clipped", "forgetting_from_first")
+    }
     assert len(values) == 2  # 0.1 twice on this matrix, since the best earlier stage was the first
     better_later = R.copy()
     better_later[1, 0] = 0.95
@@ -103,7 +112,9 @@ def test_against_avalanche():
     for i in range(stages):
         everything = Accuracy()
         for j in range(i + 1):
-            predicted = np.where(rng.rand(per_task) < 0.9 - 0.15 * (i - j), labels[j], rng.randint(0, 2 * i + 2, per_task))
+            predicted = np.where(
+                rng.rand(per_task) < 0.9 - 0.15 * (i - j), labels[j], rng.randint(0, 2 * i + 2, per_task)
+            )
             correct[i, j] = (predicted == labels[j]).sum()
             one = Accuracy()
             for metric in (one, everything):

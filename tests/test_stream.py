@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 
 import cil.errors
-import cil.stream
+import cil.protocol
 from cil.errors import StreamError
-from cil.stream import ClassIncremental, DomainIncremental, Stream, class_order, concatenate, task_sizes, validation_split
+from cil.stream import (
+    ClassIncremental,
+    DomainIncremental,
+    Stream,
+    class_order,
+    concatenate,
+    task_sizes,
+    validation_split,
+)
 
 
-@pytest.mark.parametrize("module", [cil.stream, cil.errors])
+@pytest.mark.parametrize("module", [cil.protocol, cil.errors])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -50,7 +58,12 @@ def test_sizes_that_do_not_fit_say_what_would():
 
 @pytest.mark.parametrize(
     ("order", "message"),
-    [(["a", "b"], "missing e.g. .'c'"), (["a", "b", "b"], "missing"), (["a", "b", "d"], "'d' is not in the dataset"), ("random", "allowed: natural")],
+    [
+        (["a", "b"], "missing e.g. .'c'"),
+        (["a", "b", "b"], "missing"),
+        (["a", "b", "d"], "'d' is not in the dataset"),
+        ("random", "allowed: natural"),
+    ],
 )
 def test_wrong_orders_are_refused(order, message):
     with pytest.raises(StreamError, match=message):
@@ -88,7 +101,11 @@ def test_test_set_may_list_classes_in_another_order(image_set):
 
 def test_different_classes_are_refused(image_set):
     with pytest.raises(StreamError, match=r"only in train: \['dog'\], only in test: \['cow'\]"):
-        Stream(image_set([0, 1], ["cat", "dog"]), image_set([0, 1], ["cat", "cow"]), ClassIncremental("natural", increment=1))
+        Stream(
+            image_set([0, 1], ["cat", "dog"]),
+            image_set([0, 1], ["cat", "cow"]),
+            ClassIncremental("natural", increment=1),
+        )
 
 
 def test_test_split_opens_for_the_evaluator_only(image_set):
@@ -106,7 +123,12 @@ def test_closed_tasks_give_nothing(image_set):
     stream = Stream(image_set([0, 1]), image_set([0, 1]), ClassIncremental("natural", increment=1))
     task = stream.tasks[0]
     task.close()
-    for read in (lambda: task.train.labels, lambda: task.train.source, lambda: next(task.train.batches(2)), lambda: concatenate([task.train])):
+    for read in (
+        lambda: task.train.labels,
+        lambda: task.train.source,
+        lambda: next(task.train.batches(2)),
+        lambda: concatenate([task.train]),
+    ):
         with pytest.raises(StreamError, match="task 0 is over"):
             read()
 
@@ -122,7 +144,13 @@ def test_validation_comes_from_training_and_is_stratified(image_set):
     other = Stream(image_set(labels), image_set([0, 1, 2]), ClassIncremental(5, sizes=[1, 2]), validation=0.2)
     every = np.concatenate([t.validation.source[1] for t in other.tasks if t.validation])
     assert sorted(every) == sorted(held)  # the split does not depend on the class order
-    on_it = Stream(image_set(labels[:30]), image_set([0, 1]), ClassIncremental("natural", increment=1), validation=0.2, test_on="validation")
+    on_it = Stream(
+        image_set(labels[:30]),
+        image_set([0, 1]),
+        ClassIncremental("natural", increment=1),
+        validation=0.2,
+        test_on="validation",
+    )
     with on_it.open_test() as opened:
         assert opened.images.labels[opened.members[0]].tolist() == [0, 0]
     with pytest.raises(StreamError, match="validation > 0"):

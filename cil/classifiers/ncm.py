@@ -19,7 +19,7 @@ class NCM(nn.Module):
 
     Args:
         feature_dim: Feature width F.
-        metric: ``cosine`` compares directions; ``euclidean`` scores −‖f − μ_c‖² / 2, which orders classes as the distance.
+        metric: ``cosine`` compares directions; ``euclidean`` orders classes by ‖f − μ_c‖.
 
     Buffers:
         sums: float64 [C, F], sum of the features of each class.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,13 @@ class ImageSet:
     """
 
     def __init__(
-        self, source: ImageSource, transforms: Transforms, *, in_memory: bool = True, memory_bytes: float = 4 * GIB, workers: int = 2
+        self,
+        source: ImageSource,
+        transforms: Transforms,
+        *,
+        in_memory: bool = True,
+        memory_bytes: float = 4 * GIB,
+        workers: int = 2,
     ) -> None:
         self.source, self.transforms, self.in_memory, self.workers = source, transforms, in_memory, workers
         self.labels, self.class_names, self.domains = source.labels, source.class_names, source.domains
@@ -97,7 +104,7 @@ class ImageSet:
                     loaded = [reader[item] for item in batch]
                 yield torch.from_numpy(np.stack(loaded))
             return
-        loader: DataLoader[torch.Tensor] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             reader,
             batch_sampler=batches,
             num_workers=min(self.workers, len(batches)),
@@ -141,7 +148,9 @@ def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
     )
 
 
-def decode(source: ImageSource, *, memory_bytes: float, workers: int, on_error: str) -> tuple[ImageSource, bool, list[str]]:
+def decode(
+    source: ImageSource, *, memory_bytes: float, workers: int, on_error: str
+) -> tuple[ImageSource, bool, list[str]]:
     """Decode a source into memory if it fits, and find the files that are no images.
 
     Returns:
@@ -201,10 +210,15 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
         if not root.is_dir():
             raise DataError(f"data.root: {root} is not a folder")
         if config.domains:
-            return sources.combine_domains([sources.folder(sources.find_split(root / d, given, split)) for d in config.domains])
+            return sources.combine_domains(
+                [sources.folder(sources.find_split(root / d, given, split)) for d in config.domains]
+            )
         return sources.folder(sources.find_split(root, given, split))
     known = ["digits", "folder", "torch/cifar100", "hfds/uoft-cs/cifar100"]
-    raise DataError(f"data.dataset: unknown dataset {name!r}{nearest(name, known)}; allowed: digits, folder, torch/<set>, hfds/<org>/<set>")
+    raise DataError(
+        f"data.dataset: unknown dataset {name!r}{nearest(name, known)}; "
+        "allowed: digits, folder, torch/<set>, hfds/<org>/<set>"
+    )
 
 
 class LoadedSplit:

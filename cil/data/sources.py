@@ -21,7 +21,17 @@ from PIL import Image, UnidentifiedImageError
 from cil.errors import DataError, nearest
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "eval")}
-TORCHVISION = ("cifar10", "cifar100", "mnist", "fashion_mnist", "kmnist", "qmnist", "imagenet", "inaturalist", "places365")
+TORCHVISION = (
+    "cifar10",
+    "cifar100",
+    "mnist",
+    "fashion_mnist",
+    "kmnist",
+    "qmnist",
+    "imagenet",
+    "inaturalist",
+    "places365",
+)
 
 
 class ImageSource:
@@ -88,9 +98,12 @@ def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, class_na
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
         raise DataError(
-            f"images must be uint8 [N, H, W] or [N, H, W, 3] with N labels; got {images.dtype} {images.shape} and {len(labels)} labels"
+            "images must be uint8 [N, H, W] or [N, H, W, 3] with N labels; "
+            f"got {images.dtype} {images.shape} and {len(labels)} labels"
         )
-    digest = hashlib.sha256(images.tobytes() + np.asarray(labels, np.int64).tobytes() + repr(list(class_names)).encode())
+    digest = hashlib.sha256(
+        images.tobytes() + np.asarray(labels, np.int64).tobytes() + repr(list(class_names)).encode()
+    )
     return ImageSource(
         lambda i: Image.fromarray(images[i]).convert("RGB"),
         labels,
@@ -123,11 +136,18 @@ def torchvision_set(name: str, root: Path | None, split: str, download: bool) ->
 
     short = name.split("/", 1)[1].lower()
     if short not in TORCHVISION:
-        raise DataError(f"data.dataset: unknown torchvision set {name!r}{nearest(short, TORCHVISION)}; known: torch/{', torch/'.join(TORCHVISION)}")
+        raise DataError(
+            f"data.dataset: unknown torchvision set {name!r}{nearest(short, TORCHVISION)}; "
+            f"known: torch/{', torch/'.join(TORCHVISION)}"
+        )
     root = root or Path("data")
     try:
-        dataset = create_dataset(name, root=str(root), split=split if split == "train" else "validation", download=download)
-    except Exception as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the set and the network
+        dataset = create_dataset(
+            name, root=str(root), split=split if split == "train" else "validation", download=download
+        )
+    except (
+        Exception
+    ) as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the set and the network
         what = "could not be downloaded to" if download else "is not in (set data.download=true to fetch it)"
         raise DataError(f"{name} {what} {root}: {type(error).__name__}: {error}") from None
     labels = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
@@ -138,13 +158,21 @@ def torchvision_set(name: str, root: Path | None, split: str, download: bool) ->
     names = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)
     labels = np.asarray(labels, dtype=np.int64)
     labels = labels[:, 0] if labels.ndim == 2 else labels  # QMNIST keeps more columns
-    names = [" / ".join(n) if isinstance(n, tuple) else str(n) for n in names] if names else [str(c) for c in range(int(labels.max()) + 1)]
+    names = (
+        [" / ".join(n) if isinstance(n, tuple) else str(n) for n in names]
+        if names
+        else [str(c) for c in range(int(labels.max()) + 1)]
+    )
     digest = hashlib.sha256(f"{name} {split}".encode() + labels.tobytes())
     pixels = getattr(dataset, "data", None)
     if pixels is not None:
         digest.update(np.ascontiguousarray(np.asarray(pixels)).tobytes())
     return ImageSource(
-        lambda i: dataset[i][0].convert("RGB"), labels, names, describe=lambda i: f"{name} {split} image {i}", fingerprint=digest.hexdigest()
+        lambda i: dataset[i][0].convert("RGB"),
+        labels,
+        names,
+        describe=lambda i: f"{name} {split} image {i}",
+        fingerprint=digest.hexdigest(),
     )
 
 
@@ -164,8 +192,13 @@ def huggingface_set(name: str, root: Path | None, split: str, options: dict[str,
     labels = list(reader.iter_targets())
     by_index = {v: k for k, v in reader.class_to_idx.items()}
     names = [str(by_index.get(c, c)) for c in range(max(labels) + 1)]
-    digest = hashlib.sha256(f"{name} {split} {getattr(reader.dataset, '_fingerprint', '')}".encode() + np.asarray(labels, np.int64).tobytes())
-    return _from_reader(reader, labels, names, describe=lambda i: f"{name} {split} image {i}", fingerprint=digest.hexdigest())
+    digest = hashlib.sha256(
+        f"{name} {split} {getattr(reader.dataset, '_fingerprint', '')}".encode()
+        + np.asarray(labels, np.int64).tobytes()
+    )
+    return _from_reader(
+        reader, labels, names, describe=lambda i: f"{name} {split} image {i}", fingerprint=digest.hexdigest()
+    )
 
 
 def folder(path: Path) -> ImageSource:
@@ -182,19 +215,25 @@ def folder(path: Path) -> ImageSource:
     try:
         # A tar is opened anew for each read (one cheap header): a kept file position would be shared by threads and by
         # forked workers. And without cache_tarinfo=False timm reads and writes a pickle beside large tars.
-        tar_options = {"cache_tarfiles": False, "cache_tarinfo": False} if is_tar else {}
+        tar_options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False} if is_tar else {}
         reader = create_reader("", str(path), **tar_options)
     except Exception as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
     if is_tar:
-        samples = [(info.name, info.size, target) for (info, _, _), target in zip(reader.samples, reader.targets, strict=True)]
+        samples = [
+            (info.name, info.size, target) for (info, _, _), target in zip(reader.samples, reader.targets, strict=True)
+        ]
         class_to_idx, listed = reader.class_name_to_idx, _tar_folders(path)
     else:
-        samples = [(str(Path(file).relative_to(path)), Path(file).stat().st_size, target) for file, target in reader.samples]
+        samples = [
+            (str(Path(file).relative_to(path)), Path(file).stat().st_size, target) for file, target in reader.samples
+        ]
         class_to_idx = reader.class_to_idx
         listed = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
-    if not samples or len(class_to_idx) < 2 and not listed:
-        raise DataError(f"{path}: found {len(samples)} images in {len(class_to_idx)} class folders; expected <class>/<image>")
+    if not samples or (len(class_to_idx) < 2 and not listed):
+        raise DataError(
+            f"{path}: found {len(samples)} images in {len(class_to_idx)} class folders; expected <class>/<image>"
+        )
     held = {part for name, _, _ in samples for part in Path(name).parts[:-1]}
     empty = sorted(listed - held)
     if empty:

@@ -18,6 +18,7 @@ from timm.data import create_transform
 from cil.config import Augmentation, TransformConfig
 from cil.errors import ConfigError
 
+
 class Transforms:
     """Test and training transform of one backbone.
 
@@ -31,7 +32,8 @@ class Transforms:
         self.size: int = data_config["input_size"][-1]
         if config.resize is not None and config.resize < self.size:
             raise ConfigError(
-                f"transform.resize: {config.resize} is smaller than the backbone's input of {self.size}; allowed: {self.size} and more"
+                f"transform.resize: {config.resize} is smaller than the backbone's input of {self.size}; "
+                f"allowed: {self.size} and more"
             )
         # half a pixel keeps timm's floor(size / crop_pct) from landing one below the size asked for
         crop_pct = self.size / (config.resize + 0.5) if config.resize else data_config["crop_pct"]
@@ -44,7 +46,12 @@ class Transforms:
         else:
             mean, std = config.normalize.mean, config.normalize.std
         # use_prefetcher ends the pipeline in uint8; the mean is there only to fill the border of crop mode "border"
-        common: dict[str, Any] = {"input_size": self.size, "use_prefetcher": True, "interpolation": interpolation, "mean": mean}
+        common: dict[str, Any] = {
+            "input_size": self.size,
+            "use_prefetcher": True,
+            "interpolation": interpolation,
+            "mean": mean,
+        }
         self.evaluate: Callable[[Image.Image], np.ndarray] = create_transform(
             **common, crop_pct=crop_pct, crop_mode=crop_mode
         )
@@ -57,7 +64,7 @@ class Transforms:
                 scale=augment.scale,
                 ratio=augment.ratio,
                 hflip=augment.flip,
-                color_jitter=augment.color_jitter,
+                color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # timm takes None, for none
             )
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
         self.card: dict[str, Any] = {

@@ -29,7 +29,9 @@ class Finetune(Learner):
         optimizer: Optimizer = Field("adamw", description="SGD with momentum, Adam or AdamW")
         lr: float = Field(3e-4, gt=0, description="peak learning rate, of backbone and head")
         warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps with a linearly rising rate")
-        loss: Literal["global", "local"] = Field("global", description="classes in the softmax: all seen, or the task's")
+        loss: Literal["global", "local"] = Field(
+            "global", description="classes in the softmax: all seen, or the task's"
+        )
 
     name = "finetune"
     paper = "baseline"

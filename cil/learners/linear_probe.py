@@ -27,7 +27,9 @@ class LinearProbe(Learner):
     class Config(Recipe):
         epochs: int = Field(20, gt=0, description="passes over the task's features")
         lr: float = Field(0.1, gt=0, description="peak learning rate")
-        loss: Literal["global", "local"] = Field("global", description="classes in the softmax: all seen, or the task's")
+        loss: Literal["global", "local"] = Field(
+            "global", description="classes in the softmax: all seen, or the task's"
+        )
 
     name = "linear_probe"
     paper = "baseline"

@@ -45,10 +45,14 @@ def resolve(spec: str) -> type[Learner]:
         try:
             found = installed()[spec].load()
         except Exception as error:  # somebody else's package may fail in any way while it is imported
-            raise PluginError(f"learner {spec!r} (entry point {installed()[spec].value}): {type(error).__name__}: {error}") from error
+            raise PluginError(
+                f"learner {spec!r} (entry point {installed()[spec].value}): {type(error).__name__}: {error}"
+            ) from error
     else:
         known = sorted([*BUILTIN, *installed()])
-        raise PluginError(f"unknown learner {spec!r}{nearest(spec, known)}; known: {', '.join(known)}, or class: file.py:Class")
+        raise PluginError(
+            f"unknown learner {spec!r}{nearest(spec, known)}; known: {', '.join(known)}, or class: file.py:Class"
+        )
     from cil.learner import Learner
 
     if not (isinstance(found, type) and issubclass(found, Learner)):
@@ -77,7 +81,9 @@ def _import(spec: str) -> Any:
         raise PluginError(f"learner {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
-        raise PluginError(f"learner {spec!r}: {place} has no {attribute!r}{nearest(attribute, classes)}; it defines {classes}")
+        raise PluginError(
+            f"learner {spec!r}: {place} has no {attribute!r}{nearest(attribute, classes)}; it defines {classes}"
+        )
     return getattr(module, attribute)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import tempfile
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 
 from cil.checkpoint import RunFolder
 from cil.errors import CilError, StreamError
+from cil.learner import Learner
 from cil.stream import TaskData
 from cil.testing.setting import NAMES, PIXELS, SIZES, Case, backbone, context, probe_images, stream
 
 Check = Callable[[Case], None]
 TOLERANCE = 1e-4
-"""Largest accepted difference of scores that should be equal but for the order of float32 sums, relative to their size."""
+"""Largest accepted difference, relative to their range, of scores equal but for the order of float32 sums."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -44,7 +46,10 @@ def check_config(case: Case) -> None:
 def check_same_seed_same_result(case: Case) -> None:
     """Two runs with one seed give the same matrix and the same state, to the bit."""
     one, two = case.finished, case.run()
-    require(one.counts() == two.counts(), f"same seed, different matrices: {one.counts()} and {two.counts()}; draw from ctx.generator")
+    require(
+        one.counts() == two.counts(),
+        f"same seed, different matrices: {one.counts()} and {two.counts()}; draw from ctx.generator",
+    )
     _same_state(one.state(), two.state(), "two runs with the same seed")
 
 
@@ -57,8 +62,8 @@ def check_resume(case: Case) -> None:
             resumed = case.run(folder=Path(place))
         require(
             resumed.counts() == full.counts(),
-            f"interrupted after stage {stop} the matrix differs; what a stage needs of earlier ones must be a parameter, "
-            "a buffer or extra state",
+            f"interrupted after stage {stop} the matrix differs; what a stage needs of earlier ones must be a "
+            "parameter, a buffer or extra state",
         )
         _same_state(resumed.state(), full.state(), f"the run resumed after stage {stop}")
 
@@ -81,7 +86,10 @@ def check_batch_independence(case: Case) -> None:
         }
     for way, scores in ways.items():
         off = (scores - whole).abs().max() / scale
-        require(bool(off < TOLERANCE), f"scores depend on the rest of the batch: {way} they differ by {off:.1e} of their range")
+        require(
+            bool(off < TOLERANCE),
+            f"scores depend on the rest of the batch: {way} they differ by {off:.1e} of their range",
+        )
 
 
 def check_predicting_changes_nothing(case: Case) -> None:
@@ -112,9 +120,13 @@ def check_backbone_untouched(case: Case) -> None:
     before = {k: v.clone() for k, v in vit.model.state_dict().items()}
     case.run(vit=vit)
     after = vit.model.state_dict()
-    require(before.keys() == after.keys(), "the backbone's modules changed; ride along as a Tuner instead of editing it")
+    require(
+        before.keys() == after.keys(), "the backbone's modules changed; ride along as a Tuner instead of editing it"
+    )
     changed = [k for k in before if not torch.equal(before[k], after[k])]
-    require(not changed, f"the backbone's weights changed ({', '.join(changed[:3])}); train copies, e.g. with WeightTuner")
+    require(
+        not changed, f"the backbone's weights changed ({', '.join(changed[:3])}); train copies, e.g. with WeightTuner"
+    )
     require(not any(p.requires_grad for p in vit.parameters()), "backbone weights were left with requires_grad=True")
     require(not any(m.training for m in vit.model.modules()), "the backbone was left in training mode")
 
@@ -165,7 +177,9 @@ def check_state_round_trip(case: Case) -> None:
     fresh.eval()
     with torch.inference_mode():
         same = torch.equal(_scores(fresh, probe_images()), _scores(done.learner, probe_images()))
-    require(same, "a reloaded learner gives other scores; what logits need must be a parameter, a buffer or extra state")
+    require(
+        same, "a reloaded learner gives other scores; what logits need must be a parameter, a buffer or extra state"
+    )
 
 
 def check_feature_version(case: Case) -> None:
@@ -181,7 +195,8 @@ def check_feature_version(case: Case) -> None:
         require(
             moved == changed,
             f"after stage {stage - 1} the features {'changed' if moved else 'did not change'} but feature_version "
-            f"{'did' if changed else 'did not'}: {learners[stage - 1].feature_version!r} → {learners[stage].feature_version!r}",
+            f"{'did' if changed else 'did not'}: {learners[stage - 1].feature_version!r} → "
+            f"{learners[stage].feature_version!r}",
         )
 
 
@@ -194,7 +209,10 @@ def check_old_images_are_gone(case: Case) -> None:
     except StreamError as error:
         raise AssertionError(f"reaches for old images ({error})") from None
     found = list(_images_in(done.learner))
-    require(not found, f"keeps images or image batches in {', '.join(found[:3])}; declare stores_images = True if that is the method")
+    require(
+        not found,
+        f"keeps images or image batches in {', '.join(found[:3])}; declare stores_images = True if that is the method",
+    )
 
 
 def check_test_data_unreachable(case: Case) -> None:
@@ -239,7 +257,10 @@ def check_learns(case: Case) -> None:
     """On easy images the newest task is learned: far better than chance among all classes seen."""
     rows = case.finished.rows
     hits = rows[0]["correct"][0] / rows[0]["total"][0]
-    require(hits > 2 / SIZES[0], f"the first task of {SIZES[0]} easy classes ends at {100 * hits:.0f} % (chance {100 / SIZES[0]:.0f} %)")
+    require(
+        hits > 2 / SIZES[0],
+        f"the first task of {SIZES[0]} easy classes ends at {100 * hits:.0f} % (chance {100 / SIZES[0]:.0f} %)",
+    )
     last = rows[-1]["correct_within_task"][-1] / rows[-1]["total"][-1]
     require(
         last > 1 / SIZES[-1],
@@ -252,7 +273,7 @@ def check_documented(case: Case) -> None:
     """The class has a docstring, names its source, and describes hyper-parameters of its own."""
     require(bool((case.cls.__doc__ or "").strip()), "the class has no docstring")
     require(bool(case.cls.paper), "the class does not say where the method comes from (paper = …)")
-    own = case.cls.Config.__dict__.get("__annotations__", {})
+    own = inspect.get_annotations(case.cls.Config)
     bare = [name for name in own if not case.cls.Config.model_fields[name].description]
     require(not bare, f"Config fields without a description: {', '.join(bare)}")
 
@@ -262,7 +283,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def _scores(learner: nn.Module, images: Tensor) -> Tensor:
+def _scores(learner: Learner, images: Tensor) -> Tensor:
     return learner.logits(learner.features(images).float()).float()
 
 
@@ -284,7 +305,9 @@ def _images_in(value: Any, path: str = "learner", depth: int = 0) -> Any:
     elif depth < 6:
         if isinstance(value, nn.Module):
             items: Any = [*value._parameters.items(), *value._buffers.items(), *value._modules.items()]
-            items += [(k, v) for k, v in vars(value).items() if not k.startswith("_") and k not in ("backbone", "config")]
+            items += [
+                (k, v) for k, v in vars(value).items() if not k.startswith("_") and k not in ("backbone", "config")
+            ]
         elif isinstance(value, dict):
             items = value.items()
         elif isinstance(value, (list, tuple, set)):

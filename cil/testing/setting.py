@@ -21,9 +21,10 @@ from cil.data.sources import from_arrays
 from cil.data.transforms import Transforms
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, LearnerConfig
+from cil.protocol import ClassIncremental
 from cil.randomness import isolated
 from cil.runner import Row, run_stages
-from cil.stream import ClassIncremental, Stream
+from cil.stream import Stream
 from cil.training import Recipe
 
 SIZES = (4, 1, 3)
@@ -45,7 +46,9 @@ def model() -> torch.nn.Module:
 def backbone() -> Backbone:
     """The checks' backbone; fresh counters, shared weights."""
     data_config = {"input_size": (3, PIXELS, PIXELS), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return Backbone(model(), "checks", {**data_config, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"})
+    return Backbone(
+        model(), "checks", {**data_config, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+    )
 
 
 def pictures(split: str) -> tuple[np.ndarray, np.ndarray]:

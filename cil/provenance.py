@@ -1,0 +1,121 @@
+"""What a run is: everything a reader must know to trust it, and what tells it from another run."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from cil import hardware, results
+from cil.backbone import Backbone
+from cil.checkpoint import RunFolder
+from cil.data.images import LoadedSplit
+from cil.data.transforms import Transforms
+from cil.errors import RunError
+from cil.plan import Plan, dump
+from cil.stream import Stream
+
+Header = dict[str, Any]
+PACKAGES = ("cil", "torch", "torchvision", "timm", "peft", "accelerate", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the commit when running from a checkout."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    root = Path(__file__).parent.parent
+    if (root / ".git").exists():
+        try:
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            commit = "unknown"
+        found["commit"] = commit
+    return found
+
+
+def make_header(
+    plan: Plan,
+    stream: Stream,
+    backbone: Backbone,
+    transforms: Transforms,
+    train: LoadedSplit,
+    test: LoadedSplit,
+    accelerator: Accelerator,
+) -> Header:
+    """Provenance: everything about a run that is known before it starts."""
+    return {
+        "learner": plan.entry.title,
+        "paper": plan.cls.paper,
+        "stores_images": plan.cls.stores_images,
+        "trains_backbone": plan.cls.trains_backbone,
+        "chosen_by": plan.config.chosen_by,
+        "tested_on": plan.config.stream.test_on,
+        "config": dump(plan.config),
+        "class_names": list(stream.class_names),
+        "class_order": list(stream.order),
+        "tasks": [list(task.classes) for task in stream.tasks],
+        "backbone": {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim},
+        "transform": transforms.card,
+        "data": {
+            split: {"sha256": loaded.source.fingerprint, "images": len(loaded.source), "skipped": loaded.skipped}
+            for split, loaded in (("train", train), ("test", test))
+        },
+        "versions": versions(),
+        "machine": hardware.facts(accelerator.device),
+    }
+
+
+def check_same_run(folder: RunFolder, header: Header) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        RunError: Naming the first key that differs.
+    """
+    if not (folder.path / "metrics.json").exists():
+        if folder.finished():
+            raise RunError(
+                f"{folder.path}: holds stages but no metrics.json to tell of which run; "
+                "move it away or use another --results"
+            )
+        return
+    old, new = _identity(results.load(folder.path)), _identity(header)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise RunError(
+                f"{folder.path}: holds a run with {key} = {old.get(key)!r}, now {new.get(key)!r}; "
+                "give the new one another name= or label, or another --results"
+            )
+
+
+def _identity(header: Header) -> dict[str, Any]:
+    """What makes two runs the same: everything but the machine, the name, and where the data lies."""
+    config = {k: v for k, v in header["config"].items() if k not in ("hardware", "name")}
+    config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download")}
+    config["backbone"] = {k: v for k, v in config["backbone"].items() if k != "weights"}
+    flat = dict(_flatten(config))
+    flat["backbone weights (sha256)"] = header["backbone"]["sha256"]
+    for split in ("train", "test"):
+        flat[f"{split} data (sha256)"] = header["data"][split]["sha256"]
+    return flat
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for i, inner in enumerate(value):
+            yield from _flatten(inner, f"{prefix}.{i}")
+    else:
+        yield prefix, value

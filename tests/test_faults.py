@@ -1,0 +1,197 @@
+"""Faults: killed at any moment, two processes in one folder, a full disk, Ctrl-C. With real processes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import write
+from test_runner import stable
+
+from cil import results
+from cil.checkpoint import RunFolder
+
+LEARNERS = [{"name": "finetune", "epochs": 1, "train_batch_size": 128}]
+RUN = "order1993-seed0"
+LINK = "import os, signal, sys\nimport cil.checkpoint as c\nfrom cil.cli import main\n"
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+# Where the process dies: patches that kill their own process, for real, in the second stage.
+MOMENTS = {
+    "before anything of the stage is written": f"""
+original, calls = c.split_state, []
+def patched(state):
+    calls.append(1)
+    if len(calls) == 2: {DIE}
+    return original(state)
+c.split_state = patched
+""",
+    "between two files of a checkpoint": f"""
+original = c.write_json
+def patched(path, value):
+    if ".stage-01" in str(path): {DIE}
+    return original(path, value)
+c.write_json = patched
+""",
+    "in the middle of a file": f"""
+original = c.save_file
+def patched(tensors, path):
+    if ".stage-01" in str(path):
+        open(path, "wb").write(b"half")
+        {DIE}
+    return original(tensors, path)
+c.save_file = patched
+""",
+    "written but not yet renamed": f"""
+from pathlib import Path
+original = Path.rename
+def patched(self, target):
+    if ".stage-01" in str(self): {DIE}
+    return original(self, target)
+Path.rename = patched
+""",
+    "renamed, metrics.json not yet rebuilt": f"""
+original = c.RunFolder.save_stage
+def patched(self, index, *rest, **more):
+    original(self, index, *rest, **more)
+    if index == 1: {DIE}
+c.RunFolder.save_stage = patched
+""",
+    "while training": f"""
+import threading
+from cil.learners.finetune import Finetune
+original = Finetune.train_on
+def patched(self, data, first, ctx):
+    if ctx.stage == 1: threading.Timer(0.15, lambda: {DIE}).start()
+    return original(self, data, first, ctx)
+Finetune.train_on = patched
+""",
+}
+
+
+def start(config, cwd, patch="", **options):
+    code = LINK + patch + f"sys.argv = ['cil', 'run', {str(config)!r}]\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish(process, timeout=240):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    place = tmp_path_factory.mktemp("whole")
+    started = time.perf_counter()
+    code, _, err = finish(start(write(place / "c.yaml", learners=LEARNERS), place))
+    assert code == 0, err
+    (place / "seconds").write_text(str(time.perf_counter() - started))
+    return place
+
+
+def compare(place: Path, whole: Path):
+    one, two = (p / "results" / "t" / "finetune" / RUN for p in (place, whole))
+    assert stable(results.load(one)) == stable(results.load(two))
+    for i in range(3):
+        for name in ("learner.safetensors", "predictions.safetensors"):
+            assert (one / f"stage-{i:02d}" / name).read_bytes() == (two / f"stage-{i:02d}" / name).read_bytes()
+    assert not list(one.glob(".stage-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_started_again_ends_the_same_to_the_bit(tmp_path, uninterrupted, moment):
+    config = write(tmp_path / "c.yaml", learners=LEARNERS)
+    code, _, err = finish(start(config, tmp_path, MOMENTS[moment]))
+    assert code == -signal.SIGKILL, f"the process was to be killed {moment}, but ended with {code}: {err}"
+    assert not results.load(tmp_path / "results" / "t" / "finetune" / RUN)["complete"]
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+    compare(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_from_outside_again_and_again(tmp_path, uninterrupted):
+    """kill -9 at moments that nothing in the program knows of, then once to the end."""
+    config = write(tmp_path / "c.yaml", learners=LEARNERS)
+    whole = float((uninterrupted / "seconds").read_text())
+    for fraction in (0.6, 0.75, 0.85):
+        process = start(config, tmp_path)
+        try:
+            finish(process, timeout=fraction * whole)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert fraction > 0.6, "the first attempt ended before it could be killed"
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+    compare(tmp_path, uninterrupted)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    config = write(tmp_path / "c.yaml")
+    folder = tmp_path / "results" / "t" / "ncm" / RUN
+    with RunFolder(folder).locked():
+        code, _, err = finish(start(config, tmp_path))
+    assert code == 2 and "another process is running in this folder" in err
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+
+
+def _small_files():
+    """No file of this process may grow beyond 300 kB: what a full disk does, without filling one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+def test_a_full_disk_leaves_earlier_stages_loadable(tmp_path):
+    """The first stages fit; a learner that grows past the limit does not."""
+    (tmp_path / "grows.py").write_text(
+        "import torch\nfrom cil.learners.ncm import NCMLearner\nclass Grows(NCMLearner):\n"
+        "    def learn(self, task, ctx):\n        super().learn(task, ctx)\n"
+        "        if task.index == 2: self.register_buffer('big', torch.zeros(200_000))\n"
+    )
+    config = write(tmp_path / "c.yaml", learners=[{"class": "grows.py:Grows"}])
+    code, out, err = finish(start(config, tmp_path, preexec_fn=_small_files))
+    folder = tmp_path / "results" / "t" / "Grows" / RUN
+    assert code == 2 and "the disk is full. Finished stages are kept" in err, (code, out, err)
+    assert len(err.strip().splitlines()) == 1
+    assert RunFolder(folder).finished() == 2 and not list(folder.glob(".stage-*"))
+    found = results.load(folder)
+    assert not found["complete"] and len(found["stages"]) == 2
+    from cil.prediction import restore
+    from cil.testing.setting import accelerator
+
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        assert restore(folder, accelerator())[0].seen == 8
+    finally:
+        os.chdir(here)
+    code, _, err = finish(start(config, tmp_path))
+    assert code == 0, err
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    config = write(tmp_path / "c.yaml", learners=[{**LEARNERS[0], "epochs": 30}])
+    process = start(config, tmp_path)
+    folder = tmp_path / "results" / "t" / "finetune" / RUN
+    deadline = time.time() + 120
+    while not (folder / "stage-00").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130, (code, err)
+    assert "same command to go on" in out and "Traceback" not in err
+    assert RunFolder(folder).finished() >= 1 and not results.load(folder)["complete"]

@@ -1,0 +1,84 @@
+"""Real images on the shipped backbone, against ten lines of numpy over timm's own pipeline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.data import create_dataset, create_transform
+
+from cil import results
+from cil.backbone import embedded_card, load_backbone
+from cil.configfile import load
+from cil.runner import run
+
+PER_CLASS = 10
+
+
+@pytest.fixture(scope="module")
+def reference(real_data):
+    """Nearest class mean by numpy over timm's dataset, transform and model: predictions of the 5,000 test images."""
+    card = embedded_card()["input"]
+    transform = create_transform(
+        input_size=tuple(card["size"]),
+        mean=card["mean"],
+        std=card["std"],
+        interpolation=card["interpolation"],
+        crop_pct=1.0,
+        crop_mode="squash",
+    )
+    vit = load_backbone().model
+    assert isinstance(vit, timm.models.vision_transformer.VisionTransformer)
+
+    def features(name, keep):
+        data = create_dataset("", root=str(real_data / name), transform=transform)
+        labels = np.array(data.reader.targets)
+        chosen = [i for c in range(100) for i in np.flatnonzero(labels == c)[:keep]]
+        with torch.inference_mode():
+            parts = [vit(torch.stack([data[i][0] for i in chosen[k : k + 250]])) for k in range(0, len(chosen), 250)]
+        return torch.cat(parts).numpy().astype(np.float64), labels[chosen]
+
+    train, train_labels = features("tiny_imagenet_stream_train.tar", PER_CLASS)
+    test, test_labels = features("tiny_imagenet_stream_val.tar", 50)
+    means = np.stack([train[train_labels == c].mean(0) for c in range(100)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    scores = test / np.linalg.norm(test, axis=1, keepdims=True) @ means.T
+    return (scores.argmax(1) == test_labels).mean()
+
+
+@pytest.mark.slow
+def test_ncm_is_ten_lines_of_numpy_for_any_order_and_split(real_data, reference, tmp_path):
+    lasts = []
+    for order, split in ((1993, "increment=10"), ("natural", "sizes=[37, 1, 62]")):
+        overrides = [
+            f"data.root={real_data}",
+            f"data.per_class={PER_CLASS}",
+            f"orders=[{order}]",
+            f"name=n{len(lasts)}",
+        ]
+        overrides += ["hardware.device=cpu", "stream.increment=null", f"stream.{split}"]
+        [folder] = run(load("split_tiny_imagenet100/ncm", overrides), tmp_path)
+        found = results.load(folder)
+        assert found["summary"]["passes_per_train_image"] == found["summary"]["passes_per_test_image"] == 1.0
+        lasts.append(found["summary"]["accuracy_last"])
+    assert lasts == pytest.approx([reference] * 2, abs=2.5 / 5000)  # a near tie may fall the other way in float32
+
+
+@pytest.mark.slow
+def test_cifar10_tars_run(real_data, tmp_path):
+    config = load("cifar10/ncm", [f"data.root={real_data}", "data.per_class=50", "hardware.device=cpu"])
+    found = results.load(run(config, tmp_path)[0])
+    assert found["complete"] and 0.35 < found["summary"]["accuracy_last"] < 0.6
+    assert found["class_names"][0] in (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )

@@ -1,0 +1,130 @@
+"""TensorBoard read back through its own reader; figures, tables and pages over results."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from test_runner import settings
+
+import cil.runner as runner
+from cil import report, results
+from cil.errors import RunError
+from cil.runner import run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    learners = ["ncm", {"name": "linear_probe", "epochs": 3}]
+    return root, run(settings(learners=learners, orders=[1, 2]), root)
+
+
+def read(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_steps_are_stages_and_values_are_the_metrics(runs):
+    _, folders = runs
+    events, found = read(folders[0]), results.load(folders[0])
+    for tag in ("accuracy/seen", "accuracy/new", "task_id_accuracy", "within_task_accuracy"):
+        assert [e.step for e in events.Scalars(tag)] == [1, 2, 3]
+        np.testing.assert_allclose([e.value for e in events.Scalars(tag)], found["curves"][tag], rtol=1e-6)
+    for tag in ("forgetting/mean", "accuracy/old", "bwt", "forgetting/within_task"):
+        assert [e.step for e in events.Scalars(tag)] == [2, 3]
+        np.testing.assert_allclose(
+            [e.value for e in events.Scalars(tag)], found["curves"][tag][1:], rtol=1e-5, atol=1e-7
+        )
+    assert [e.step for e in events.Scalars("forgetting/task_02")] == [3]
+    assert {"cost/trainable_parameters", "cost/seconds_learn", "cost/statistics_bytes"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Images("accuracy_matrix")] == [1, 2, 3]
+
+
+def test_training_has_steps_of_its_own(runs):
+    _, folders = runs
+    assert [e.step for e in read(folders[2]).Scalars("train/loss")] == list(range(9))
+
+
+def test_one_run_a_folder_with_layout_and_hyper_parameters(runs):
+    root, folders = runs
+    events = read(folders[0])
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"accuracy/seen" in layout and b"forgetting/mean" in layout
+    everything = EventMultiplexer().AddRunsFromDirectory(str(root))
+    everything.Reload()
+    assert len(everything.Runs()) == len(folders)  # hparams added no run of its own
+    assert (
+        "_hparams_/session_start_info" in everything.PluginRunToTagToContent("hparams")[next(iter(everything.Runs()))]
+    )
+    assert read(folders[0]).Scalars("final/accuracy_last")
+
+
+def test_a_resumed_run_draws_the_same_curves(runs, tmp_path, monkeypatch):
+    _, folders = runs
+    config = settings(learners=[{"name": "linear_probe", "epochs": 3}], orders=[1])
+    original = runner.run_stages
+    monkeypatch.setattr(runner, "run_stages", lambda *a, **k: original(*a, **{**k, "stop_after": 2}))
+    run(config, tmp_path)
+    monkeypatch.setattr(runner, "run_stages", original)
+    [resumed] = run(config, tmp_path)
+    one, two = read(folders[2]), read(resumed)
+    assert one.Tags()["scalars"] == two.Tags()["scalars"]
+    for tag in one.Tags()["scalars"]:
+        if "second" not in tag and "memory" not in tag:
+            assert [(e.step, e.value) for e in one.Scalars(tag)] == [(e.step, e.value) for e in two.Scalars(tag)], tag
+
+
+def test_table_ranks_and_averages(runs):
+    root, _ = runs
+    tables, written = report.compare([root], width=200)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(tables[0])
+    text = console.export_text()
+    assert text.index("ncm") < text.index("linear_probe")
+    values = [results.load(f)["summary"]["accuracy_last"] * 100 for f in runs[1][2:]]
+    assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
+    assert [p.name for p in written] == ["compare.png", "compare.html"]
+    assert written[0].read_bytes()[:4] == b"\x89PNG" and written[0].stat().st_size > 10_000
+
+
+def test_page_is_self_contained(runs):
+    root, _ = runs
+    text = report.page(report.by_protocol(results.find([root])))
+    assert text.count("<svg") == 3 and "prefers-color-scheme: dark" in text
+    assert not re.search(r"(src|href)=\"(?!#|data:)", text)  # nothing is fetched
+    assert "linear_probe" in text and "sha256" in text
+
+
+def test_other_streams_are_not_ranked_together(runs, tmp_path):
+    root, _ = runs
+    other = run(settings(stream={"increment": 5}, orders=[1]), tmp_path)
+    groups = report.by_protocol(results.find([root, *other]))
+    assert sorted(len(g) for g in groups) == [1, 4]
+    tables, written = report.compare([root, *other], tmp_path)
+    assert len(tables) == 2 and {p.name for p in written} == {"compare-1.png", "compare-2.png", "compare.html"}
+
+
+def test_exemplar_methods_and_unfinished_runs_are_marked(runs):
+    found = results.find([runs[0]])[0]
+    assert report.marks([found]) == ""
+    marked = report.marks([{**found, "stores_images": True, "complete": False, "chosen_by": "paper"}])
+    assert marked == "keeps old images, 1 unfinished, tuned: paper"
+
+
+def test_nothing_to_compare_is_said(tmp_path):
+    with pytest.raises(RunError, match="no such folder"):
+        results.find([tmp_path / "none"])
+    with pytest.raises(RunError, match="no run there"):
+        results.find([tmp_path])
+
+
+def test_undefined_numbers_are_null(runs):
+    text = (runs[1][0] / "metrics.json").read_text()
+    assert "NaN" not in text and json.loads(text)["curves"]["forgetting/mean"][0] is None
