@@ -7,7 +7,7 @@ recomputed, and only it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,19 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from cil.data.images import ImageSet
-    from cil.learner import Learner
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+class Eyes(Protocol):
+    """The half of a learner this file needs: how it sees, and when that changed."""
+
+    training: bool
+
+    @property
+    def feature_version(self) -> Hashable: ...
+    def features(self, images: Tensor) -> Tensor: ...
+    def train(self, mode: bool = True) -> Any: ...
 
 
 class FeatureCache:
@@ -35,37 +45,35 @@ class FeatureCache:
         self._version: Hashable = None
         self._kept: dict[int, tuple[ImageSet, np.ndarray, Tensor]] = {}  # image set → (itself, which are there, [N, F])
 
-    def get(self, learner: Learner, images: ImageSet, groups: Sequence[np.ndarray]) -> Tensor:
+    def get(self, eyes: Eyes, images: ImageSet, groups: Sequence[np.ndarray]) -> Tensor:
         """Features of the images in ``groups``, float32 [sum of group sizes, F] on the CPU, in order.
 
         A forward pass never mixes groups. The grouping decides the batches, and with them the last bits of the
         floating-point results: a resumed run that asks in the same groups gets the same bits.
         """
-        if self._version != learner.feature_version:
+        if self._version != eyes.feature_version:
             self._kept.clear()
-            self._version = learner.feature_version
-        key = id(images)
+            self._version = eyes.feature_version
         for indices in groups:
-            entry = self._kept.get(key)
+            entry = self._kept.get(id(images))
             missing = indices if entry is None else indices[~entry[1][indices]]
             if not len(missing):
                 continue
-            computed = self._compute(learner, images, missing)
+            computed = self._compute(eyes, images, missing)
             if entry is None:
-                store = torch.zeros(len(images), computed.shape[1])
-                entry = self._kept[key] = (images, np.zeros(len(images), dtype=bool), store)
+                entry = (images, np.zeros(len(images), dtype=bool), torch.zeros(len(images), computed.shape[1]))
+                self._kept[id(images)] = entry
             entry[2][torch.from_numpy(missing)] = computed
             entry[1][missing] = True
-        wanted = np.concatenate(groups) if len(groups) else np.zeros(0, dtype=np.int64)
-        return self._kept[key][2][torch.from_numpy(wanted)]
+        return self._kept[id(images)][2][torch.from_numpy(np.concatenate(groups))]
 
-    def _compute(self, learner: Learner, images: ImageSet, indices: np.ndarray) -> Tensor:
+    def _compute(self, eyes: Eyes, images: ImageSet, indices: np.ndarray) -> Tensor:
         batches: Iterable[Any] = images.batches(indices, indices, self.batch_size, device=self.accelerator.device)
         if self._track is not None:
             batches = self._track(batches, "features", -(-len(indices) // self.batch_size))
-        was_training = learner.training
-        learner.eval()
+        was_training = eyes.training
+        eyes.train(False)
         with torch.inference_mode(), self.accelerator.autocast():
-            parts = [learner.features(pixels).float().cpu() for pixels, _ in batches]
-        learner.train(was_training)
+            parts = [eyes.features(pixels).float().cpu() for pixels, _ in batches]
+        eyes.train(was_training)
         return torch.cat(parts).clone()

@@ -36,7 +36,11 @@ def versions() -> dict[str, str]:
     if (root / ".git").exists():
         try:
             commit = subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+                ["git", "describe", "--always", "--abbrev=40", "--dirty"],
+                cwd=root,
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             commit = "unknown"

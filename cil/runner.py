@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def run_stages(
     seed: int = 0,
     batch_size: int = 128,
     folder: RunFolder | None = None,
-    tracker: Tracker | None = None,
-    display: Display | None = None,
-    title: str = "",
     keep: str = "all",
+    display: Display | None = None,
+    log: Callable[[str, float], None] | None = None,
+    finished: Callable[[list[Row]], None] | None = None,
     stop_after: int | None = None,
 ) -> list[Row]:
     """Take a learner through a stream, going on from the stages ``folder`` already holds.
@@ -54,10 +55,10 @@ def run_stages(
         seed: Training seed; (seed, stage) decides everything random in a stage.
         batch_size: Images a forward pass outside training.
         folder: Where stages are written; None keeps nothing on disk.
-        tracker: TensorBoard.
-        display: Terminal.
-        title: Name of the run on the terminal.
         keep: Stages whose weights stay on disk, ``all`` or ``last``.
+        display: Progress bars.
+        log: Receives what the learner logs while it trains.
+        finished: Called after every stage with the rows so far.
         stop_after: Stop once this many stages are there, as an interruption would.
 
     Returns:
@@ -68,28 +69,25 @@ def run_stages(
     cache = FeatureCache(accelerator, batch_size, display.track)
     rows = folder.rows() if folder is not None else []
 
-    def context(stage: int, log: list[tuple[str, float]] | None = None) -> Context:
+    def context(stage: int, logged: list[tuple[str, float]]) -> Context:
         def report(name: str, value: float) -> None:
+            logged.append((name, value))
             if log is not None:
-                log.append((name, value))
-                if tracker is not None:
-                    tracker.scalar(name, value)
+                log(name, value)
 
         return Context(accelerator, cache, seed=seed, stage=stage, log=report, track=display.track)
 
     for task in stream.tasks[: len(rows)]:
         if not learner.stores_images:
             task.close()
-        learner.begin(task, context(task.index))
+        learner.begin(task, context(task.index, []))
     if rows and folder is not None:
         folder.load_learner(learner, len(rows) - 1)
-    if tracker is not None:
-        tracker.replay(rows)
     unchanged_since = rows[-1]["unchanged_since"] if rows else 0
     stages = len(stream) if stop_after is None else min(stop_after, len(stream))
-    for task in display.track(stream.tasks[len(rows) : stages], title or "stages", stages - len(rows)):
-        log: list[tuple[str, float]] = []
-        ctx = context(task.index, log)
+    for task in display.track(stream.tasks[len(rows) : stages], "stages", stages - len(rows)):
+        logged: list[tuple[str, float]] = []
+        ctx = context(task.index, logged)
         version, passes, started = learner.feature_version, learner.backbone.passes, time.perf_counter()
         learner.begin(task, ctx)
         learner.train()
@@ -112,7 +110,7 @@ def run_stages(
             "seconds_test": time.perf_counter() - learned,
             "peak_memory_bytes": hardware.peak_memory_bytes(accelerator.device),
         }
-        row = {**counts(found, stream, task.index), "unchanged_since": unchanged_since, "costs": costs, "log": log}
+        row = {**counts(found, stream, task.index), "unchanged_since": unchanged_since, "costs": costs, "log": logged}
         if folder is not None:
             arrays = as_tensors(
                 index=found.index,
@@ -125,9 +123,8 @@ def run_stages(
             )
             folder.save_stage(task.index, learner, row, arrays, keep)
         rows.append(row)
-        if tracker is not None:
-            tracker.stage(rows)
-        display.stage(title, rows, len(stream))
+        if finished is not None:
+            finished(rows)
     return rows
 
 
@@ -180,11 +177,21 @@ def _run_one(
         display.say(f"{title}  finished already: {folder.path}")
         return
     folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
-    folder.write("metrics.json", _json(results.assemble(header, folder.rows(), stages)))
+
+    def write_metrics() -> None:
+        folder.write("metrics.json", _json(results.assemble(header, folder.rows(), stages)))
+
+    def finished(rows: list[Row]) -> None:
+        tracker.stage(rows)
+        write_metrics()
+        display.stage(title, rows, stages)
+
+    write_metrics()  # from here on the folder says which run it holds
     with isolated(0):  # a learner that forgot its generator is still repeatable here; the checks find it out
         learner = plan.cls(plan.parameters, backbone)
     tracker = Tracker(folder.path, header)
     try:
+        tracker.replay(folder.rows())
         rows = run_stages(
             learner,
             stream,
@@ -192,17 +199,14 @@ def _run_one(
             seed=plan.seed,
             batch_size=plan.config.batch_size,
             folder=folder,
-            tracker=tracker,
-            display=display,
-            title=title,
             keep=plan.config.hardware.checkpoints,
+            display=display,
+            log=tracker.scalar,
+            finished=finished,
         )
         tracker.finish(results.assemble(header, rows, stages)["summary"])
     finally:
-        try:
-            folder.write("metrics.json", _json(results.assemble(header, folder.rows(), stages)))
-        finally:
-            tracker.close()
+        tracker.close()
 
 
 def make_stream(config: Config, train: ImageSet, test: ImageSet) -> Stream:

@@ -10,15 +10,8 @@ import pytest
 import cil.errors
 import cil.protocol
 from cil.errors import StreamError
-from cil.stream import (
-    ClassIncremental,
-    DomainIncremental,
-    Stream,
-    class_order,
-    concatenate,
-    task_sizes,
-    validation_split,
-)
+from cil.protocol import ClassIncremental, DomainIncremental, class_order, task_sizes, validation_split
+from cil.stream import Stream, concatenate
 
 
 @pytest.mark.parametrize("module", [cil.protocol, cil.errors])

@@ -105,14 +105,17 @@ class ImageSet:
                 yield torch.from_numpy(np.stack(loaded))
             return
         loader: DataLoader[Any] = DataLoader(
-            reader,
+            _Worker(self.source, self.transforms),
             batch_sampler=batches,
             num_workers=min(self.workers, len(batches)),
             collate_fn=_stack,
             generator=torch.Generator().manual_seed(0),  # otherwise the loader draws a seed from the global state
             pin_memory=torch.cuda.is_available(),
         )
-        yield from loader
+        for loaded in loader:
+            if isinstance(loaded, DataError):
+                raise loaded
+            yield loaded
 
 
 class _Pictures(Dataset[np.ndarray]):
@@ -130,8 +133,19 @@ class _Pictures(Dataset[np.ndarray]):
         return np.asarray(self.transforms.augment(picture))
 
 
-def _stack(pictures: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(pictures))
+class _Worker(_Pictures):
+    """The same in a worker process: an unreadable file comes back as a value, or it would arrive as a traceback."""
+
+    def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray | DataError:  # type: ignore[override]
+        try:
+            return super().__getitem__(item)
+        except DataError as error:
+            return error
+
+
+def _stack(pictures: list[np.ndarray | DataError]) -> torch.Tensor | DataError:
+    broken = [p for p in pictures if isinstance(p, DataError)]
+    return broken[0] if broken else torch.from_numpy(np.stack(pictures))  # type: ignore[arg-type]
 
 
 def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
