@@ -99,7 +99,9 @@ class HardwareConfig(Section):
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     workers: int = Field(2, ge=0, description="processes or threads that decode images")
-    memory_gib: float = Field(4.0, ge=0, description="keep decoded images in memory up to this size")
+    memory_gib: float = Field(
+        4.0, ge=0, description="of each split: keep decoded images, and transformed ones, in memory if each fit in this"
+    )
     checkpoints: Literal["all", "last"] = Field("all", description="stages whose weights are kept on disk")
 
 

@@ -36,7 +36,7 @@ def run_stages(
     learner: Learner,
     stream: Stream,
     *,
-    accelerator: Accelerator,
+    accelerator: Accelerator | None = None,
     seed: int = 0,
     batch_size: int = 128,
     folder: RunFolder | None = None,
@@ -51,7 +51,7 @@ def run_stages(
     Args:
         learner: A fresh learner.
         stream: Its tasks; the test split is opened by the evaluator only.
-        accelerator: Device and precision.
+        accelerator: Device and precision; by default float32 on the best device here.
         seed: Training seed; (seed, stage) decides everything random in a stage.
         batch_size: Images a forward pass outside training.
         folder: Where stages are written; None keeps nothing on disk.
@@ -65,7 +65,9 @@ def run_stages(
         A row per finished stage: counts, costs, what was logged.
     """
     display = display or Display()
+    accelerator = accelerator or hardware.accelerator("auto")
     learner.to(accelerator.device)
+    learner.backbone.to(accelerator.device)
     cache = FeatureCache(accelerator, batch_size, display.track)
     rows = folder.rows() if folder is not None else []
 
@@ -149,11 +151,11 @@ def run(config: Config, root: Path | str = "results", *, display: Display | None
     backbone = load_backbone(config.backbone, accelerator.device)
     transforms = Transforms(backbone.data_config, config.transform)
     images = train.images(transforms), test.images(transforms)
+    streams = [make_stream(plan.config, *images) for plan in todo]  # a class order that does not fit is found here
     folders = []
     with display:
-        for plan in todo:
+        for plan, stream in zip(todo, streams, strict=True):
             folder = RunFolder(Path(root) / plan.place)
-            stream = make_stream(plan.config, *images)
             header = make_header(plan, stream, backbone, transforms, train, test, accelerator)
             with folder.locked(), folder.reported(only_full=True):
                 _run_one(plan, folder, stream, backbone, header, accelerator, display)
@@ -178,20 +180,21 @@ def _run_one(
         return
     folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
 
-    def write_metrics() -> None:
-        folder.write("metrics.json", _json(results.assemble(header, folder.rows(), stages)))
+    def write_metrics(rows: list[Row]) -> None:
+        folder.write("metrics.json", _json(results.assemble(header, rows, stages)))
 
     def finished(rows: list[Row]) -> None:
         tracker.stage(rows)
-        write_metrics()
+        write_metrics(rows)
         display.stage(title, rows, stages)
 
-    write_metrics()  # from here on the folder says which run it holds
+    earlier = folder.rows()
+    write_metrics(earlier)  # from here on the folder says which run it holds
     with isolated(0):  # a learner that forgot its generator is still repeatable here; the checks find it out
         learner = plan.cls(plan.parameters, backbone)
     tracker = Tracker(folder.path, header)
     try:
-        tracker.replay(folder.rows())
+        tracker.replay(earlier)
         rows = run_stages(
             learner,
             stream,

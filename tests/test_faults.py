@@ -185,7 +185,8 @@ def test_a_full_disk_leaves_earlier_stages_loadable(tmp_path):
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     config = write(tmp_path / "c.yaml", learners=[{**LEARNERS[0], "epochs": 30}])
-    process = start(config, tmp_path)
+    # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
+    process = start(config, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = tmp_path / "results" / "t" / "finetune" / RUN
     deadline = time.time() + 120
     while not (folder / "stage-00").exists() and time.time() < deadline:

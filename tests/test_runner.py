@@ -219,6 +219,12 @@ def test_a_folder_of_another_run_is_refused(tmp_path, changes, key):
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_later_run_that_cannot_be_is_found_before_the_first_starts(tmp_path):
+    with pytest.raises(CilError, match="must hold each of the 10 classes once"):
+        run(settings(orders=[1993, [0, 1, 2]]), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_results_are_named(tmp_path):
     [folder] = run(settings(), tmp_path)
     (folder / "metrics.json").write_text("{")
