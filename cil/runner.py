@@ -87,7 +87,9 @@ def run_stages(
         folder.load_learner(learner, len(rows) - 1)
     unchanged_since = rows[-1]["unchanged_since"] if rows else 0
     stages = len(stream) if stop_after is None else min(stop_after, len(stream))
-    for task in display.track(stream.tasks[len(rows) : stages], "stages", stages - len(rows)):
+    for task in display.track(
+        stream.tasks[len(rows) : stages], f"{learner.name or type(learner).__name__}: stages", stages - len(rows)
+    ):
         logged: list[tuple[str, float]] = []
         ctx = context(task.index, logged)
         version, passes, started = learner.feature_version, learner.backbone.passes, time.perf_counter()
