@@ -123,6 +123,34 @@ def test_domain_incremental_run(image_set):
     assert rows[1]["task_id_accuracy"] is None
 
 
+def test_domains_from_folders_to_metrics(picture_folder, tmp_path):
+    root = tmp_path / "domains"
+    for name in ("photo", "sketch", "clip"):
+        picture_folder(root=root / name, train=6, test=4)
+    data = {"dataset": "folder", "root": str(root), "domains": ["photo", "sketch", "clip"]}
+    [folder] = run(settings(data=data, stream={"type": "domain_incremental"}), tmp_path)
+    found = results.load(folder)
+    assert found["tasks"] == [[0, 1, 2]] * 3 and found["stages"][-1]["total"] == [12, 12, 12]
+    assert found["summary"]["task_id_accuracy"] is None
+    learner, _, names = restore(folder, accelerator())
+    assert learner.seen == len(names) == 3
+
+
+@pytest.mark.parametrize("entry", [{"name": "ncm"}, {"name": "finetune", "epochs": 1, "train_batch_size": 32}])
+def test_streaming_from_disk_gives_the_same_results_as_memory(picture_folder, tmp_path, entry):
+    """hardware.memory_gib is no part of the experiment: worker processes that decode on the fly change no bit."""
+    data = {"dataset": "folder", "root": str(picture_folder(train=30, test=25))}
+    found = []
+    for memory in (4, 0):
+        config = settings(
+            data=data, stream={"increment": 2}, learners=[entry], hardware={"device": "cpu", "memory_gib": memory}
+        )
+        found.append(results.load(run(config, tmp_path / str(memory))[0]))
+    for result in found:
+        result["config"].pop("hardware")
+    assert stable(found[0]) == stable(found[1])
+
+
 def test_what_a_run_leaves(tmp_path):
     [folder] = run(settings(), tmp_path)
     assert folder == tmp_path / "t" / "ncm" / "order1993-seed0"
