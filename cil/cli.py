@@ -47,7 +47,7 @@ def run(
         console.print("\nstopped. Finished stages are kept; give the same command to go on.")
         raise typer.Exit(130) from None
     _compare([results / settings.name], None)
-    console.print(f"curves:    tensorboard --logdir {results / settings.name}", highlight=False, soft_wrap=True)
+    typer.echo(f"curves:     tensorboard --logdir {results / settings.name}")
 
 
 @app.command()
@@ -71,7 +71,7 @@ def _compare(paths: list[Path], out: Path | None) -> None:
     for table in tables:
         console.print(table)
     for file in written:
-        console.print(f"{'picture' if file.suffix == '.png' else 'page'}:   {file}", highlight=False, soft_wrap=True)
+        typer.echo(f"{'picture:' if file.suffix == '.png' else 'page:':10} {file}")
 
 
 @app.command("list")
