@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from cil import figures, metrics, results
 
@@ -99,7 +100,12 @@ class Tracker:
         flat = {"learner": self._header["learner"], "order": str(config["orders"][0]), "seed": config["seeds"][0]}
         parameters = {k: v for k, v in config["learners"][0].items() if isinstance(v, (str, int, float, bool))}
         final = {f"final/{k}": float(v) for k, v in summary.items() if v is not None}
-        self._writer.add_hparams({**parameters, **flat}, final, run_name=".")
+        # SummaryWriter.add_hparams would open a second event file, and readers take files in the order of their names,
+        # which for two of one second is not the order they were written in: the same summaries, into the one file
+        for part in hparams({**parameters, **flat}, final):
+            self._writer._get_file_writer().add_summary(part)
+        for name, value in final.items():
+            self._writer.add_scalar(name, value)
 
     def close(self) -> None:
         self._writer.close()

@@ -60,6 +60,9 @@ def test_one_run_a_folder_with_layout_and_hyper_parameters(runs):
     everything = EventMultiplexer().AddRunsFromDirectory(str(root))
     everything.Reload()
     assert len(everything.Runs()) == len(folders)  # hparams added no run of its own
+    assert all(
+        len(list(folder.glob("events.*"))) == 1 for folder in folders
+    )  # nor a second file to be read out of order
     assert (
         "_hparams_/session_start_info" in everything.PluginRunToTagToContent("hparams")[next(iter(everything.Runs()))]
     )
