@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cil.errors import RunError
-from cil.learner import Learner
+from cil.learner import Context, Learner
+from cil.stream import Task
 
 
 class RunFolder:
@@ -122,12 +123,20 @@ class RunFolder:
         """The rows of all complete stages."""
         return [self.read_json(self.stage(i) / "stage.json") for i in range(self.finished())]
 
-    def load_learner(self, learner: Learner, index: int) -> None:
-        """Load a stage's state into a learner that has begun all tasks up to it.
+    def load_learner(self, learner: Learner, tasks: Sequence[Task], context: Callable[[int], Context]) -> None:
+        """Give a fresh learner the state it had after the last of ``tasks``: begin them all, then load.
+
+        Args:
+            learner: A fresh learner.
+            tasks: All tasks up to the stage to load; their images are not read.
+            context: Stage → context.
 
         Raises:
             RunError: The weights are not there (``hardware.checkpoints: last``), damaged, or of another learner.
         """
+        for task in tasks:
+            learner.begin(task, context(task.index))
+        index = len(tasks) - 1
         file = self.stage(index) / "learner.safetensors"
         try:
             state: dict[str, Any] = dict(load_file(file))
@@ -174,8 +183,13 @@ def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, extra
 
 
+def to_json(value: Any) -> str:
+    """How every JSON file of a run is written; NaN is refused, since it is no JSON."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    file.write_text(to_json(value), encoding="utf-8")
 
 
 def _system_error(error: SafetensorError) -> int | None:

@@ -58,15 +58,17 @@ def evaluate(
         groups = [_mixed(first), *parts[unchanged_since + 1 :]]
         images = test.images
         if unchanged_since < stage:
-            cache.get(
-                learner, images, groups[:-1]
-            )  # there already, unless the run was resumed: not a cost of this stage
+            # there already, unless the run was resumed: not a cost of this stage
+            cache.get(learner, images, groups[:-1])
         before = learner.backbone.passes
         features = cache.get(learner, images, groups)
         passes = learner.backbone.passes - before
         index = np.concatenate(groups)
         label = test.labels[index]
-    task = np.repeat(np.arange(stage + 1), [len(p) for p in parts])[_inverse(np.concatenate(parts), index)]
+    task_of = np.zeros(len(images), dtype=np.int64)
+    for j, part in enumerate(parts):
+        task_of[part] = j
+    task = task_of[index]
     order = _mixed(np.arange(len(index)))
     index, label, task, features = index[order], label[order], task[order], features[torch.from_numpy(order)]
     allowed = torch.full((stage + 1, len(stream.tasks[stage].seen)), float("-inf"))
@@ -118,9 +120,3 @@ def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int
 
 def _mixed(items: np.ndarray) -> np.ndarray:
     return items[np.random.RandomState(0).permutation(len(items))]
-
-
-def _inverse(haystack: np.ndarray, needles: np.ndarray) -> np.ndarray:
-    """Positions in ``haystack`` of ``needles``, a permutation of it."""
-    order = np.argsort(haystack)
-    return order[np.searchsorted(haystack[order], needles)]

@@ -76,4 +76,4 @@ class FeatureCache:
         with torch.inference_mode(), self.accelerator.autocast():
             parts = [eyes.features(pixels).float().cpu() for pixels, _ in batches]
         eyes.train(was_training)
-        return torch.cat(parts).clone()
+        return torch.cat(parts)

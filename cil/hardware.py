@@ -37,9 +37,8 @@ def accelerator(device: str = "cpu", precision: str = "fp32") -> Accelerator:
                 f"hardware.device: {device} does not exist; torch sees {torch.cuda.device_count()} CUDA devices"
             )
         torch.cuda.set_device(int(index))
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # otherwise a second run in this process keeps the first's precision
+    # otherwise a second run in this process keeps the first's precision
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return Accelerator(cpu=kind == "cpu", mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.config import Section
 from cil.features import FeatureCache
 from cil.randomness import generator
 from cil.stream import Task, TaskData
@@ -24,10 +24,8 @@ from cil.stream import Task, TaskData
 T = TypeVar("T")
 
 
-class LearnerConfig(BaseModel):
+class LearnerConfig(Section):
     """Hyper-parameters of a learner; unknown keys are refused. Defaults are one setting for all datasets."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Context:

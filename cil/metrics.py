@@ -72,7 +72,7 @@ def forgetting_by_task(r: Array, stage: int = -1) -> Array:
     The maximum runs over *earlier* stages only, so a task that still improves has a negative value, down to −1.
     """
     i = range(len(r))[stage]
-    return np.array([np.nanmax(r[:i, j]) - r[i, j] for j in range(i)])
+    return np.nanmax(r[:i, :i], axis=0) - r[i, :i] if i else np.zeros(0)
 
 
 def forgetting(r: Array, stage: int = -1) -> float:
@@ -101,7 +101,7 @@ def forgetting_from_first(r: Array, stage: int = -1) -> float:
 def backward_transfer(r: Array, stage: int = -1) -> float:
     """BWT = (1/i) Σ_{j<i} (R[i, j] − R[j, j]) (Lopez-Paz & Ranzato 2017, arXiv 1706.08840); NaN at the first stage."""
     i = range(len(r))[stage]
-    return float(np.mean([r[i, j] - r[j, j] for j in range(i)])) if i else float("nan")
+    return float(np.mean(r[i, :i] - np.diag(r)[:i])) if i else float("nan")
 
 
 def learning_accuracy(r: Array) -> float:

@@ -45,9 +45,7 @@ def restore(folder: Path, accelerator: Accelerator) -> tuple[Learner, Transforms
         learner = cls(parameters, backbone).to(accelerator.device)
     cache = FeatureCache(accelerator, config.batch_size)
     tasks = past_tasks(header["tasks"][:finished], header["class_names"])
-    for task in tasks:
-        learner.begin(task, Context(accelerator, cache, seed=config.seeds[0], stage=task.index))
-    run_folder.load_learner(learner, finished - 1)
+    run_folder.load_learner(learner, tasks, lambda stage: Context(accelerator, cache, stage=stage))
     learner.eval()
     return learner, Transforms(backbone.data_config, config.transform), tasks[-1].names
 

@@ -48,7 +48,8 @@ def assemble(header: dict[str, Any], rows: list[dict[str, Any]], stages: int) ->
         return {**header, "complete": False, "stages": []}
     r, r_task, total = matrices(rows)
     summary = metrics.summary(r, r_task, total)
-    summary["task_id_accuracy"] = curves(rows)["task_id_accuracy"][-1]
+    drawn = curves(rows)
+    summary["task_id_accuracy"] = drawn["task_id_accuracy"][-1]
     costs = [row["costs"] for row in rows]
     summary |= {
         "trainable_parameters": max(c["trainable_parameters"] for c in costs),
@@ -64,7 +65,7 @@ def assemble(header: dict[str, Any], rows: list[dict[str, Any]], stages: int) ->
             "summary": summary,
             "accuracy_matrix": r.tolist(),
             "accuracy_matrix_within_task": r_task.tolist(),
-            "curves": curves(rows),
+            "curves": drawn,
             "stages": rows,
         }
     )

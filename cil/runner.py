@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 
 from cil import hardware, results
 from cil.backbone import Backbone, load_backbone
-from cil.checkpoint import RunFolder, as_tensors, state_bytes
+from cil.checkpoint import RunFolder, as_tensors, state_bytes, to_json
 from cil.config import Config
 from cil.console import Display
 from cil.data.images import ImageSet, LoadedSplit
@@ -71,20 +70,21 @@ def run_stages(
     cache = FeatureCache(accelerator, batch_size, display.track)
     rows = folder.rows() if folder is not None else []
 
-    def context(stage: int, logged: list[tuple[str, float]]) -> Context:
+    def context(stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
         def report(name: str, value: float) -> None:
-            logged.append((name, value))
+            if logged is not None:
+                logged.append((name, value))
             if log is not None:
                 log(name, value)
 
         return Context(accelerator, cache, seed=seed, stage=stage, log=report, track=display.track)
 
-    for task in stream.tasks[: len(rows)]:
-        if not learner.stores_images:
+    past = stream.tasks[: len(rows)]
+    if not learner.stores_images:
+        for task in past:
             task.close()
-        learner.begin(task, context(task.index, []))
-    if rows and folder is not None:
-        folder.load_learner(learner, len(rows) - 1)
+    if past and folder is not None:
+        folder.load_learner(learner, past, context)
     unchanged_since = rows[-1]["unchanged_since"] if rows else 0
     stages = len(stream) if stop_after is None else min(stop_after, len(stream))
     for task in display.track(
@@ -183,7 +183,7 @@ def _run_one(
     folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
 
     def write_metrics(rows: list[Row]) -> None:
-        folder.write("metrics.json", _json(results.assemble(header, rows, stages)))
+        folder.write("metrics.json", to_json(results.assemble(header, rows, stages)))
 
     def finished(rows: list[Row]) -> None:
         tracker.stage(rows)
@@ -223,7 +223,3 @@ def make_stream(config: Config, train: ImageSet, test: ImageSet) -> Stream:
     else:
         tasks = ClassIncremental(order, wanted.base, wanted.increment, wanted.sizes)
     return Stream(train, test, tasks, validation=wanted.validation, test_on=wanted.test_on)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"

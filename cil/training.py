@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +19,10 @@ from cil.learner import Context, LearnerConfig
 Optimizer = Literal["sgd", "adam", "adamw"]
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(inputs, labels) → (scalar loss, logits [B, C])."""
+
+
+Softmax = Literal["global", "local"]
+"""Classes in the softmax: all seen, or the task's own."""
 
 
 class Recipe(LearnerConfig):
@@ -61,6 +66,22 @@ class TensorData:
         for chunk in order.split(batch_size):
             chunk = chunk.to(self.labels.device)
             yield self.inputs[chunk].to(device), self.labels[chunk].to(device)
+
+
+def cross_entropy(logits_of: Callable[[Tensor], Tensor], recipe: Recipe, first: int = 0) -> Loss:
+    """Softmax cross-entropy over the classes from ``first`` on, with the recipe's label smoothing.
+
+    Args:
+        logits_of: Inputs → logits [B, C].
+        recipe: Where the label smoothing comes from.
+        first: The first class in the softmax: 0 for all seen, the task's first for a local loss. Labels lie above it.
+    """
+
+    def loss(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_of(inputs)
+        return F.cross_entropy(logits[:, first:], labels - first, label_smoothing=recipe.label_smoothing), logits
+
+    return loss
 
 
 def fit(loss: Loss, groups: Sequence[Iterable[nn.Parameter]], data: Batches, recipe: Recipe, ctx: Context) -> None:

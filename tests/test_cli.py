@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_runner import TINY, settings
+from test_runner import FAST, TINY, settings
 
 from cil.cli import main
 from cil.runner import run
@@ -41,14 +41,7 @@ class Ended(NamedTuple):
 
 
 def write(path, **changes):
-    raw = {
-        "name": "t",
-        "backbone": TINY,
-        "stream": {"increment": 4},
-        "learners": ["ncm"],
-        "hardware": {"device": "cpu"},
-    }
-    path.write_text(yaml.safe_dump({**raw, **changes}))
+    path.write_text(yaml.safe_dump({**FAST, **changes}))
     return path
 
 

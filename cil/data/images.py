@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,8 +151,6 @@ def _stack(pictures: list[np.ndarray | DataError]) -> torch.Tensor | DataError:
 
 def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
     """The pictures at positions ``keep``; ``extra`` goes into the fingerprint."""
-    import hashlib
-
     return ImageSource(
         lambda i: source._read(int(keep[i])),
         source.labels[keep],
@@ -242,10 +241,8 @@ class LoadedSplit:
         memory = hardware.memory_gib * GIB
         source = open_source(config, split)
         if split == "train" and config.per_class:
-            rank = np.zeros(len(source), dtype=np.int64)
-            for c in range(len(source.class_names)):
-                rank[source.labels == c] = np.arange((source.labels == c).sum())
-            source = subset(source, np.flatnonzero(rank < config.per_class), f"first {config.per_class}")
+            first = np.flatnonzero(sources.rank_in_class(source.labels) < config.per_class)
+            source = subset(source, first, f"first {config.per_class}")
         self.source, self.in_memory, self.skipped = decode(
             source, memory_bytes=memory, workers=hardware.workers, on_error=config.on_error
         )

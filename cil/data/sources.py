@@ -113,6 +113,14 @@ def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, class_na
     )
 
 
+def rank_in_class(labels: np.ndarray) -> np.ndarray:
+    """How many items of the same class come before each item, int64 [N]."""
+    rank = np.zeros(len(labels), dtype=np.int64)
+    for c in np.unique(labels):
+        rank[labels == c] = np.arange((labels == c).sum())
+    return rank
+
+
 def digits(split: str) -> ImageSource:
     """scikit-learn's 1,797 handwritten digits (8×8, ten classes), the embedded dataset.
 
@@ -122,10 +130,7 @@ def digits(split: str) -> ImageSource:
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    rank = np.zeros(len(labels), dtype=np.int64)  # how many images of the same class came before
-    for c in range(10):
-        rank[labels == c] = np.arange((labels == c).sum())
-    members = np.flatnonzero((rank % 4 == 3) == (split == "test"))
+    members = np.flatnonzero((rank_in_class(labels) % 4 == 3) == (split == "test"))
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     return from_arrays(images[members], labels[members], names)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from cil.backbone import Backbone
 from cil.classifiers.linear import LinearHead
 from cil.learner import Context, Learner
 from cil.stream import Task, TaskData
-from cil.training import Optimizer, Recipe, fit
+from cil.training import Optimizer, Recipe, Softmax, cross_entropy, fit
 from cil.tuning.weights import WeightTuner
 
 
@@ -29,9 +27,7 @@ class Finetune(Learner):
         optimizer: Optimizer = Field("adamw", description="SGD with momentum, Adam or AdamW")
         lr: float = Field(3e-4, gt=0, description="peak learning rate, of backbone and head")
         warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps with a linearly rising rate")
-        loss: Literal["global", "local"] = Field(
-            "global", description="classes in the softmax: all seen, or the task's"
-        )
+        loss: Softmax = Field("global", description="classes in the softmax: all seen, or the task's")
 
     name = "finetune"
     paper = "baseline"
@@ -53,12 +49,7 @@ class Finetune(Learner):
 
     def train_on(self, data: TaskData, first: int, ctx: Context) -> None:
         """Fit backbone and head on ``data`` with a softmax over the classes from ``first`` on."""
-
-        def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.head(self.features(images))
-            smoothing = self.config.label_smoothing
-            return F.cross_entropy(logits[:, first:], labels - first, label_smoothing=smoothing), logits
-
+        loss = cross_entropy(lambda images: self.logits(self.features(images)), self.config, first)
         fit(loss, [self.tuner.parameters(), self.head.parameters()], data, self.config, ctx)
 
     def features(self, images: Tensor) -> Tensor:

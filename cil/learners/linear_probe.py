@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -12,7 +9,7 @@ from cil.backbone import Backbone
 from cil.classifiers.linear import LinearHead
 from cil.learner import Context, Learner
 from cil.stream import Task
-from cil.training import Recipe, TensorData, fit
+from cil.training import Recipe, Softmax, TensorData, cross_entropy, fit
 
 
 class LinearProbe(Learner):
@@ -27,9 +24,7 @@ class LinearProbe(Learner):
     class Config(Recipe):
         epochs: int = Field(20, gt=0, description="passes over the task's features")
         lr: float = Field(0.1, gt=0, description="peak learning rate")
-        loss: Literal["global", "local"] = Field(
-            "global", description="classes in the softmax: all seen, or the task's"
-        )
+        loss: Softmax = Field("global", description="classes in the softmax: all seen, or the task's")
 
     name = "linear_probe"
     paper = "baseline"
@@ -44,13 +39,8 @@ class LinearProbe(Learner):
 
     def learn(self, task: Task, ctx: Context) -> None:
         first = task.classes[0] if self.config.loss == "local" else 0
-
-        def loss(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.head(features)
-            smoothing = self.config.label_smoothing
-            return F.cross_entropy(logits[:, first:], labels - first, label_smoothing=smoothing), logits
-
-        fit(loss, [self.head.parameters()], TensorData(*ctx.features(self, task.train)), self.config, ctx)
+        data = TensorData(*ctx.features(self, task.train))
+        fit(cross_entropy(self.head, self.config, first), [self.head.parameters()], data, self.config, ctx)
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features)

@@ -168,10 +168,8 @@ def check_state_round_trip(case: Case) -> None:
     with tempfile.TemporaryDirectory() as place:
         done = case.run(folder=Path(place))
         fresh = case.learner()
-        for task in done.stream.tasks:
-            fresh.begin(task, context(task.index))
         try:
-            RunFolder(Path(place)).load_learner(fresh, len(SIZES) - 1)
+            RunFolder(Path(place)).load_learner(fresh, done.stream.tasks, context)
         except CilError as error:
             raise AssertionError(f"the saved state does not load into a fresh learner: {error}") from None
     fresh.eval()

@@ -53,5 +53,5 @@ def parametrize_learner(learners: Sequence[tuple[Any, ...]]) -> Any:
         title = f"{cls.name or cls.__name__}{''.join(f'-{v}' for v in parameters.values() if isinstance(v, str))}"
         for name, check in CHECKS.items():
             marks = [pytest.mark.xfail(reason=failures[name], strict=True)] if name in failures else []
-            items.append(pytest.param(Case(cls, parameters, failures), check, id=f"{title}-{name}", marks=marks))
+            items.append(pytest.param(Case(cls, parameters), check, id=f"{title}-{name}", marks=marks))
     return pytest.mark.parametrize(("case", "check"), items)

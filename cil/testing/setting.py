@@ -79,12 +79,10 @@ class Case:
     Attributes:
         cls: The learner class.
         parameters: Hyper-parameters, as a configuration would give them.
-        known_failures: Check name → reason. Strict: a known failure that passes is an error.
     """
 
     cls: type[Learner]
     parameters: dict[str, Any] = field(default_factory=dict)
-    known_failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> LearnerConfig:
