@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -21,6 +22,11 @@ app = typer.Typer(
 Results = Annotated[Path, typer.Option("--results", help="Folder that holds all results.")]
 
 
+def _is_main_process() -> bool:
+    """False in all but one of the processes that accelerate or torchrun launched; asked before torch is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @app.command()
 def run(
     config: Annotated[
@@ -35,9 +41,8 @@ def run(
     from rich.console import Console
 
     from cil.configfile import load
-
     settings = load(config, overrides or [])
-    console = Console()
+    console = Console(quiet=not _is_main_process())
     with console.status("loading torch, data and backbone …"):
         from cil.console import Display
         from cil.runner import run as run_benchmark
@@ -46,6 +51,8 @@ def run(
     except KeyboardInterrupt:
         console.print("\nstopped. Finished stages are kept; give the same command to go on.")
         raise typer.Exit(130) from None
+    if not _is_main_process():
+        return
     _compare([results / settings.name], None)
     typer.echo(f"curves:     tensorboard --logdir {results / settings.name}")
 
@@ -142,7 +149,7 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except CilError as error:
-        for line in str(error).splitlines():
+        for line in str(error).splitlines() if _is_main_process() else ():
             print(f"cil: {line}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ class Predictions:
         predicted: argmax over all classes seen, int64 [N].
         within: argmax over the classes of the image's task, int64 [N].
         top: The min(5, C) best classes, best first, int64 [N, min(5, C)].
-        passes: Images this evaluation had to send through the backbone.
+        passes: Images this evaluation had to send through the backbone, in this process.
     """
 
     index: np.ndarray
@@ -40,7 +41,11 @@ class Predictions:
 
 
 def evaluate(
-    learner: Learner, stream: Stream, stage: int, cache: FeatureCache, unchanged_since: int = 0
+    learner: Learner,
+    stream: Stream,
+    stage: int,
+    cache: FeatureCache,
+    unchanged_since: Mapping[Hashable, int] | None = None,
 ) -> Predictions:
     """Test ``learner`` after ``stage``.
 
@@ -48,29 +53,28 @@ def evaluate(
     test images arriving task by task.
 
     Args:
-        unchanged_since: The stage from which on the learner's features have been what they are now. It fixes the
-            batches in which features are computed, whether the run was interrupted or not.
+        unchanged_since: Version of each of the learner's views → the stage from which on it has been what it is now
+            (default: this stage). It fixes the batches in which features are computed, whether the run was interrupted
+            or not.
     """
+    since = {version: (unchanged_since or {}).get(version, stage) for version in learner.views()}
     task_classes = [list(task.classes) for task in stream.tasks[: stage + 1]]
     with stream.open_test() as test:
         parts = [test.task(j)[0] for j in range(stage + 1)]
-        first = np.concatenate(parts[: unchanged_since + 1])
-        groups = [_mixed(first), *parts[unchanged_since + 1 :]]
+        groups = {v: [_mixed(np.concatenate(parts[: s + 1])), *parts[s + 1 :]] for v, s in since.items()}
         images = test.images
-        if unchanged_since < stage:
-            # there already, unless the run was resumed: not a cost of this stage
-            cache.get(learner, images, groups[:-1])
+        # there already, unless the run was resumed: not a cost of this stage
+        cache.fill(learner, images, {v: groups[v][:-1] for v, s in since.items() if s < stage})
         before = learner.backbone.passes
-        features = cache.get(learner, images, groups)
+        cache.fill(learner, images, groups)
         passes = learner.backbone.passes - before
-        index = np.concatenate(groups)
+        index = _mixed(np.concatenate(parts))
+        features = cache.get(learner, images, index)
         label = test.labels[index]
     task_of = np.zeros(len(images), dtype=np.int64)
     for j, part in enumerate(parts):
         task_of[part] = j
     task = task_of[index]
-    order = _mixed(np.arange(len(index)))
-    index, label, task, features = index[order], label[order], task[order], features[torch.from_numpy(order)]
     allowed = torch.full((stage + 1, len(stream.tasks[stage].seen)), float("-inf"))
     for j, classes in enumerate(task_classes):
         allowed[j, classes] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from typing import Any
@@ -37,12 +38,23 @@ def accelerator(device: str = "cpu", precision: str = "fp32") -> Accelerator:
                 f"hardware.device: {device} does not exist; torch sees {torch.cuda.device_count()} CUDA devices"
             )
         torch.cuda.set_device(int(index))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and index:
+        raise ConfigError(
+            f"hardware.device: {device} names one device, but several processes were launched; give {kind} or auto"
+        )
     # otherwise a second run in this process keeps the first's precision
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         return Accelerator(cpu=kind == "cpu", mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:
         raise ConfigError(f"precision: {precision} on {device}: {error}") from None
+
+
+def total(accelerator: Accelerator, count: int) -> int:
+    """The sum of a count over all processes."""
+    if accelerator.num_processes == 1:
+        return count
+    return int(accelerator.reduce(torch.tensor([count], device=accelerator.device), "sum"))
 
 
 def facts(device: torch.device) -> dict[str, Any]:

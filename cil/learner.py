@@ -8,7 +8,7 @@ TensorBoard. What is checked of every learner is in :mod:`cil.testing`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cil.backbone import Backbone
 from cil.config import Section
-from cil.features import FeatureCache
+from cil.features import FeatureCache, View
 from cil.randomness import generator
 from cil.stream import Task, TaskData
 
@@ -71,14 +71,14 @@ class Context:
     def features(self, learner: Learner, data: TaskData) -> tuple[Tensor, Tensor]:
         """The learner's own features of a task under the test transform, and the labels.
 
-        Computed once per image and ``feature_version``.
+        Computed once per image and view.
 
         Returns:
             (float32 [N, F] on the device, int64 [N] on the device).
         """
         images, indices = data.source
         labels = torch.as_tensor(data.labels)
-        return self.cache.get(learner, images, [indices]).to(self.device), labels.to(self.device)
+        return self.cache.get(learner, images, indices).to(self.device), labels.to(self.device)
 
 
 class Learner(nn.Module, ABC):
@@ -99,6 +99,8 @@ class Learner(nn.Module, ABC):
     """True for exemplar methods and upper bounds: old tasks' images stay open to them, and results say so."""
     trains_backbone: ClassVar[bool] = False
     """True where (copies of) the backbone's own weights are trained."""
+    needs_new_classes: ClassVar[bool] = False
+    """True for a method that is not defined where a task shows old classes again (domain-incremental streams)."""
 
     backbone: Backbone
 
@@ -130,6 +132,15 @@ class Learner(nn.Module, ABC):
     def feature_version(self) -> Hashable:
         """Changes exactly when :meth:`features` would answer differently; constant while the eyes are frozen."""
         return "frozen"
+
+    def views(self) -> Mapping[Hashable, View]:
+        """What :meth:`features` puts side by side, by version; one view by default.
+
+        A learner that sees through several tuners (one a task, or the frozen backbone beside an adapted one) names
+        each here: then a view that did not change is not computed again when another one does. Versions are unique;
+        ``features`` is the concatenation in this order, and ``feature_version`` must change when any of them does.
+        """
+        return {self.feature_version: self.features}
 
     def predict(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → labels [B] in order of appearance."""

@@ -27,19 +27,23 @@ def generator(*parts: int) -> torch.Generator:
 
 
 def seed_everything(seed: int) -> None:
-    """Set the three global states; only ever called inside :func:`isolated`."""
+    """Set the global states; only ever called inside :func:`isolated`."""
     torch.random.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
 def isolated(seed: int | None = None) -> Iterator[None]:
     """Give the block global random states of its own (seeded if ``seed`` is given), and restore the caller's after it.
 
-    Covers Python's, numpy's and torch's CPU state: what image transforms and layer constructors draw from.
+    Covers Python's, numpy's and torch's states, of CPU and CUDA: what image transforms, layer constructors and dropout
+    draw from.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         if seed is not None:
             seed_everything(seed)
@@ -48,3 +52,5 @@ def isolated(seed: int | None = None) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cil.config import Config
 from cil.console import Display
 from cil.data.images import ImageSet, LoadedSplit
 from cil.data.transforms import Transforms
+from cil.errors import BackboneError, StreamError
 from cil.evaluation import counts, evaluate
 from cil.features import FeatureCache
 from cil.learner import Context, Learner
@@ -79,43 +81,48 @@ def run_stages(
 
         return Context(accelerator, cache, seed=seed, stage=stage, log=report, track=display.track)
 
+    require_fit(type(learner), stream)
     past = stream.tasks[: len(rows)]
     if not learner.stores_images:
         for task in past:
             task.close()
     if past and folder is not None:
         folder.load_learner(learner, past, context)
-    unchanged_since = rows[-1]["unchanged_since"] if rows else 0
+    since = dict(zip(learner.views(), rows[-1]["unchanged_since"], strict=True)) if rows else {}
     stages = len(stream) if stop_after is None else min(stop_after, len(stream))
     for task in display.track(
         stream.tasks[len(rows) : stages], f"{learner.name or type(learner).__name__}: stages", stages - len(rows)
     ):
         logged: list[tuple[str, float]] = []
         ctx = context(task.index, logged)
-        version, passes, started = learner.feature_version, learner.backbone.passes, time.perf_counter()
+        passes, started = learner.backbone.passes, time.perf_counter()
         learner.begin(task, ctx)
         learner.train()
         learner.learn(task, ctx)
         learner.eval()
         trained = learner.backbone.passes - passes
         learned = time.perf_counter()
-        if learner.feature_version != version:
-            unchanged_since = task.index
-        found = evaluate(learner, stream, task.index, cache, unchanged_since)
+        since = {version: since.get(version, task.index) for version in learner.views()}
+        found = evaluate(learner, stream, task.index, cache, since)
         if not learner.stores_images:
             task.close()
         costs = {
             "trainable_parameters": ctx.trainable_parameters,
             **state_bytes(learner),
             "train_images": len(task.train),
-            "train_passes": trained,
-            "test_passes": found.passes,
+            "train_passes": hardware.total(accelerator, trained),
+            "test_passes": hardware.total(accelerator, found.passes),
             "seconds_learn": learned - started,
             "seconds_test": time.perf_counter() - learned,
             "peak_memory_bytes": hardware.peak_memory_bytes(accelerator.device),
         }
-        row = {**counts(found, stream, task.index), "unchanged_since": unchanged_since, "costs": costs, "log": logged}
-        if folder is not None:
+        row = {
+            **counts(found, stream, task.index),
+            "unchanged_since": list(since.values()),
+            "costs": costs,
+            "log": logged,
+        }
+        if folder is not None and accelerator.is_main_process:
             arrays = as_tensors(
                 index=found.index,
                 task=found.task,
@@ -132,8 +139,24 @@ def run_stages(
     return rows
 
 
+def require_fit(cls: type[Learner], stream: Stream) -> None:
+    """Refuse a learner that is not defined on this kind of stream.
+
+    Raises:
+        StreamError: The learner needs new classes in every task, and a task shows old ones again.
+    """
+    if cls.needs_new_classes and sum(len(task.classes) for task in stream.tasks) > len(stream.class_names):
+        raise StreamError(
+            f"{cls.name or cls.__name__} is defined for tasks of new classes only, and this stream shows classes "
+            "again; use stream.type=class_incremental, or another learner (ncm, ranpac, …)"
+        )
+
+
 def run(config: Config, root: Path | str = "results", *, display: Display | None = None) -> list[Path]:
     """Run everything a configuration asks for, skipping what is finished and going on with what is not.
+
+    Under ``accelerate launch`` every process runs this, trains on its share of each batch, and ends with the same
+    learner; the first one alone writes and prints.
 
     Args:
         config: The benchmark.
@@ -146,23 +169,44 @@ def run(config: Config, root: Path | str = "results", *, display: Display | None
     Raises:
         CilError: Wrong input, or a folder that cannot be used; the message says what to do.
     """
-    display = display or Display()
     todo = list(plans(config))
     accelerator = hardware.accelerator(config.hardware.device, config.precision)
+    display = display if display is not None and accelerator.is_main_process else Display()
     train, test = (LoadedSplit(config.data, split, config.hardware) for split in ("train", "test"))
     backbone = load_backbone(config.backbone, accelerator.device)
     transforms = Transforms(backbone.data_config, config.transform)
     images = train.images(transforms), test.images(transforms)
-    streams = [make_stream(plan.config, *images) for plan in todo]  # a class order that does not fit is found here
+    streams = [make_stream(plan.config, *images) for plan in todo]
+    _try_all(todo, streams, backbone)
     folders = []
     with display:
         for plan, stream in zip(todo, streams, strict=True):
             folder = RunFolder(Path(root) / plan.place)
             header = make_header(plan, stream, backbone, transforms, train, test, accelerator)
-            with folder.locked(), folder.reported(only_full=True):
+            held = folder.locked() if accelerator.is_main_process else nullcontext()
+            with held, folder.reported(only_full=True):
                 _run_one(plan, folder, stream, backbone, header, accelerator, display)
             folders.append(folder.path)
     return folders
+
+
+def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> None:
+    """Build every learner once, so that one that does not fit the backbone is found before the first one trains."""
+    tried = set()
+    for plan, stream in zip(todo, streams, strict=True):
+        require_fit(plan.cls, stream)
+        if plan.entry.title in tried:  # other orders and seeds of the same
+            continue
+        tried.add(plan.entry.title)
+        try:
+            _build(plan, backbone)
+        except BackboneError as error:
+            raise BackboneError(f"learner {plan.entry.title}: {error}") from None
+
+
+def _build(plan: Plan, backbone: Backbone) -> Learner:
+    with isolated(0):  # a learner that forgot its generator is still repeatable here; the checks find it out
+        return plan.cls(plan.parameters, backbone)
 
 
 def _run_one(
@@ -174,31 +218,22 @@ def _run_one(
     accelerator: Accelerator,
     display: Display,
 ) -> None:
+    main = accelerator.is_main_process
+    accelerator.wait_for_everyone()  # until the main process holds the folder and has cleaned it
     check_same_run(folder, header)
     title = f"{plan.entry.title} {folder.path.name}"
     stages = len(stream)
     if (folder.path / "metrics.json").exists() and results.load(folder.path)["complete"]:
         display.say(f"{title}  finished already: {folder.path}")
         return
-    folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
-
-    def write_metrics(rows: list[Row]) -> None:
-        folder.write("metrics.json", to_json(results.assemble(header, rows, stages)))
-
-    def finished(rows: list[Row]) -> None:
-        tracker.stage(rows)
-        write_metrics(rows)
-        display.stage(title, rows, stages)
-
     earlier = folder.rows()
-    write_metrics(earlier)  # from here on the folder says which run it holds
-    with isolated(0):  # a learner that forgot its generator is still repeatable here; the checks find it out
-        learner = plan.cls(plan.parameters, backbone)
-    tracker = Tracker(folder.path, header)
+    accelerator.wait_for_everyone()  # until every process has read what the main one is about to write
+    writer = _Writer(folder, header, stages, display) if main else None
     try:
-        tracker.replay(earlier)
+        if writer is not None:
+            writer.start(earlier)
         rows = run_stages(
-            learner,
+            _build(plan, backbone),
             stream,
             accelerator=accelerator,
             seed=plan.seed,
@@ -206,12 +241,35 @@ def _run_one(
             folder=folder,
             keep=plan.config.hardware.checkpoints,
             display=display,
-            log=tracker.scalar,
-            finished=finished,
+            log=writer.tracker.scalar if writer is not None else None,
+            finished=writer.stage if writer is not None else None,
         )
-        tracker.finish(results.assemble(header, rows, stages)["summary"])
+        if writer is not None:
+            writer.tracker.finish(results.assemble(header, rows, stages)["summary"])
     finally:
-        tracker.close()
+        if writer is not None:
+            writer.tracker.close()
+
+
+class _Writer:
+    """What the main process does beside computing: metrics.json, TensorBoard, the terminal."""
+
+    def __init__(self, folder: RunFolder, header: Row, stages: int, display: Display) -> None:
+        self.folder, self.header, self.stages, self.display = folder, header, stages, display
+        folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
+        self.tracker = Tracker(folder.path, header)
+
+    def start(self, earlier: list[Row]) -> None:
+        self._metrics(earlier)  # from here on the folder says which run it holds
+        self.tracker.replay(earlier)
+
+    def stage(self, rows: list[Row]) -> None:
+        self.tracker.stage(rows)
+        self._metrics(rows)
+        self.display.stage(f"{self.header['learner']} {self.folder.path.name}", rows, self.stages)
+
+    def _metrics(self, rows: list[Row]) -> None:
+        self.folder.write("metrics.json", to_json(results.assemble(self.header, rows, self.stages)))
 
 
 def make_stream(config: Config, train: ImageSet, test: ImageSet) -> Stream:

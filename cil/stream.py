@@ -63,6 +63,7 @@ class TaskData:
         generator: torch.Generator | None = None,
         augment: bool = False,
         device: torch.device | str = "cpu",
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """One pass over the task as (images float [B, 3, H, W], labels int64 [B]) on ``device``.
 
@@ -70,9 +71,13 @@ class TaskData:
             batch_size: Images a batch; the last may be smaller, none is dropped.
             generator: Shuffles the pass and seeds its augmentation; without it the order is the dataset's.
             augment: Use the training transform instead of the test transform; needs a generator.
+            part: (rank, processes): only every so many-th image of each batch, from ``rank`` on; may leave a batch
+                empty. All parts together are the whole pass, each image once, whatever their number.
         """
         images, indices = self.source
-        return images.batches(indices, self._labels, batch_size, generator=generator, augment=augment, device=device)
+        return images.batches(
+            indices, self._labels, batch_size, generator=generator, augment=augment, device=device, part=part
+        )
 
     def close(self, why: str) -> None:
         """Make every later read raise ``StreamError(why)``."""

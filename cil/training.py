@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from accelerate import Accelerator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from cil.errors import TrainingError
 from cil.learner import Context, LearnerConfig
+from cil.randomness import derived_seed, isolated
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -34,10 +37,23 @@ class Recipe(LearnerConfig):
     lr: float = Field(0.01, gt=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (SGD, Adam) or decoupled decay (AdamW)")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="cosine: to 0 over all steps of the stage")
+    schedule: Literal["cosine", "constant", "multistep"] = Field(
+        "cosine", description="cosine: to 0 over the stage; multistep: a tenth of the rate from each milestone on"
+    )
+    milestones: list[PositiveInt] = Field([], description="epochs at which a multistep schedule lowers the rate")
+    schedule_per: Literal["step", "epoch"] = Field("step", description="when the rate changes")
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the steps with a linearly rising rate")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     clip: float | None = Field(None, gt=0, description="largest gradient norm")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="images at once; an optimiser step gathers gradients over its batch (default: all at once)"
+    )
+
+    @model_validator(mode="after")
+    def _milestones(self) -> Recipe:
+        if (self.schedule == "multistep") != bool(self.milestones):
+            raise ValueError("schedule: multistep and milestones go together, e.g. milestones: [18]")
+        return self
 
 
 class Batches(Protocol):
@@ -46,7 +62,13 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def batches(
-        self, batch_size: int, *, generator: torch.Generator | None, augment: bool, device: torch.device | str
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None,
+        augment: bool,
+        device: torch.device | str,
+        part: tuple[int, int],
     ) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
@@ -60,11 +82,18 @@ class TensorData:
         return len(self.labels)
 
     def batches(
-        self, batch_size: int, *, generator: torch.Generator | None, augment: bool, device: torch.device | str
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``TaskData.batches``; features have no training transform, so ``augment`` changes nothing."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for chunk in order.split(batch_size):
-            chunk = chunk.to(self.labels.device)
+            chunk = chunk[part[0] :: part[1]].to(self.labels.device)
             yield self.inputs[chunk].to(device), self.labels[chunk].to(device)
 
 
@@ -84,12 +113,29 @@ def cross_entropy(logits_of: Callable[[Tensor], Tensor], recipe: Recipe, first: 
     return loss
 
 
-def fit(loss: Loss, groups: Sequence[Iterable[nn.Parameter]], data: Batches, recipe: Recipe, ctx: Context) -> None:
+@dataclass(frozen=True)
+class Group:
+    """Parameters trained with one rate.
+
+    Attributes:
+        parameters: What to train.
+        lr: Factor on the recipe's learning rate.
+    """
+
+    parameters: Iterable[nn.Parameter]
+    lr: float = 1.0
+
+
+def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx: Context) -> None:
     """Minimise ``loss`` over ``data``; the parameters are left without gradients and frozen again.
 
+    With several processes each takes its share of every batch, and gradients are summed: a step is that of one process
+    on the whole batch, whatever the number of processes; ``micro_batch_size`` does the same in turn. Modules that draw
+    from the global random state (dropout) draw from one seeded by (seed, stage, process); the caller's stays as it was.
+
     Args:
-        loss: (inputs, labels) → (scalar loss, logits); the logits are for the training accuracy only.
-        groups: What to train, as parameter groups.
+        loss: (inputs, labels) → (mean loss over the batch, logits); the logits are for the training accuracy only.
+        groups: What to train.
         data: The task's images, or features in memory.
         recipe: Epochs, optimiser, schedule.
         ctx: Device, generator, log. Logs loss, accuracy, learning rate and images a second once per epoch.
@@ -97,56 +143,108 @@ def fit(loss: Loss, groups: Sequence[Iterable[nn.Parameter]], data: Batches, rec
     Raises:
         TrainingError: The loss is not finite.
     """
-    parameters = [p for group in groups for p in group]
+    accelerator = ctx.accelerator
+    taken = [Group(list(group.parameters), group.lr) for group in groups]
+    parameters = [p for group in taken for p in group.parameters]
     for p in parameters:
         p.requires_grad_(True)
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
-    optimizer = ctx.accelerator.prepare(_optimizer(parameters, recipe))
-    per_epoch = math.ceil(len(data) / recipe.train_batch_size)
-    scheduler = LambdaLR(optimizer, _schedule(recipe, per_epoch * recipe.epochs))
-    for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
-        total, correct, started = 0.0, 0, time.perf_counter()
-        batches = data.batches(recipe.train_batch_size, generator=ctx.generator, augment=True, device=ctx.device)
-        for inputs, labels in batches:
-            with ctx.accelerator.autocast():
-                value, logits = loss(inputs, labels)
-            if not torch.isfinite(value):
-                raise TrainingError(
-                    f"stage {ctx.stage}, epoch {epoch}: the training loss is {value.item()}; lower the learner's lr "
-                    f"({recipe.lr:g}) or set its clip. Earlier stages are kept"
-                )
-            ctx.accelerator.backward(value)
-            if recipe.clip is not None:
-                ctx.accelerator.clip_grad_norm_(parameters, recipe.clip)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            total += value.item() * len(labels)
-            correct += int((logits.argmax(1) == labels).sum())
-        ctx.log("loss", total / len(data))
-        ctx.log("accuracy", correct / len(data))
-        ctx.log("learning_rate", float(scheduler.get_last_lr()[0]))
-        ctx.log("images_per_second", len(data) / (time.perf_counter() - started))
+    optimizer = accelerator.prepare(_optimizer(taken, recipe))
+    size, count = recipe.train_batch_size, len(data)
+    scheduler = LambdaLR(optimizer, _schedule(recipe, math.ceil(count / size)))
+    part = (accelerator.process_index, accelerator.num_processes)
+    with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)):
+        for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
+            tally, started = torch.zeros(2, dtype=torch.float64), time.perf_counter()  # loss, correct
+            batches = data.batches(size, generator=ctx.generator, augment=True, device=ctx.device, part=part)
+            for step, batch in enumerate(batches):
+                whole = min(size, count - step * size)  # images in this step, over all processes
+                value, correct = _backward(loss, batch, whole, recipe, accelerator)
+                mean = _sum_over_processes(parameters, value, accelerator)
+                if not math.isfinite(mean):
+                    raise TrainingError(
+                        f"stage {ctx.stage}, epoch {epoch}: the training loss is {mean}; lower the learner's lr "
+                        f"({recipe.lr:g}) or set its clip. Earlier stages are kept"
+                    )
+                if recipe.clip is not None:
+                    accelerator.clip_grad_norm_(parameters, recipe.clip)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                tally += torch.tensor([mean * whole / part[1], correct], dtype=torch.float64)
+            tally = accelerator.reduce(tally.float().to(ctx.device), "sum").cpu()
+            ctx.log("loss", float(tally[0]) / count)
+            ctx.log("accuracy", float(tally[1]) / count)
+            ctx.log("learning_rate", float(scheduler.get_last_lr()[0]))
+            ctx.log("images_per_second", count / (time.perf_counter() - started))
     for p in parameters:
         p.grad = None
         p.requires_grad_(False)
 
 
-def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def _backward(
+    loss: Loss, batch: tuple[Tensor, Tensor], whole: int, recipe: Recipe, accelerator: Accelerator
+) -> tuple[Tensor, int]:
+    """Add the batch's gradients, in micro-batches; this process's share of the step's mean loss, and its hits."""
+    value, correct = torch.zeros((), device=accelerator.device), 0
+    at_once = recipe.micro_batch_size or whole
+    for inputs, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
+        if not len(labels):
+            continue
+        with accelerator.autocast():
+            mean, logits = loss(inputs, labels)
+        share = mean * (len(labels) / whole)
+        accelerator.backward(share)
+        value += share.detach()
+        correct += int((logits.argmax(1) == labels).sum())
+    return value, correct
+
+
+def _sum_over_processes(parameters: list[nn.Parameter], value: Tensor, accelerator: Accelerator) -> float:
+    """Sum gradients and loss over the processes, in one message; what no process has a gradient for stays without.
+
+    Shares are of one batch, so the sum is the gradient of the whole batch, where averaging equal-sized, padded shares
+    would count the padding.
+    """
+    if accelerator.num_processes == 1:
+        return value.item()
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=value.device)
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
+    total = accelerator.reduce(torch.cat([value.reshape(1), there, *grads]), "sum")
+    sizes = [1, len(there), *[p.numel() for p in parameters]]
+    mean, there, *summed = total.split(sizes)
+    for p, found, grad in zip(parameters, there, summed, strict=True):
+        p.grad = grad.view_as(p).to(p.dtype) if found else None
+    return mean.item()
+
+
+def _optimizer(groups: list[Group], recipe: Recipe) -> torch.optim.Optimizer:
+    rates = [{"params": group.parameters, "lr": recipe.lr * group.lr} for group in groups]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(rates, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+    return kind(rates, recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
+def _schedule(recipe: Recipe, per_epoch: int) -> Callable[[int], float]:
+    """Step → factor on the learning rate."""
+    steps = per_epoch * recipe.epochs
     warmup = int(recipe.warmup * steps)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
+        if recipe.schedule_per == "epoch":
+            step -= step % per_epoch
         if recipe.schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        if recipe.schedule == "multistep":
+            return 0.1 ** sum(step >= milestone * per_epoch for milestone in recipe.milestones)
+        return 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
 
     return factor
+
+
+def _peek(generator: torch.Generator) -> int:
+    """A seed from the generator's state that leaves the state as it is."""
+    return int(torch.randint(2**62, (), generator=generator.clone_state()))

@@ -80,7 +80,7 @@ def test_a_learner_whose_eyes_change_is_recomputed_and_only_it():
     rows = Case(Finetune, {"epochs": 1}).finished.rows
     seen = np.cumsum(SIZES)
     assert [r["costs"]["test_passes"] for r in rows] == (seen * 6).tolist()
-    assert [r["unchanged_since"] for r in rows] == [0, 1, 2]
+    assert [r["unchanged_since"] for r in rows] == [[0], [1], [2]]
 
 
 def test_evaluator_against_plain_counting():
@@ -310,7 +310,7 @@ def test_validation_instead_of_test(tmp_path):
 
 NAN_LEARNER = """
 from cil.learners.linear_probe import LinearProbe
-from cil.training import TensorData, fit
+from cil.training import Group, TensorData, fit
 
 class Nan(LinearProbe):
     def learn(self, task, ctx):
@@ -319,7 +319,7 @@ class Nan(LinearProbe):
                 logits = self.head(inputs)
                 return logits.sum() * float("nan"), logits
             data = TensorData(*ctx.features(self, task.train))
-            fit(loss, [self.head.parameters()], data, self.config, ctx)
+            fit(loss, [Group(self.head.parameters())], data, self.config, ctx)
         super().learn(task, ctx)
 """
 

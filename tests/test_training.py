@@ -10,7 +10,7 @@ from torch import nn
 
 from cil.errors import TrainingError
 from cil.testing.setting import context
-from cil.training import Recipe, TensorData, _schedule, fit
+from cil.training import Group, Recipe, TensorData, _schedule, fit
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def make(weight):
 
 def test_only_the_given_parameters_change_and_nothing_is_left_behind(problem):
     weight, other = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.ones(3))
-    fit(make(weight), [[weight]], TensorData(*problem), Recipe(epochs=3, lr=0.5), context())
+    fit(make(weight), [Group([weight])], TensorData(*problem), Recipe(epochs=3, lr=0.5), context())
     assert not torch.equal(weight, torch.zeros(2, 5)) and torch.equal(other, torch.ones(3))
     assert weight.grad is None and not weight.requires_grad
     logits = problem[0] @ weight.T
@@ -43,7 +43,7 @@ def test_equals_a_plain_torch_loop(problem, optimizer):
         epochs=2, train_batch_size=64, lr=0.1, optimizer=optimizer, weight_decay=0.01, clip=0.5, schedule="constant"
     )
     ours, theirs = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.zeros(2, 5))
-    fit(make(ours), [[ours]], TensorData(*problem), recipe, context())
+    fit(make(ours), [Group([ours])], TensorData(*problem), recipe, context())
     kinds = {
         "sgd": lambda: torch.optim.SGD([theirs], 0.1, momentum=0.9, weight_decay=0.01),
         "adam": lambda: torch.optim.Adam([theirs], 0.1, weight_decay=0.01),
@@ -59,11 +59,11 @@ def test_equals_a_plain_torch_loop(problem, optimizer):
 
 
 def test_schedule_by_its_formula():
-    factor = _schedule(Recipe(warmup=0.2), 50)
+    factor = _schedule(Recipe(warmup=0.2, epochs=5), 10)
     assert factor(0) == pytest.approx(0.1) and factor(9) == pytest.approx(1.0)
     assert factor(30) == pytest.approx(0.5 * (1 + math.cos(math.pi * 20 / 40)))
     assert factor(50) == pytest.approx(0.0)
-    assert _schedule(Recipe(schedule="constant"), 50)(49) == 1.0
+    assert _schedule(Recipe(schedule="constant"), 10)(49) == 1.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_stops(problem, bad):
     with pytest.raises(
         TrainingError, match=r"stage 3, epoch 0: the training loss is (nan|inf); lower the learner's lr \(0\.01\)"
     ):
-        fit(loss, [[weight]], TensorData(*problem), Recipe(), context(stage=3))
+        fit(loss, [Group([weight])], TensorData(*problem), Recipe(), context(stage=3))
     assert torch.isfinite(weight).all()
 
 
@@ -86,7 +86,7 @@ def test_what_is_logged(problem):
     ctx = context()
     ctx._log = lambda name, value: logged.append((name, value))
     weight = nn.Parameter(torch.zeros(2, 5))
-    fit(make(weight), [[weight]], TensorData(*problem), Recipe(epochs=2), ctx)
+    fit(make(weight), [Group([weight])], TensorData(*problem), Recipe(epochs=2), ctx)
     names = [name for name, _ in logged]
     assert names == ["loss", "accuracy", "learning_rate", "images_per_second"] * 2
     assert ctx.trainable_parameters == 10

@@ -62,6 +62,7 @@ class ImageSet:
         generator: torch.Generator | None = None,
         augment: bool = False,
         device: torch.device | str = "cpu",
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(normalised images float [B, 3, S, S], labels int64 [B]) over ``indices``; see ``TaskData.batches``."""
         if augment and generator is None:
@@ -71,9 +72,13 @@ class ImageSet:
             order = torch.randperm(len(indices), generator=generator).numpy()
             if augment and self.transforms.augment is not None:
                 seeds = torch.randint(2**62, (len(indices),), generator=generator).numpy()
-        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        pixels = self._augmented(indices, chunks, seeds) if seeds is not None else self._plain(indices, chunks)
-        for chunk, batch in zip(chunks, pixels, strict=True):
+        rank, processes = part
+        chunks = [order[start : start + batch_size][rank::processes] for start in range(0, len(order), batch_size)]
+        filled = [chunk for chunk in chunks if len(chunk)]
+        pixels = self._augmented(indices, filled, seeds) if seeds is not None else self._plain(indices, filled)
+        nothing = torch.empty(0, 3, self.transforms.size, self.transforms.size, dtype=torch.uint8)
+        for chunk in chunks:
+            batch = next(pixels) if len(chunk) else nothing
             yield (
                 self.transforms.normalize(batch.to(device, non_blocking=True)),
                 torch.as_tensor(labels[chunk]).to(device, non_blocking=True),

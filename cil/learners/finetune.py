@@ -11,7 +11,7 @@ from cil.backbone import Backbone
 from cil.classifiers.linear import LinearHead
 from cil.learner import Context, Learner
 from cil.stream import Task, TaskData
-from cil.training import Optimizer, Recipe, Softmax, cross_entropy, fit
+from cil.training import Group, Optimizer, Recipe, Softmax, cross_entropy, fit
 from cil.tuning.weights import WeightTuner
 
 
@@ -50,7 +50,7 @@ class Finetune(Learner):
     def train_on(self, data: TaskData, first: int, ctx: Context) -> None:
         """Fit backbone and head on ``data`` with a softmax over the classes from ``first`` on."""
         loss = cross_entropy(lambda images: self.logits(self.features(images)), self.config, first)
-        fit(loss, [self.tuner.parameters(), self.head.parameters()], data, self.config, ctx)
+        fit(loss, [Group(self.tuner.parameters()), Group(self.head.parameters())], data, self.config, ctx)
 
     def features(self, images: Tensor) -> Tensor:
         return self.backbone(images, self.tuner)

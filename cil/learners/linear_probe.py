@@ -9,7 +9,7 @@ from cil.backbone import Backbone
 from cil.classifiers.linear import LinearHead
 from cil.learner import Context, Learner
 from cil.stream import Task
-from cil.training import Recipe, Softmax, TensorData, cross_entropy, fit
+from cil.training import Group, Recipe, Softmax, TensorData, cross_entropy, fit
 
 
 class LinearProbe(Learner):
@@ -40,7 +40,7 @@ class LinearProbe(Learner):
     def learn(self, task: Task, ctx: Context) -> None:
         first = task.classes[0] if self.config.loss == "local" else 0
         data = TensorData(*ctx.features(self, task.train))
-        fit(cross_entropy(self.head, self.config, first), [self.head.parameters()], data, self.config, ctx)
+        fit(cross_entropy(self.head, self.config, first), [Group(self.head.parameters())], data, self.config, ctx)
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features)
