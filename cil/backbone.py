@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,26 @@ class Backbone(nn.Module):
         """The timm model itself."""
         return self.walk.model
 
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen weights live."""
+        return next(self.model.parameters()).device
+
+    # a compiled forward would see ``passes`` change with every call and compile anew; what it calls is compiled
+    @partial(torch.compiler.disable, recursive=False)
     def forward(self, images: Tensor, tuner: Tuner | None = None) -> Tensor:
         """Images float [B, 3, H, W], normalised → features [B, F], with ``tuner`` riding along.
+
+        ``torch.compile(backbone)`` and ``backbone.compile()`` work, and tuners of one kind and size share what they
+        compiled; ``fullgraph=True`` does not, because images are counted outside.
 
         Raises:
             BackboneError: A token-level tuner on a family it does not fit.
         """
         self.passes += len(images)
+        return self._see(images, tuner)
+
+    def _see(self, images: Tensor, tuner: Tuner | None) -> Tensor:
         weights = tuner.weights() if tuner is not None else {}
         if weights:
             swapped = {f"model.{key}": value for key, value in weights.items()}

@@ -41,6 +41,7 @@ def run(
     from rich.console import Console
 
     from cil.configfile import load
+
     settings = load(config, overrides or [])
     console = Console(quiet=not _is_main_process())
     with console.status("loading torch, data and backbone …"):

@@ -7,11 +7,12 @@ Plain pydantic, no torch: importing this is cheap. Reading YAML, overriding keys
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Unit = tuple[float, float, float]
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 
 
 class Section(BaseModel):
@@ -33,7 +34,10 @@ class Augmentation(Section):
     scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop as a fraction of the image")
     ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="aspect ratio of the random crop")
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    color_jitter: float | None = Field(None, ge=0, description="strength of brightness, contrast and saturation jitter")
+    color_jitter: Annotated[float, Field(ge=0)] | Unit | None = Field(
+        None, description="strength of brightness, contrast and saturation jitter: one for all, or one each"
+    )
+    interpolation: Interpolation | None = Field(None, description="resampling filter; default: the test transform's")
 
 
 class TransformConfig(Section):
@@ -46,9 +50,7 @@ class TransformConfig(Section):
     crop: Literal["center", "squash", "border"] | None = Field(
         None, description="center: shorter side, then crop; squash: both sides, no crop; border: as timm"
     )
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = Field(
-        None, description="resampling filter"
-    )
+    interpolation: Interpolation | None = Field(None, description="resampling filter")
     augment: Augmentation | Literal["none"] = Field(
         Augmentation(), description="training transform; none trains on the test transform"
     )

@@ -179,10 +179,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     """Pydantic's errors as lines that name the key, what was got, and the nearest valid key."""
     lines = []
     for item in error.errors():
-        where = [str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-"))]
+        where, fields = _place(model, [str(part) for part in item["loc"]])
         key = ".".join(where)
         if item["type"] == "extra_forbidden":
-            fields = _fields(model, where[:-1])
             known = (
                 f"; known here: {', '.join(sorted(fields))}"
                 if fields and not difflib.get_close_matches(where[-1], fields)
@@ -191,6 +190,11 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
             lines.append(f"{prefix}unknown key {key}{nearest(where[-1], fields)}{known}")
         elif item["type"] == "missing":
             lines.append(f"{prefix}{key} is missing")
+        elif item["type"] == "union_tag_not_found":
+            lines.append(f"{prefix}{key}.{item['ctx']['discriminator'].strip(chr(39))} is missing")
+        elif item["type"] == "union_tag_invalid":
+            tag, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "").split(", ")
+            lines.append(f"{prefix}{key}: unknown {tag!r}{nearest(tag, tags)}; known here: {', '.join(tags)}")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
@@ -198,18 +202,25 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     return "\n".join(dict.fromkeys(lines))
 
 
-def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the model at ``path`` below ``model``."""
-    for part in path:
-        info = model.model_fields.get(part)
-        if info is None:
-            continue  # a list position or the tag of a union
-        candidates = [info.annotation, *typing.get_args(info.annotation)]
-        inner = [
-            c
-            for c in candidates
-            if isinstance(c, type) and not isinstance(c, types.GenericAlias) and issubclass(c, BaseModel)
-        ]
-        if inner:
-            model = inner[0]
-    return [f.alias or name for name, f in model.model_fields.items()]
+def _place(model: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]:
+    """The key of an error as the user wrote it, and the field names that are valid there."""
+    key, models = [], [model]  # several models where a union is not yet decided by its tag
+    for i, part in enumerate(loc):
+        if part.startswith(("function-", "constrained-")):
+            continue
+        tags = {m.model_fields["name"].default: m for m in models if "name" in m.model_fields}
+        if len(models) > 1 and part in tags:
+            models = [tags[part]]
+            continue  # pydantic puts the tag of a union into the path; it is no key
+        key.append(part)
+        info = models[0].model_fields.get(part)
+        if i < len(loc) - 1 and info is not None:  # else a list position
+            models = _models(info.annotation) or models
+    return key, [f.alias or name for name, f in models[0].model_fields.items()]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models in a type such as ``Model | None`` or ``list[Annotated[A | B, …]]``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for inner in typing.get_args(annotation) for model in _models(inner)]

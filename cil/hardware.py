@@ -57,12 +57,14 @@ def total(accelerator: Accelerator, count: int) -> int:
     return int(accelerator.reduce(torch.tensor([count], device=accelerator.device), "sum"))
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """What a reader must know to judge times: processor, cores, threads, device."""
+def facts(accelerator: Accelerator) -> dict[str, Any]:
+    """What a reader must know to judge times: processor, cores, threads, device, processes."""
+    device = accelerator.device
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 

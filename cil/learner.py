@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.classifiers.base import match_saved_shapes
 from cil.config import Section
 from cil.features import FeatureCache, View
 from cil.randomness import generator
@@ -153,12 +154,5 @@ class Learner(nn.Module, ABC):
         return 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Before loading, give every tensor the saved one's shape: heads and statistics grow with the classes."""
-        for name, module in self.named_modules():
-            for kind in (module._parameters, module._buffers):
-                for key, old in kind.items():
-                    saved = state_dict.get(f"{prefix}{name}.{key}" if name else f"{prefix}{key}")
-                    if old is not None and saved is not None and old.shape != saved.shape:
-                        fresh = torch.empty_like(saved, dtype=old.dtype, device=old.device)
-                        kind[key] = nn.Parameter(fresh, old.requires_grad) if isinstance(old, nn.Parameter) else fresh
+        match_saved_shapes(self, state_dict, prefix, rows_only=False)
         super()._load_from_state_dict(state_dict, prefix, *args)

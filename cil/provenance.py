@@ -76,7 +76,7 @@ def make_header(
             for split, loaded in (("train", train), ("test", test))
         },
         "versions": versions(),
-        "machine": hardware.facts(accelerator.device),
+        "machine": hardware.facts(accelerator),
     }
 
 

@@ -3,6 +3,8 @@
 A :class:`Tuner` is what rides along a frozen vision transformer: the forward loop below consults it after the position
 embedding, around every block and before pooling, and takes from it the weights it replaces. The transformer itself is
 never copied and never edited, so any number of tuners share one in memory.
+
+Shapes: B images, N tokens (class and register tokens first), D the embedding width, F the feature width.
 """
 
 from __future__ import annotations
@@ -10,40 +12,148 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from timm.models.vision_transformer import Block, VisionTransformer
+import torch
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cil.errors import BackboneError
 
 
-def attention_half(block: Any, tokens: Tensor) -> Tensor:
-    """x + DropPath(LayerScale(Attention(Norm(x)))): the first half of a timm ``Block``, [B, N, D] → [B, N, D]."""
-    _require_block(block)
-    return tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+def require_plain_vit(model: nn.Module) -> None:
+    """Refuse what token-level tuners do not fit.
 
-
-def mlp_half(block: Any, tokens: Tensor) -> Tensor:
-    """x + DropPath(LayerScale(MLP(Norm(x)))): the second half of a timm ``Block``, [B, N, D] → [B, N, D]."""
-    _require_block(block)
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-
-
-def _require_block(block: nn.Module) -> None:
-    if not isinstance(block, Block):
+    Raises:
+        BackboneError: Not timm's VisionTransformer, blocks other than its plain pre-norm ``Block``, or attention other
+            than its plain ``Attention`` without a gate.
+    """
+    what = ""
+    if not isinstance(model, VisionTransformer):
+        what = type(model).__name__
+    else:
+        for block in model.blocks:
+            attention = getattr(block, "attn", None)
+            if type(block) is not Block:
+                what = f"one with {type(block).__name__}"
+            elif type(attention) is not Attention:
+                what = f"one with {type(attention).__name__}"
+            elif getattr(attention, "gate", None) is not None:
+                what = "one with gated attention"
+    if what:
         raise BackboneError(
-            f"token-level tuners need timm's plain pre-norm Block; this backbone has {type(block).__name__}. "
-            "Learners on frozen features work on it"
+            "token-level tuners fit timm's VisionTransformer of plain pre-norm blocks (ViT, DeiT, CLIP, DINOv2, "
+            f"SigLIP); this backbone is {what}. Tuners of weights (LoRA, BitFit, full) and learners on frozen features "
+            "work on it"
         )
 
 
-class Tuner(nn.Module):
-    """What rides along a frozen ViT. Every hook does nothing until it is overridden.
+def attention_branch(block: Any, tokens: Tensor) -> Tensor:
+    """LayerScale(Attention(Norm(x))): what the first half of a ``Block`` adds to its input, [B, N, D] → [B, N, D]."""
+    return block.ls1(block.attn(block.norm1(tokens)))
 
-    B images, N tokens (class and register tokens first), D the embedding width, F the feature width.
+
+def mlp_branch(block: Any, tokens: Tensor) -> Tensor:
+    """LayerScale(MLP(Norm(x))): what the second half of a ``Block`` adds to its input, [B, N, D] → [B, N, D]."""
+    return block.ls2(block.mlp(block.norm2(tokens)))
+
+
+def attention_half(block: Any, tokens: Tensor, branch: Tensor | None = None) -> Tensor:
+    """x + DropPath(branch): the first half of a ``Block``; the branch is :func:`attention_branch` unless given."""
+    return tokens + block.drop_path1(attention_branch(block, tokens) if branch is None else branch)
+
+
+def mlp_half(block: Any, tokens: Tensor, branch: Tensor | None = None) -> Tensor:
+    """x + DropPath(branch): the second half of a ``Block``; the branch is :func:`mlp_branch` unless given."""
+    return tokens + block.drop_path2(mlp_branch(block, tokens) if branch is None else branch)
+
+
+def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """:func:`attention_branch` with further keys and values in front of the tokens' own.
+
+    The prefix is split over the heads as it is: neither the qkv projection nor the key norm is applied to it.
+
+    Args:
+        block: A plain ``Block``.
+        tokens: [B, N, D], not yet normalised.
+        keys: [P, A], or one prefix an image: [B, P, A]; A is the attention width, heads × head width.
+        values: As ``keys``.
+
+    Returns:
+        [B, N, D].
     """
+    attention, batch = block.attn, len(tokens)
+    qkv = attention.qkv(block.norm1(tokens)).unflatten(2, (3, attention.num_heads, attention.head_dim))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head width] each
+    q, k = attention.q_norm(q), attention.k_norm(k)
+
+    def joined(prefix: Tensor, own: Tensor) -> Tensor:
+        heads = prefix.to(own.dtype).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(-3, -2)
+        return torch.cat([heads.expand(batch, -1, -1, -1), own], dim=2)
+
+    k, v = joined(keys, k), joined(values, v)
+    if attention.fused_attn:
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    else:  # timm's own explicit path: on some machines it is the faster one
+        weights = (q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1)
+        mixed = attention.attn_drop(weights) @ v
+    mixed = attention.norm(mixed.transpose(1, 2).flatten(2))
+    return block.ls1(attention.proj_drop(attention.proj(mixed)))
+
+
+def attention_width(model: Any) -> int:
+    """heads × head width, the width of keys and values; D on all but a few models."""
+    attention = model.blocks[0].attn
+    return int(attention.num_heads * attention.head_dim)
+
+
+def affine_layers(model: nn.Module) -> list[str]:
+    """Names of the layers scale-and-shift tuning follows: patch projection; both norms, qkv, attention projection and
+    the MLP's linear layers of every block; the final norm (``fc_norm`` where timm puts it behind the pooling).
+
+    Raises:
+        BackboneError: As :func:`require_plain_vit`.
+    """
+    require_plain_vit(model)
+    names = ["patch_embed.proj"]
+    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        linear = [name for name, layer in block.mlp.named_modules() if isinstance(layer, nn.Linear)]
+        inside = ["norm1", "attn.qkv", "attn.proj", "norm2", *(f"mlp.{name}" for name in linear)]
+        names += [f"blocks.{i}.{name}" for name in inside]
+    return names + final_norms(model)
+
+
+def final_norms(model: nn.Module) -> list[str]:
+    """Names of the norms behind the last block; ``fc_norm`` is timm's behind the pooling."""
+    return [n for n in ("norm", "fc_norm") if not isinstance(getattr(model, n, nn.Identity()), nn.Identity)]
+
+
+def last_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
+    """Name prefixes (``"blocks.11."``) of the last ``count`` blocks and the final norm.
+
+    Raises:
+        BackboneError: ``count`` is not in 1 … number of blocks, or the model has no ``blocks``.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList):
+        raise BackboneError(f"training the last blocks needs a model with a list of blocks, not {type(model).__name__}")
+    if not 1 <= count <= len(blocks):
+        raise BackboneError(f"blocks: got {count}, this backbone has {len(blocks)}; give 1 to {len(blocks)}")
+    return (*(f"blocks.{i}." for i in range(len(blocks) - count, len(blocks))), "norm.", "fc_norm.")
+
+
+class Tuner(nn.Module):
+    """What rides along a frozen ViT. Every hook does nothing until it is overridden."""
 
     rides_blocks: bool = True
-    """False for a tuner that only replaces weights: it then fits any timm model, not just plain ViTs."""
+    """False for a tuner that only replaces weights or modules: it then fits any timm model, not just plain ViTs."""
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw fresh initial values from ``generator`` (on the CPU); nothing to draw by default."""
+
+    def model(self, model: nn.Module) -> nn.Module:
+        """The module tree to run in place of the frozen ``model``, sharing its weights; ``model`` itself by default."""
+        return model
 
     def weights(self) -> Mapping[str, Tensor]:
         """Backbone weights this tuner replaces, by their name in the timm model; none by default."""
@@ -54,7 +164,7 @@ class Tuner(nn.Module):
         return tokens
 
     def block(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
-        """Run block i on tokens [B, N, D]: add an adapter, insert deep prompts, scale and shift."""
+        """Run block i on tokens [B, N, D]: insert deep prompts here."""
         return self.mlp(i, block, self.attention(i, block, tokens))
 
     def attention(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
@@ -79,14 +189,10 @@ class Walk(nn.Module):
 
     def forward(self, images: Tensor, tuner: Tuner | None) -> Tensor:
         """Images [B, 3, H, W] → features [B, F]; equal to timm's own when nothing rides along."""
-        vit: Any = self.model  # timm's modules are not typed
+        vit: Any = self.model if tuner is None else tuner.model(self.model)  # timm's modules are not typed
         if tuner is None or not tuner.rides_blocks:
             return vit.forward_head(vit.forward_features(images), pre_logits=True)
-        if not isinstance(vit, VisionTransformer):
-            raise BackboneError(
-                f"token-level tuners fit timm's VisionTransformer (ViT, DeiT, CLIP, DINOv2, SigLIP); "
-                f"this backbone is {type(vit).__name__}. Learners on frozen features work on it"
-            )
+        require_plain_vit(vit)
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         tokens = tuner.embed(tokens)
         for i, block in enumerate(vit.blocks):

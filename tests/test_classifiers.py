@@ -1,15 +1,75 @@
-"""Classifiers alone on tensors, against scikit-learn and under any split of the data."""
+"""Classifiers alone on tensors, against independent implementations and under any split of the data."""
 
 from __future__ import annotations
+
+import copy
+import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from scipy.stats import multivariate_normal
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, RidgeCV
+from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import NearestCentroid
+from torch import nn
 
-from cil.classifiers import NCM, LinearHead
+from cil.classifiers import (
+    LDA,
+    NCM,
+    CosineHead,
+    Gaussians,
+    LinearHead,
+    Mahalanobis,
+    Ridge,
+    SampledFeatures,
+    mean_scales,
+    normalized_cross_entropy,
+)
+from cil.classifiers.linalg import add_gram_, eigh_, ridge_solve, symmetric_inverse
+from cil.classifiers.ridge import STRENGTHS
+from cil.errors import ConfigError, DataError
 from cil.randomness import generator
+
+FROM_SUMS = {
+    "ncm": lambda: NCM(12),
+    "ncm euclidean": lambda: NCM(12, "euclidean"),
+    "ridge": lambda: Ridge(12, strength=0.3),
+    "ridge projected": lambda: Ridge(12, projection=40, strength=0.3).draw(generator(7)),
+    "ridge cosine": lambda: Ridge(12, projection=40, strength=0.3, decision="cosine").draw(generator(7)),
+    "mahalanobis": lambda: Mahalanobis(12),
+    "mahalanobis tukey": lambda: Mahalanobis(12, (10, 10), tukey=0.5),
+    "mahalanobis plain": lambda: Mahalanobis(12, (0.5, 0.1), normalize=False, correlation=False),
+    "lda": lambda: LDA(12),
+    "lda uniform": lambda: LDA(12, 0.1, "uniform"),
+    "gaussians": lambda: Gaussians(12),
+}
+"""Classifiers that are functions of sums, on features of width 12."""
+EVERY = FROM_SUMS | {
+    "ridge holdout": lambda: Ridge(12, projection=40),
+    "ridge loo": lambda: Ridge(12, projection=40, strength="loo"),
+    "linear head": lambda: LinearHead(12),
+    "cosine head": lambda: CosineHead(12),
+}
+
+from_sums = pytest.mark.parametrize("make", FROM_SUMS.values(), ids=FROM_SUMS)
+every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+
+
+def ten_classes(n=600, width=12, seed=0):
+    """Ten overlapping classes with covariances of their own, float64, every class at least twice."""
+    rng = np.random.RandomState(seed)
+    means, shapes = rng.randn(10, width) * 1.5 + 0.5, rng.randn(10, width, width) * 0.4
+    labels = np.concatenate([np.repeat(np.arange(10), 2), rng.randint(0, 10, n - 20)])
+    x = means[labels] + np.einsum("nf,nfg->ng", rng.randn(n, width), shapes[labels]) + rng.randn(n, width) * 0.3
+    return torch.from_numpy(x), torch.from_numpy(labels)
+
+
+def one_hot(labels, classes=10):
+    return np.eye(classes)[np.asarray(labels)]
 
 
 @pytest.fixture
@@ -75,3 +135,666 @@ def test_linear_head_grows_and_keeps_old_rows():
     before = torch.get_rng_state()
     head.grow(9, generator(3))
     assert torch.equal(before, torch.get_rng_state())
+
+
+# --- every classifier -----------------------------------------------------------------------------------------------
+
+
+@from_sums
+@pytest.mark.parametrize("sizes", [[10], [2] * 5, [1] * 10, [4, 1, 3, 2]])
+def test_tasks_in_any_order_equal_one_fit(make, sizes):
+    x, y = ten_classes()
+    whole = make().partial_fit(x, y).logits(x)
+    tasks = np.split(np.random.RandomState(len(sizes)).permutation(10), np.cumsum(sizes)[:-1])
+    parts = make()
+    for task in tasks:
+        mine = torch.isin(y, torch.from_numpy(task))
+        parts.partial_fit(x[mine], y[mine])
+        parts.logits(x)  # whatever is solved in between must not stay
+    torch.testing.assert_close(parts.logits(x), whole, atol=1e-6, rtol=1e-6)
+
+
+@from_sums
+def test_batches_of_any_size_equal_one_fit(make):
+    x, y = ten_classes(150)
+    whole = make().partial_fit(x, y).logits(x)
+    parts = make()
+    for rows in torch.randperm(150, generator=generator(1)).split(7):
+        parts.partial_fit(x[rows], y[rows])
+    torch.testing.assert_close(parts.logits(x), whole, atol=1e-6, rtol=1e-6)
+
+
+@every
+def test_learns_ten_classes_better_than_chance(make):
+    x, y = ten_classes()
+    assert (make().partial_fit(x, y).logits(x).argmax(1) == y).double().mean() > 0.7
+
+
+@every
+def test_logits_have_the_features_precision(make):
+    x, y = ten_classes()
+    fitted = make().partial_fit(x, y)
+    exact, single = fitted.logits(x), fitted.logits(x.float())
+    assert exact.dtype == torch.float64 and single.dtype == torch.float32
+    assert fitted.logits(x.bfloat16()).dtype == torch.float32
+    off = (single - exact).abs().max() / exact.abs().max()
+    assert 0 < off < 1e-4
+
+
+@every
+def test_numpy_equals_tensors(make):
+    x, y = ten_classes()
+    theirs, ours = make().partial_fit(x.numpy(), y.numpy()), make().partial_fit(x, y)
+    frozen = x.numpy().copy()
+    frozen.flags.writeable = False
+    assert torch.equal(theirs.logits(frozen), ours.logits(x))
+
+
+@every
+def test_state_goes_through_safetensors_to_the_bit(make, tmp_path):
+    x, y = ten_classes()
+    fitted = make().partial_fit(x, y)
+    save_file(fitted.state_dict(), tmp_path / "state.safetensors")
+    fresh = make()
+    fresh.grow(3)
+    fresh.partial_fit(x[:50] + 1, y[:50] % 3)
+    fresh.logits(x)  # solves something that loading has to drop
+    fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(fresh.logits(x), fitted.logits(x))
+    nested = nn.ModuleDict({"inner": make()})
+    nested.load_state_dict({f"inner.{k}": v for k, v in fitted.state_dict().items()})
+    assert torch.equal(nested["inner"].logits(x), fitted.logits(x))
+    fresh.partial_fit(x[:80] - 1, y[:80])  # and it learns on
+    fitted.partial_fit(x[:80] - 1, y[:80])
+    assert torch.equal(fresh.logits(x), fitted.logits(x))
+
+
+@every
+def test_a_state_of_another_width_is_refused(make):
+    x, y = ten_classes(100)
+    other = {k: v[..., :9] if v.ndim > 1 else v for k, v in make().partial_fit(x, y).state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make().load_state_dict(other)
+
+
+@every
+def test_autocast_and_inference_mode_change_nothing(make):
+    x, y = ten_classes()
+    x = x.float()
+    plain = make().partial_fit(x, y)
+    expected, inside = plain.logits(x), make()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        inside.partial_fit(x.double(), y.clone())
+        assert torch.equal(inside.logits(x.clone()), expected)
+    assert torch.equal(inside.logits(x), expected)
+    inside.partial_fit(x, y)  # what was made in inference mode can still be changed
+    assert torch.equal(inside.logits(x), plain.partial_fit(x, y).logits(x))
+
+
+@every
+def test_predicting_changes_no_state(make):
+    x, y = ten_classes()
+    fitted = make().partial_fit(x, y)
+    before = copy.deepcopy(fitted.state_dict())
+    fitted.logits(x)
+    after = fitted.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@every
+def test_global_random_states_are_left_alone(make):
+    x, y = ten_classes(200)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    make().partial_fit(x, y).logits(x)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+
+
+@every
+def test_a_copy_and_a_move_keep_the_logits(make):
+    x, y = ten_classes(200)
+    fitted = make().partial_fit(x, y)
+    expected = fitted.logits(x)
+    assert torch.equal(copy.deepcopy(fitted).logits(x), expected)
+    assert torch.equal(fitted.to("cpu").logits(x), expected)
+    twin = copy.deepcopy(fitted).partial_fit(x + 1, y)
+    assert not torch.equal(twin.logits(x), expected) and torch.equal(fitted.logits(x), expected)
+
+
+@every
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: (x[:, :5], y), r"shape \[100, 5\]; expected \[N, 12\]"),
+        (lambda x, y: (x[0], y), r"shape \[12\]"),
+        (lambda x, y: (x.long(), y), "floating"),
+        (lambda x, y: (x.numpy().astype(str), y), "numbers"),
+        (lambda x, y: (torch.full_like(x, torch.nan), y), "NaN"),
+        (lambda x, y: (x / 0, y), "infinite"),
+        (lambda x, y: (x, y - 1), "smallest label is -1"),
+        (lambda x, y: (x, y[:-1]), r"labels have shape \[99\] for 100"),
+        (lambda x, y: (x, y[:, None]), r"labels have shape \[100, 1\]"),
+        (lambda x, y: (x, y.double()), "labels are torch.float64"),
+        (lambda x, y: (x[:0], y[:0]), "no samples"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_changes_nothing(make, spoil, message):
+    x, y = ten_classes(100)
+    fitted = make().partial_fit(x, y)
+    before = copy.deepcopy(fitted.state_dict())
+    with pytest.raises(DataError, match=message) as caught:
+        fitted.partial_fit(*spoil(x, y))
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[k], v) for k, v in fitted.state_dict().items())
+
+
+@every
+def test_wrong_queries_are_refused_and_none_are_fine(make):
+    x, y = ten_classes(100)
+    fitted = make().partial_fit(x, y)
+    assert fitted.logits(x[:0]).shape == (0, 10)
+    for wrong in (x[:, :5], x.long(), x * torch.nan):
+        with pytest.raises(DataError):
+            fitted.logits(wrong)
+
+
+@from_sums
+def test_classes_without_samples_score_minus_infinity(make):
+    x, y = ten_classes(200)
+    fitted = make()
+    fitted.grow(4)
+    assert fitted.logits(x).isneginf().all() and fitted.logits(x).shape == (200, 4)
+    y = torch.where(y == 3, 4, y)
+    fitted.partial_fit(x, y).grow(12)
+    scores = fitted.logits(x)
+    assert scores[:, [3, 10, 11]].isneginf().all()
+    assert scores[:, [0, 1, 2, 4, 5, 6, 7, 8, 9]].isfinite().all()
+
+
+@from_sums
+def test_a_class_with_one_sample_is_recognised(make):
+    x, y = ten_classes(200)
+    lone = torch.full((1, 12), 40.0, dtype=torch.float64) * torch.tensor([1, -1] * 6)
+    fitted = make().partial_fit(x, y).partial_fit(lone, torch.tensor([10]))
+    assert fitted.logits(x).isfinite().all()
+    assert fitted.logits(lone).argmax(1).item() == 10
+
+
+def test_constructors_refuse_what_makes_no_sense():
+    for wrong in (
+        lambda: NCM(0),
+        lambda: Ridge(4, projection=0),
+        lambda: Ridge(4, strength=0.0),
+        lambda: Ridge(4, strength=float("inf")),
+        lambda: Ridge(4, strength="cv"),
+        lambda: Ridge(4, decision="hinge"),
+        lambda: Mahalanobis(4, (-1.0, 0.0)),
+        lambda: Mahalanobis(4, tukey=0),
+        lambda: LDA(4, shrinkage=1.5),
+        lambda: LDA(4, priors="flat"),
+        lambda: Gaussians(4, ridge=0),
+        lambda: SampledFeatures(Gaussians(4), 0),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("l2", "atol"), [(1.0, 1e-4), (0.01, 1e-3)])
+def test_linear_head_alone_is_scikit_learns_logistic_regression(l2, atol):
+    x, y = ten_classes()
+    ours = LinearHead(12).partial_fit(x, y, l2=l2)
+    theirs = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=10_000).fit(x.numpy(), y.numpy())
+    np.testing.assert_allclose(ours.weight.detach().numpy(), theirs.coef_, atol=atol)
+    np.testing.assert_allclose(
+        ours.logits(x).softmax(1).detach().numpy(), theirs.predict_proba(x.numpy()), atol=atol / 10
+    )
+
+
+@pytest.mark.parametrize("kind", [LinearHead, CosineHead])
+def test_a_head_goes_on_from_its_rows_and_grows_to_the_labels(kind):
+    x, y = ten_classes()
+    head = kind(12)
+    head.grow(3, generator(0))
+    head.partial_fit(x, y)
+    assert head.num_classes == 10 and head.weight.requires_grad
+    once = copy.deepcopy(head)
+    head.partial_fit(x, y)  # already at the minimum
+    torch.testing.assert_close(head.logits(x), once.logits(x), atol=1e-2, rtol=1e-3)
+    still = copy.deepcopy(head).partial_fit(x, y, iterations=1)
+    torch.testing.assert_close(still.logits(x), head.logits(x), atol=1e-2, rtol=1e-3)
+
+
+def test_cosine_head_by_hand():
+    head = CosineHead(8)
+    head.grow(4, generator(0))
+    assert head.sigma.item() == 1 and head.sigma.requires_grad
+    assert head.weight.abs().max() <= 8**-0.5 and head.weight.abs().max() > 0.8 * 8**-0.5 and head.weight.min() < 0
+    with torch.no_grad():
+        head.sigma.fill_(3)
+    x = torch.randn(5, 8, generator=generator(1))
+    expected = 3 * F.cosine_similarity(x[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(head(x), expected)
+    old = head.weight.detach().clone()
+    head.grow(6, generator(2))
+    assert torch.equal(head.weight[:4], old) and head.sigma.item() == 3
+
+
+@pytest.mark.parametrize("kind", [LinearHead, CosineHead])
+def test_masked_classes_get_no_probability_and_no_gradient(kind):
+    head = kind(8)
+    head.grow(6, generator(0))
+    x, y = torch.randn(9, 8, generator=generator(1)), torch.tensor([1, 4, 4] * 3)
+    logits = head(x, [1, 4])
+    assert logits[:, [0, 2, 3, 5]].isneginf().all()
+    assert torch.equal(logits[:, [1, 4]], head(x)[:, [1, 4]])
+    F.cross_entropy(logits, y).backward()
+    assert not head.weight.grad[[0, 2, 3, 5]].any() and head.weight.grad[[1, 4]].any(1).all()
+    alone = kind(8)
+    alone.grow(2, generator(3))
+    with torch.no_grad():
+        alone.weight.copy_(head.weight[[1, 4]])
+    F.cross_entropy(alone(x), (y == 4).long()).backward()
+    torch.testing.assert_close(head.weight.grad[[1, 4]], alone.weight.grad)
+    assert torch.equal(head(x, range(1, 3)).isneginf(), head(x, torch.tensor([1, 2])).isneginf())
+
+
+@pytest.mark.parametrize("kind", [LinearHead, CosineHead])
+def test_extending_appends_the_other_heads_rows(kind):
+    head, task = kind(8), kind(8)
+    head.grow(3, generator(0))
+    task.grow(2, generator(1))
+    x = torch.randn(4, 8, generator=generator(2))
+    expected = torch.cat([head(x), task(x)], 1)
+    assert torch.equal(head.extend(task)(x), expected)
+    with torch.no_grad():
+        task.weight.zero_()
+    assert torch.equal(head(x), expected)
+    for other in (LinearHead(7), CosineHead(7), (CosineHead if kind is LinearHead else LinearHead)(8)):
+        with pytest.raises(ConfigError, match="cannot be extended"):
+            head.extend(other)
+
+
+def test_heads_train_under_autocast_in_its_precision():
+    head = LinearHead(8)
+    head.grow(3, generator(0))
+    x = torch.randn(4, 8, generator=generator(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(x).dtype == torch.bfloat16 and head.logits(x).dtype == torch.float32
+
+
+# --- ridge ----------------------------------------------------------------------------------------------------------
+
+
+def hidden(ridge, x):
+    """H by numpy, from the state alone."""
+    return np.maximum(x.numpy() @ ridge.state_dict()["projection"].double().numpy(), 0)
+
+
+def solve(h, y, strength):
+    return np.linalg.solve(h.T @ h + strength * np.eye(h.shape[1]), h.T @ y)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 1e3])
+def test_ridge_is_scikit_learns(strength):
+    x, y = ten_classes()
+    ours = Ridge(12, strength=strength).partial_fit(x, y)
+    theirs = SklearnRidge(alpha=strength, fit_intercept=False, solver="cholesky").fit(x.numpy(), one_hot(y))
+    np.testing.assert_allclose(ours.weights.numpy(), theirs.coef_.T, atol=1e-9)
+    np.testing.assert_allclose(ours.logits(x).numpy(), theirs.predict(x.numpy()), atol=1e-9)
+
+
+def test_ridge_on_random_features_by_hand():
+    x, y = ten_classes()
+    ridge = Ridge(12, projection=64, strength=2.0).partial_fit(x, y, generator(3))
+    state = ridge.state_dict()
+    assert state["projection"].shape == (12, 64) and abs(float(state["projection"].std()) - 1) < 0.1
+    h = hidden(ridge, x)
+    w = solve(h, one_hot(y), 2.0)
+    np.testing.assert_allclose(ridge.logits(x).numpy(), h @ w, atol=1e-8)
+    np.testing.assert_allclose(state["gram"].numpy(), h.T @ h, rtol=1e-10)
+    np.testing.assert_allclose(state["targets"].numpy(), one_hot(y).T @ h, rtol=1e-10)
+    assert torch.equal(state["gram"], state["gram"].T)
+    pilot = Ridge(12, projection=64, strength=2.0, decision="cosine").partial_fit(x, y, generator(3))
+    np.testing.assert_allclose(pilot.logits(x).numpy(), h @ (w / np.linalg.norm(w, axis=0)), atol=1e-8)
+    assert not torch.equal(pilot.logits(x).argmax(1), ridge.logits(x).argmax(1))
+
+
+def test_ridge_predicts_like_the_ridge_classifier():
+    """±1 targets with an intercept column give the predictions of 0/1 targets: both are affine in each other."""
+    x, y = ten_classes()
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    ours = Ridge(13, strength=1e-6).partial_fit(x, y)
+    theirs = RidgeClassifier(alpha=1e-6, fit_intercept=False, solver="cholesky").fit(x.numpy(), y.numpy())
+    np.testing.assert_array_equal(ours.logits(x).argmax(1).numpy(), theirs.predict(x.numpy()))
+
+
+def test_the_projection_is_drawn_once():
+    x, y = ten_classes(100)
+    ridge = Ridge(12, projection=30, strength=1.0).draw(generator(1))
+    drawn = ridge.projection.clone()
+    assert not torch.equal(ridge.draw(generator(2)).projection, drawn)
+    ridge.draw(generator(1)).partial_fit(x, y, generator(5)).partial_fit(x, y)
+    assert torch.equal(ridge.projection, drawn)
+    with pytest.raises(ConfigError, match="drawn again"):
+        ridge.draw(generator(2))
+    twin = Ridge(12, projection=30, strength=1.0).partial_fit(x, y)
+    assert torch.equal(twin.logits(x), Ridge(12, projection=30, strength=1.0).partial_fit(x, y).logits(x))
+    assert Ridge(12).draw(generator(1)).projection is None
+
+
+@pytest.mark.parametrize("width", [24, 300])  # fewer features than samples, and more: Gram matrix and kernel
+def test_holdout_equals_seventeen_solves(width):
+    x, y = ten_classes(200)
+    ridge = Ridge(12, projection=width).draw(generator(0))
+    ridge.partial_fit(x + 1, y, generator(8))
+    strengths = set()
+    for seed, noise in ((1, 0.0), (2, 5.0), (3, 30.0)):
+        x_now = x + noise * torch.randn(x.shape, generator=generator(seed), dtype=torch.float64)
+        ridge.partial_fit(x_now, y, generator(seed))
+        order = torch.randperm(200, generator=generator(seed))
+        h, t = hidden(ridge, x_now[order]), one_hot(y[order])
+        errors = np.array([((h[160:] @ solve(h[:160], t[:160], s) - t[160:]) ** 2).mean() for s in STRENGTHS])
+        ours = np.array(ridge._holdout_errors(x_now[order], torch.from_numpy(t)))
+        safe = np.array(STRENGTHS) >= (1e-6 if width == 24 else 1e-3)  # below, the explicit solves themselves are noise
+        np.testing.assert_allclose(ours[safe], errors[safe], rtol=1e-5)
+        assert ridge.strength_.item() == STRENGTHS[int(ours.argmin())] == STRENGTHS[int(errors.argmin())]
+        strengths.add(ridge.strength_.item())
+    assert len(strengths) > 1  # the data matters
+
+
+def test_loo_equals_refitting_without_each_sample():
+    x, y = ten_classes(90)
+    noisy = x + 3 * torch.randn(x.shape, generator=generator(1), dtype=torch.float64)
+    ridge = Ridge(12, projection=30, strength="loo").draw(generator(0))
+    ridge.partial_fit(noisy[:50], y[:50]).partial_fit(noisy[50:], y[50:])
+    h, t = hidden(ridge, noisy), one_hot(y)
+    errors = np.zeros(17)
+    for i in range(50, 90):  # this call's samples under all data but themselves
+        rest = np.arange(90) != i
+        for k, s in enumerate(STRENGTHS):
+            errors[k] += ((h[i] @ solve(h[rest], t[rest], s) - t[i]) ** 2).mean() / 40
+    np.testing.assert_allclose(ridge._leave_one_out_errors(noisy[50:], torch.from_numpy(t[50:])), errors, rtol=1e-6)
+    assert ridge.strength_.item() == STRENGTHS[int(errors.argmin())]
+
+
+def test_loo_on_one_batch_is_scikit_learns_ridge_cv():
+    x, y = ten_classes(150)
+    chosen = set()
+    for noise in (0.0, 3.0, 20.0):
+        noisy = x + noise * torch.randn(x.shape, generator=generator(2), dtype=torch.float64)
+        ours = Ridge(12, projection=100, strength="loo").partial_fit(noisy, y, generator(4))
+        theirs = RidgeCV(STRENGTHS, fit_intercept=False).fit(hidden(ours, noisy), one_hot(y))
+        assert ours.strength_.item() == theirs.alpha_
+        np.testing.assert_allclose(ours.weights.numpy(), theirs.coef_.T, atol=1e-6)
+        chosen.add(theirs.alpha_)
+    assert len(chosen) > 1
+
+
+def test_loo_that_interpolates_is_still_finite():
+    x, y = ten_classes(40)
+    ridge = Ridge(12, projection=200, strength="loo").partial_fit(x, y)
+    assert ridge.strength_.item() in STRENGTHS and ridge.logits(x).isfinite().all()
+    errors = ridge._leave_one_out_errors(x, torch.from_numpy(one_hot(y)))
+    assert errors[0] == float("inf") and min(errors) < 0.1
+
+
+@pytest.mark.parametrize("strength", ["holdout", "loo"])
+def test_one_sample_keeps_the_strength(strength):
+    x, y = ten_classes(200)
+    ridge = Ridge(12, strength=strength).partial_fit(x[:1], y[:1])
+    assert ridge.strength_.item() == 1.0
+    chosen = ridge.partial_fit(x, y).strength_.item()
+    assert chosen != 1.0 and ridge.partial_fit(x[:1], y[:1]).strength_.item() == chosen
+    ridge.partial_fit(x[:2], y[:2])
+
+
+def test_a_strength_below_resolution_gives_the_least_squares_solution():
+    x, y = ten_classes(30)
+    ridge = Ridge(12, projection=80, strength=1e-300).partial_fit(x, y)  # rank 30 of 80, and no help from λ
+    h = hidden(ridge, x)
+    assert np.linalg.matrix_rank(h) < 80
+    np.testing.assert_allclose(ridge.logits(x).numpy(), h @ np.linalg.pinv(h) @ one_hot(y), atol=1e-3)
+
+
+# --- covariances ----------------------------------------------------------------------------------------------------
+
+
+def fecam(train, labels, queries, alpha1, alpha2):
+    """The authors' FeCAM_vit_cifar100.py in numpy: normalise, mean and covariance, shrink, correlation, pinv."""
+    train = train / np.linalg.norm(train, axis=1, keepdims=True)
+    queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    distances = []
+    for c in range(labels.max() + 1):
+        mine = train[labels == c]
+        mean, cov = mine.mean(0), np.cov(mine.T)
+        eye = np.eye(len(cov))
+        off = cov - np.diag(np.diag(cov))
+        cov = cov + alpha1 * np.diag(cov).mean() * eye + alpha2 * off[off != 0].mean() * (1 - eye)
+        sd = np.sqrt(np.diag(cov))
+        away = queries - mean
+        distances.append(np.diag(away @ np.linalg.pinv(cov / np.outer(sd, sd)) @ away.T))
+    return np.stack(distances, 1)
+
+
+@pytest.mark.parametrize("shrinkage", [(1.0, 0.0), (10.0, 10.0), (0.0, 0.0)])
+def test_mahalanobis_is_fecam(shrinkage):
+    x, y = ten_classes()
+    ours = Mahalanobis(12, shrinkage).partial_fit(x, y)
+    expected = fecam(x.numpy(), y.numpy(), x.numpy(), *shrinkage)
+    np.testing.assert_allclose(ours.distances(x).numpy(), expected, rtol=1e-6)
+    assert torch.equal(ours.logits(x), -ours.distances(x))
+
+
+def test_mahalanobis_with_fewer_samples_than_features_uses_the_pseudo_inverse():
+    x, y = ten_classes(80, width=12)  # about 8 a class: every covariance is singular
+    ours = Mahalanobis(12, (0.0, 0.0)).partial_fit(x[:40], y[:40]).partial_fit(x[40:], y[40:])
+    np.testing.assert_allclose(ours.distances(x).numpy(), fecam(x.numpy(), y.numpy(), x.numpy(), 0, 0), rtol=1e-5)
+
+
+def test_mahalanobis_transforms():
+    x, y = ten_classes()
+    powered = x.sign() * x.abs().sqrt()
+    torch.testing.assert_close(
+        Mahalanobis(12, tukey=0.5).partial_fit(x, y).distances(x),
+        Mahalanobis(12).partial_fit(powered, y).distances(powered),
+    )
+    plain = Mahalanobis(12, (0, 0), normalize=False, correlation=False).partial_fit(x, y).distances(x)
+    for c in range(10):
+        inverse = np.linalg.inv(np.cov(x[y == c].numpy().T))
+        away = (x - x[y == c].mean(0)).numpy()
+        np.testing.assert_allclose(plain[:, c], np.einsum("nf,fg,ng->n", away, inverse, away), rtol=1e-6)
+
+
+def test_a_constant_feature_or_a_lone_sample_is_compared_by_the_euclidean_distance():
+    x, y = ten_classes(60)
+    lone = Mahalanobis(12).partial_fit(x[:1], y[:1] * 0)
+    u = F.normalize(x, dim=1)
+    torch.testing.assert_close(lone.distances(x)[:, 0], (u - u[0]).square().sum(1))
+    x[:, 3] = 0.1  # not a number sums of squares represent exactly
+    flat = Mahalanobis(12, (0, 0), normalize=False).partial_fit(x[:50], y[:50] * 0)
+    rest = Mahalanobis(11, (0, 0), normalize=False)
+    others = [i for i in range(12) if i != 3]
+    rest.partial_fit(x[:50, others], y[:50] * 0)
+    x[:, 3] += 2
+    torch.testing.assert_close(flat.distances(x), rest.distances(x[:, others]) + 4)
+
+
+@pytest.mark.parametrize("make", [Mahalanobis, Gaussians])
+def test_only_changed_classes_are_solved_again(make, monkeypatch):
+    x, y = ten_classes()
+    solved = []
+    original = make.covariance
+    monkeypatch.setattr(make, "covariance", lambda self, c: solved.append(c) or original(self, c))
+    fitted = make(12).partial_fit(x, y)
+    fitted.logits(x), fitted.logits(x)
+    assert sorted(solved) == list(range(10))
+    solved.clear()
+    fitted.partial_fit(x[y == 4], y[y == 4]).partial_fit(x[:5], torch.full((5,), 11))
+    fitted.logits(x)
+    assert sorted(solved) == [4, 11]
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 1e-4, 0.3, 1.0])
+def test_lda_is_scikit_learns(shrinkage):
+    x, y = ten_classes()
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(x.numpy(), y.numpy())
+    ours = LDA(12, shrinkage).partial_fit(x, y)
+    np.testing.assert_allclose(ours.logits(x).numpy(), theirs.decision_function(x.numpy()), rtol=1e-7, atol=1e-7)
+    uniform = LDA(12, shrinkage, "uniform").partial_fit(x, y)
+    by_hand = ours.logits(x) - (y.bincount() / len(y)).log() + np.log(0.1)
+    torch.testing.assert_close(uniform.logits(x), by_hand, atol=1e-5, rtol=1e-5)
+
+
+def test_lda_without_enough_samples_and_without_shrinkage():
+    x, y = ten_classes(20)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.0).fit(x[:8].numpy(), y[:8].numpy())  # rank 4 of 12
+    ours = LDA(12, 0.0).partial_fit(x[:8], y[:8])
+    np.testing.assert_allclose(ours.logits(x).numpy(), theirs.decision_function(x.numpy()), rtol=1e-5, atol=1e-5)
+
+
+# --- alignment ------------------------------------------------------------------------------------------------------
+
+
+def test_gaussians_are_scipys():
+    x, y = ten_classes()
+    ours = Gaussians(12).partial_fit(x, y)
+    for c in range(10):
+        cov = np.cov(x[y == c].numpy().T) + 1e-4 * np.eye(12)
+        expected = multivariate_normal.logpdf(x.numpy(), x[y == c].mean(0).numpy(), cov)
+        np.testing.assert_allclose(ours.logits(x)[:, c].numpy(), expected, rtol=1e-7)
+    lone = Gaussians(12, ridge=0.5).partial_fit(x[:1], y[:1] * 0)
+    expected = multivariate_normal.logpdf(x.numpy(), x[0].numpy(), 0.5 * np.eye(12))
+    np.testing.assert_allclose(lone.logits(x)[:, 0].numpy(), expected, rtol=1e-9)
+
+
+def test_samples_have_the_classes_moments():
+    x, y = ten_classes()
+    gaussians = Gaussians(12).partial_fit(x, y)
+    labels = torch.tensor([3, 7]).repeat(20_000)
+    scale = torch.tensor([0.9, 1.0]).repeat(20_000)
+    drawn = gaussians.sample(labels, generator(0), scale)
+    assert drawn.dtype == torch.float32 and drawn.shape == (40_000, 12)
+    for c, s in ((3, 0.9), (7, 1.0)):
+        mine = drawn[labels == c].double()
+        np.testing.assert_allclose(mine.mean(0), s * gaussians.means[c], atol=0.06)
+        np.testing.assert_allclose(np.cov(mine.T), np.cov(x[y == c].T), atol=0.15)
+    assert torch.equal(drawn, gaussians.sample(labels, generator(0), scale))
+    assert not torch.equal(drawn, gaussians.sample(labels, generator(1), scale))
+    gaussians.grow(12)
+    with pytest.raises(DataError, match=r"classes \[10\].* no samples"):
+        gaussians.sample(torch.tensor([0, 10]), generator(0))
+
+
+def test_older_means_are_shrunk():
+    tasks = torch.tensor([0, 0, 1, 2])
+    torch.testing.assert_close(mean_scales(tasks, 2), torch.tensor([0.9 + 0.1 / 3, 0.9 + 0.1 / 3, 0.9 + 0.2 / 3, 1.0]))
+    torch.testing.assert_close(mean_scales(tasks[:2], 0), torch.ones(2))
+
+
+def test_normalized_cross_entropy_is_the_authors_loop():
+    sizes = [1, 5, 2]
+    tasks = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    logits = (torch.randn(6, 8, generator=generator(0)) * 4).requires_grad_()
+    labels = torch.tensor([0, 3, 5, 6, 7, 1])
+    loss = normalized_cross_entropy(logits, labels, tasks, 0.2)
+    norms = torch.stack([part.norm(dim=1) + 1e-7 for part in logits.split(sizes, dim=1)], 1).mean(1, keepdim=True)
+    expected = F.cross_entropy(logits / norms / 0.2, labels)
+    torch.testing.assert_close(loss, expected)
+    [ours], [theirs] = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(ours, theirs)
+    mixed = torch.randperm(8, generator=generator(1))  # classes of a task need not be neighbours
+    back = mixed.argsort()
+    torch.testing.assert_close(normalized_cross_entropy(logits[:, mixed], back[labels], tasks[mixed], 0.2), expected)
+    zero = torch.zeros(2, 8, requires_grad=True)
+    normalized_cross_entropy(zero, labels[:2], tasks).backward()
+    assert zero.grad.isfinite().all()
+
+
+def passes(data, batch_size, seed, part=(0, 1)):
+    return list(data.batches(batch_size, generator=generator(seed), augment=True, device="cpu", part=part))
+
+
+def test_sampled_features_are_balanced_fresh_and_shuffled():
+    x, y = ten_classes()
+    data = SampledFeatures(Gaussians(12).partial_fit(x, y), per_class=7)
+    assert len(data) == 70
+    batches = passes(data, 16, 0)
+    assert [len(b) for _, b in batches] == [16, 16, 16, 16, 6] and batches[0][0].shape == (16, 12)
+    labels = torch.cat([b for _, b in batches])
+    assert labels.bincount().tolist() == [7] * 10 and not torch.equal(labels, labels.sort().values)
+    rng = generator(0)
+    first, second = (
+        torch.cat([a for a, _ in data.batches(16, generator=rng, augment=True, device="cpu")]) for _ in range(2)
+    )
+    assert torch.equal(first, torch.cat([a for a, _ in batches])) and not torch.equal(first, second)
+    shrunk = SampledFeatures(data.gaussians, 7, scale=torch.full((10,), 0.5))
+    moved = torch.cat([a for a, _ in batches]) - torch.cat([a for a, _ in passes(shrunk, 16, 0)])
+    torch.testing.assert_close(moved, (0.5 * data.gaussians.means[labels]).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_processes_share_the_batches_of_sampled_features():
+    x, y = ten_classes()
+    data = SampledFeatures(Gaussians(12).partial_fit(x, y), per_class=3)
+    whole = passes(data, 7, 0)
+    ranks = [passes(data, 7, 0, (rank, 3)) for rank in range(3)]
+    for (a, b), *parts in zip(whole, *ranks, strict=True):
+        for rank, (x_part, y_part) in enumerate(parts):
+            assert torch.equal(x_part, a[rank::3]) and torch.equal(y_part, b[rank::3])
+    assert len(whole[-1][1]) == 2 and ranks[2][-1][0].shape == (0, 12)
+
+
+# --- linear algebra -------------------------------------------------------------------------------------------------
+
+
+def test_matrices_larger_than_a_block(monkeypatch):
+    monkeypatch.setattr("cil.classifiers.linalg.BLOCK", 8)
+    rows = torch.randn(40, 27, generator=generator(0), dtype=torch.float64)
+    gram = torch.zeros(27, 27, dtype=torch.float64)
+    add_gram_(gram, rows)
+    add_gram_(gram, rows[:5])
+    torch.testing.assert_close(gram, rows.T @ rows + rows[:5].T @ rows[:5])
+    assert torch.equal(gram, gram.T)
+    before = gram.clone()
+    right = torch.randn(27, 3, generator=generator(1), dtype=torch.float64)
+    torch.testing.assert_close(ridge_solve(gram, right, 0.1), torch.linalg.solve(gram + 0.1 * torch.eye(27), right))
+    torch.testing.assert_close(symmetric_inverse(gram), torch.linalg.inv(gram))
+    assert torch.equal(gram, before)
+    values, vectors = eigh_(gram)
+    torch.testing.assert_close(vectors @ values.diag() @ vectors.T, before)
+
+
+def test_ridge_on_more_rows_and_columns_than_a_block(monkeypatch):
+    x, y = ten_classes(100)
+    expected = {}
+    for strength in ("holdout", "loo"):
+        ridge = Ridge(12, projection=30, strength=strength).partial_fit(x, y, generator(0))
+        wide = Ridge(12, projection=130).partial_fit(x, y, generator(0))
+        expected[strength] = ridge.logits(x), wide.logits(x), ridge.strength_, wide.strength_
+    monkeypatch.setattr("cil.classifiers.linalg.BLOCK", 7)
+    monkeypatch.setattr("cil.classifiers.ridge.BLOCK", 7)
+    for strength in ("holdout", "loo"):
+        ridge = Ridge(12, projection=30, strength=strength).partial_fit(x, y, generator(0))
+        wide = Ridge(12, projection=130).partial_fit(x, y, generator(0))
+        got = ridge.logits(x), wide.logits(x), ridge.strength_, wide.strength_
+        torch.testing.assert_close(got, expected[strength], atol=1e-6, rtol=1e-6)
+
+
+def test_a_class_with_one_sample_borrows_the_pooled_covariance():
+    rng = np.random.RandomState(3)
+    x, y = rng.randn(41, 5) @ rng.randn(5, 5), np.array([0] * 15 + [1] * 25 + [2])
+    fitted = Mahalanobis(5, shrinkage=(0.5, 0.0), normalize=False).partial_fit(x[-1:], y[-1:]).partial_fit(x, y)
+    # class 2 now has two equal samples: no covariance, and more than one sample, so it does not borrow
+    assert torch.equal(fitted.shrunk(2), torch.eye(5, dtype=torch.float64))
+    fitted = Mahalanobis(5, shrinkage=(0.5, 0.0), normalize=False).partial_fit(x[-1:], y[-1:])
+    alone = fitted.distances(x)[:, 2]
+    fitted.partial_fit(x[:-1], y[:-1])
+    pooled = (14 * np.cov(x[:15].T) + 24 * np.cov(x[15:40].T)) / 38
+    pooled += 0.5 * np.diag(pooled).mean() * np.eye(5)
+    pooled /= np.sqrt(np.outer(np.diag(pooled), np.diag(pooled)))
+    away = x - x[-1]
+    expected = np.einsum("nd,de,ne->n", away, np.linalg.inv(pooled), away)
+    np.testing.assert_allclose(fitted.distances(x)[:, 2], expected, atol=1e-9)
+    assert not torch.allclose(fitted.distances(x)[:, 2], alone)

@@ -258,6 +258,40 @@ def test_streaming_workers_give_what_memory_gives(picture_folder, tmp_path, augm
         assert all(torch.equal(got[k], expected[k]) for k in expected)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("augment", [True, False])
+def test_parts_of_all_processes_are_the_whole_pass_to_the_bit(picture_folder, tmp_path, augment, in_memory):
+    """Batches of 8 of 9 images on two processes: the last batch is empty on one of them."""
+    transforms = Transforms(CONFIG, TransformConfig(augment=Augmentation(scale=(0.3, 1.0))))
+    images = ImageSet(sources.folder(picture_folder() / "train"), transforms, in_memory=in_memory, memory_bytes=0)
+
+    def passed(part):
+        return list(images.batches(np.arange(9), images.labels, 8, generator=generator(3), augment=augment, part=part))
+
+    whole, shares = passed((0, 1)), [passed((rank, 2)) for rank in range(2)]
+    for step, (pixels, labels) in enumerate(whole):
+        for rank in range(2):
+            assert torch.equal(shares[rank][step][0], pixels[rank::2])
+            assert torch.equal(shares[rank][step][1], labels[rank::2])
+    assert len(shares[1][1][1]) == 0 and shares[1][1][0].shape == (0, 3, 32, 32)
+
+
+def test_training_has_its_own_interpolation_and_jitter():
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (50, 40, 3)).astype(np.uint8))
+    augment = Augmentation(scale=(0.4, 1.0), interpolation="bilinear", color_jitter=(0.25, 0.0, 0.0))
+    ours = Transforms(CONFIG, TransformConfig(augment=augment))
+    theirs = create_transform(
+        input_size=32, is_training=True, use_prefetcher=True, interpolation="bilinear", scale=(0.4, 1.0),
+        color_jitter=(0.25, 0.0, 0.0), mean=CONFIG["mean"], std=CONFIG["std"],
+    )  # fmt: skip
+    with isolated(1):
+        a = ours.augment(picture)
+    with isolated(1):
+        b = theirs(picture)
+    np.testing.assert_array_equal(a, b)
+    assert ours.card["interpolation"] == "bicubic"
+
+
 def test_batches_leave_global_randomness_alone(image_set):
     torch.manual_seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()

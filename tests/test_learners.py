@@ -17,6 +17,8 @@ from cil.learners.ncm import NCMLearner
 from cil.testing import CHECKS, Case, check_learner, parametrize_learner
 from cil.testing.setting import accelerator, backbone, pictures, probe_images, stream
 
+TUNERS = ("adapter", "ssf", "vpt_shallow", "vpt_deep", "lora", "full")
+
 
 @parametrize_learner(
     [
@@ -27,6 +29,15 @@ from cil.testing.setting import accelerator, backbone, pictures, probe_images, s
         ("finetune", {}),
         ("joint", {}),
         ("joint", {"trains": "head", "lr": 0.05, "epochs": 10}),
+        *[("aper", {"tuner": tuner, "epochs": 3, "lr": 0.1}) for tuner in TUNERS],
+        ("ranpac", {"projection": 100}),
+        ("ranpac", {"projection": 100, "tuner": "adapter", "epochs": 3, "lr": 0.1, "strength": "loo"}),
+        ("ranpac", {"projection": None, "decision": "cosine"}),
+        ("fecam", {}),
+        ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),
+        ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8}),
+        ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8, "init_ptm": True, "beta": 0.5}),
+        ("slca", {"epochs": 10, "milestones": [8], "samples": 16, "fresh_norm": False}),
     ]
 )
 def test_common_checks(case, check):

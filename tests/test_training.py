@@ -66,6 +66,97 @@ def test_schedule_by_its_formula():
     assert _schedule(Recipe(schedule="constant"), 10)(49) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("recipe", "torchs"),
+    [
+        (
+            Recipe(epochs=6, schedule_per="epoch"),
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6),
+        ),
+        (
+            Recipe(epochs=6, schedule="multistep", milestones=[2, 5]),
+            lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 5], 0.1),
+        ),
+    ],
+    ids=["cosine", "multistep"],
+)
+def test_epochwise_schedules_are_torchs(recipe, torchs):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    reference, factor, per_epoch = torchs(optimizer), _schedule(recipe, 4), 4
+    for epoch in range(6):
+        rates = {round(factor(epoch * per_epoch + step), 9) for step in range(per_epoch)}
+        assert rates == {round(reference.get_last_lr()[0], 9)}
+        optimizer.step()
+        reference.step()
+
+
+def test_multistep_needs_milestones_and_only_it():
+    for wrong in ({"schedule": "multistep"}, {"milestones": [3]}):
+        with pytest.raises(ValueError, match="go together"):
+            Recipe(**wrong)
+
+
+@pytest.mark.parametrize("micro", [1, 5, 64, 1000])
+def test_micro_batches_take_the_same_steps(problem, micro):
+    whole, parts = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.zeros(2, 5))
+    seen = []
+
+    def watched(inputs, labels):
+        seen.append(len(labels))
+        return make(parts)(inputs, labels)
+
+    recipe = {"epochs": 2, "train_batch_size": 24, "lr": 0.5}  # 64 = 24 + 24 + 16
+    fit(make(whole), [Group([whole])], TensorData(*problem), Recipe(**recipe), context())
+    fit(watched, [Group([parts])], TensorData(*problem), Recipe(**recipe, micro_batch_size=micro), context())
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+    assert max(seen) <= micro and sum(seen) == 128
+
+
+def test_groups_have_rates_of_their_own(problem):
+    """Plain SGD: an update is the gradient times the group's rate."""
+    recipe = Recipe(epochs=1, train_batch_size=64, lr=0.1, momentum=0, schedule="constant")
+    fast, slow = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.zeros(2, 5))
+    fit(make(fast), [Group([fast])], TensorData(*problem), recipe, context())
+    fit(make(slow), [Group([slow], lr=0.01)], TensorData(*problem), recipe, context())
+    torch.testing.assert_close(slow * 100, fast.detach())
+
+
+def test_dropout_is_seeded_by_the_stage_and_leaves_the_global_state_alone(problem):
+    def trained(seed):
+        weight = nn.Parameter(torch.zeros(2, 5))
+
+        def loss(inputs, labels):
+            logits = nn.functional.dropout(inputs, 0.5) @ weight.T
+            return nn.functional.cross_entropy(logits, labels), logits
+
+        fit(loss, [Group([weight])], TensorData(*problem), Recipe(epochs=1), context(seed=seed))
+        return weight.detach()
+
+    torch.rand(3)  # where the global state stands must not matter
+    before = torch.get_rng_state()
+    one = trained(0)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(3)
+    assert torch.equal(one, trained(0)) and not torch.equal(one, trained(1))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_parts_are_the_whole_batch_whatever_their_number(problem, processes):
+    """TensorData here; images are tested in test_data.py, whole runs on two processes in test_processes.py."""
+    data = TensorData(torch.arange(10.0)[:, None], torch.arange(10))
+    passes = [
+        list(
+            data.batches(4, generator=torch.Generator().manual_seed(5), augment=True, device="cpu", part=(r, processes))
+        )
+        for r in range(processes)
+    ]
+    assert [len(p) for p in passes] == [3] * processes
+    whole = list(data.batches(4, generator=torch.Generator().manual_seed(5), augment=True, device="cpu"))
+    for step, (_, labels) in enumerate(whole):
+        shares = torch.cat([p[step][1] for p in passes])
+        assert sorted(shares.tolist()) == sorted(labels.tolist())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops(problem, bad):
     weight = nn.Parameter(torch.zeros(2, 5))

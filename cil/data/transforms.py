@@ -59,7 +59,7 @@ class Transforms:
         if isinstance(config.augment, Augmentation):
             augment = config.augment
             self.augment = create_transform(
-                **common,
+                **{**common, "interpolation": augment.interpolation or interpolation},
                 is_training=True,
                 scale=augment.scale,
                 ratio=augment.ratio,

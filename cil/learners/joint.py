@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from cil.backbone import Backbone
-from cil.classifiers.linear import LinearHead
+from cil.classifiers.heads import LinearHead
 from cil.learner import Context
 from cil.learners.finetune import Finetune
 from cil.stream import Task, TaskData, concatenate

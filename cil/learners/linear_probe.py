@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers.linear import LinearHead
+from cil.classifiers.heads import LinearHead
 from cil.learner import Context, Learner
 from cil.stream import Task
 from cil.training import Group, Recipe, Softmax, TensorData, cross_entropy, fit

@@ -22,6 +22,11 @@ BUILTIN = {
     "finetune": "cil.learners.finetune:Finetune",
     "linear_probe": "cil.learners.linear_probe:LinearProbe",
     "joint": "cil.learners.joint:Joint",
+    "aper": "cil.learners.aper:APER",
+    "ranpac": "cil.learners.ranpac:RanPAC",
+    "fecam": "cil.learners.fecam:FeCAM",
+    "ease": "cil.learners.ease:EASE",
+    "slca": "cil.learners.slca:SLCA",
 }
 
 

@@ -1,6 +1,38 @@
 """What rides along a frozen backbone. Each tuner is usable alone: ``backbone(images, tuner)``."""
 
-from cil.tuning.weights import WeightTuner
+from typing import TYPE_CHECKING, Any
+
+from cil.tuning.adapter import Adapter
+from cil.tuning.prefix import Prefix
+from cil.tuning.prompts import VisualPrompts
+from cil.tuning.ssf import SSF
+from cil.tuning.table import TunerConfig, build_tuner
+from cil.tuning.weights import WeightTuner, bitfit, full, layernorm, partial
 from cil.vit import Tuner
 
-__all__ = ["Tuner", "WeightTuner"]
+if TYPE_CHECKING:
+    from cil.tuning.peft import PeftTuner
+
+__all__ = [
+    "SSF",
+    "Adapter",
+    "PeftTuner",
+    "Prefix",
+    "Tuner",
+    "TunerConfig",
+    "VisualPrompts",
+    "WeightTuner",
+    "bitfit",
+    "build_tuner",
+    "full",
+    "layernorm",
+    "partial",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PeftTuner":
+        from cil.tuning.peft import PeftTuner
+
+        return PeftTuner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,89 @@
+"""Linear discriminant analysis with one covariance for all classes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.linalg import BLOCK, add_gram_, symmetric_inverse
+from cil.errors import ConfigError
+
+Priors = Literal["counts", "uniform"]
+
+
+class LDA(StatisticsClassifier):
+    """logit_c = xᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c with the within-class covariance Σ of all classes.
+
+    Σ = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N, shrunk to (1 − s) Σ + s · tr(Σ)/F · I: scikit-learn's
+    ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)``, and with frozen features the batch form of Deep SLDA
+    (Hayes and Kanan, arXiv 1909.01520), whose s = 10⁻⁴ is the default: enough to invert Σ when there are fewer samples
+    than features, too little to bend a well-estimated one. Where Σ stays singular its pseudo-inverse is used.
+
+    Args:
+        feature_dim: Feature width F.
+        shrinkage: s in [0, 1]; 1 leaves a Euclidean nearest class mean.
+        priors: π_c: the classes' shares of the samples, or the same for all. Σ weights samples alike either way.
+
+    Buffers:
+        sums: float64 [C, F]; outer: float64 [F, F], Σ x xᵀ over all classes; counts: int64 [C].
+
+    Raises:
+        ConfigError: An argument is out of range.
+    """
+
+    per_class = ("sums", "counts")
+    sums: Tensor
+    outer: Tensor
+
+    def __init__(self, feature_dim: int, shrinkage: float = 1e-4, priors: Priors = "counts") -> None:
+        super().__init__(feature_dim)
+        if not 0 <= shrinkage <= 1:
+            raise ConfigError(f"LDA: shrinkage is {shrinkage}; it must lie in [0, 1]")
+        if priors not in ("counts", "uniform"):
+            raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
+        self.shrinkage, self.priors = shrinkage, priors
+        self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
+        self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
+
+    @statistics()
+    def partial_fit(self, features: Array, labels: Array) -> LDA:
+        features, labels = self.taken(features, labels)
+        self.sums.index_add_(0, labels, features)
+        self.counts += torch.bincount(labels, minlength=self.num_classes)
+        for x in features.split(BLOCK):
+            add_gram_(self.outer, x)
+        return self
+
+    @without_autocast()
+    def logits(self, features: Array) -> Tensor:
+        features = self.checked(features)
+        weights, bias = self.solved("rule", self._solve)
+        return self.only_seen(features @ weights.T.to(features.dtype) + bias.to(features.dtype))
+
+    @property
+    def means(self) -> Tensor:
+        """Class means, float64 [C, F]; zero for a class without samples."""
+        return self.sums / self.counts.clamp(min=1)[:, None]
+
+    @property
+    def covariance(self) -> Tensor:
+        """Within-class covariance Σ before shrinkage, float64 [F, F]."""
+        between = (self.counts[:, None] * self.means).T @ self.means
+        return (self.outer - (between + between.T) / 2) / self.counts.sum().clamp(min=1)
+
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        covariance = self.covariance
+        scale = covariance.diagonal().mean()
+        covariance = (1 - self.shrinkage) * covariance
+        covariance.diagonal().add_(self.shrinkage * scale)
+        weights = self.means @ symmetric_inverse(covariance)
+        bias = -(weights * self.means).sum(1) / 2
+        if self.priors == "counts":
+            shares = self.counts / self.counts.sum().clamp(min=1)
+            bias = bias + shares.double().clamp(min=torch.finfo(torch.float64).tiny).log()
+        else:
+            bias = bias - float((self.counts > 0).sum().clamp(min=1).double().log())
+        return weights, bias

@@ -1,0 +1,186 @@
+"""Ridge regression onto one-hot labels, on random features: RanPAC."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.linalg import BLOCK, add_gram_, eigh_, ridge_solve
+from cil.errors import ConfigError
+
+Decision = Literal["linear", "cosine"]
+Strength = float | Literal["holdout", "loo"]
+
+STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 9))
+"""Candidates for λ."""
+RESOLVED = 1e-8
+"""A leave-one-out denominator 1 − h_ii below this is mostly rounding."""
+
+
+class Ridge(StatisticsClassifier):
+    """Ridge regression of one-hot labels on H = ReLU(F R), R ~ N(0, 1): RanPAC (arXiv 2307.02251, section 4).
+
+    G = Σ HᵀH and Q = Σ HᵀY are sums, so W = (G + λI)⁻¹Q equals joint ridge regression on all samples seen: for a given
+    R and λ the result does not depend on the order or the cut of the data. A chosen λ is that of the last call:
+
+    * ``holdout`` (RanPAC): of this call's samples, a random 80 % fit W for every λ in 10^-8…10^8, and the smallest
+      mean squared error on the other 20 % wins. One eigendecomposition serves all candidates.
+    * ``loo``: the exact leave-one-out error (PRESS) of this call's samples under the model of *all* samples so far,
+      e_i = (y_i − ŷ_i) / (1 − h_ii). It needs an eigendecomposition of G [M, M] a call. A λ so small that the model
+      interpolates beyond float64 (1 − h_ii < 10^-8) is not a candidate.
+
+    With fewer than two samples in a call λ stays as it was (1 at the start).
+
+    Memory at the peak, in units of G (800 MB for M = 10,000): 3 while W is solved; below 2 for ``holdout`` on n < M/2
+    samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo`` and for ``holdout`` on more than M.
+
+    Args:
+        feature_dim: Feature width F.
+        projection: Width M of the random features; None: H = F, M = feature_dim.
+        strength: λ > 0, or how to choose it.
+        decision: ``linear`` predicts argmax h·W_c; ``cosine`` divides every W_c by its norm first, which is what the
+            PILOT toolbox does, not the paper.
+
+    Buffers:
+        gram: float64 [M, M], G. targets: float64 [C, M], Qᵀ. counts: int64 [C]. strength\\_: float64 scalar, λ in use.
+        projection: float32 [F, M], R; zero until drawn.
+
+    Raises:
+        ConfigError: An argument is out of range.
+    """
+
+    per_class = ("targets", "counts")
+    gram: Tensor
+    targets: Tensor
+    projection: Tensor | None
+    strength_: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int,
+        projection: int | None = None,
+        strength: Strength = "holdout",
+        decision: Decision = "linear",
+    ) -> None:
+        super().__init__(feature_dim)
+        if projection is not None and projection < 1:
+            raise ConfigError(f"Ridge: projection is {projection}; it must be at least 1, or None")
+        if isinstance(strength, str) and strength not in ("holdout", "loo"):
+            raise ConfigError(f"Ridge: strength is {strength!r}; it must be 'holdout', 'loo' or a number")
+        if not isinstance(strength, str) and not 0 < strength < math.inf:
+            raise ConfigError(f"Ridge: strength is {strength}; it must be positive and finite")
+        if decision not in ("linear", "cosine"):
+            raise ConfigError(f"Ridge: decision is {decision!r}; it must be 'linear' or 'cosine'")
+        self.strength, self.decision = strength, decision
+        width = projection or feature_dim
+        self.register_buffer("projection", torch.zeros(feature_dim, width) if projection else None)
+        self.register_buffer("gram", torch.zeros(width, width, dtype=torch.float64))
+        self.register_buffer("targets", torch.zeros(0, width, dtype=torch.float64))
+        initial = 1.0 if isinstance(strength, str) else strength
+        self.register_buffer("strength_", torch.tensor(initial, dtype=torch.float64))
+
+    @statistics()
+    def draw(self, generator: torch.Generator) -> Ridge:
+        """Draw the random projection; it is kept for ever. Nothing happens without a projection.
+
+        Raises:
+            ConfigError: There already are statistics under another projection.
+        """
+        if self.projection is not None:
+            if bool(self.counts.any()):
+                raise ConfigError("Ridge: the projection cannot be drawn again; samples were already learned under it")
+            drawn = torch.randn(self.projection.shape, generator=generator, device=generator.device)
+            self.projection = drawn.to(self.projection)
+            self._forget()
+        return self
+
+    @statistics()
+    def partial_fit(self, features: Array, labels: Array, generator: torch.Generator | None = None) -> Ridge:
+        """Add features [N, F] with labels [N], and choose λ.
+
+        ``generator`` (None: a fixed one) splits the samples for ``holdout``, after drawing the projection if that was
+        not yet done.
+
+        Raises:
+            DataError: Shapes, types or values are wrong; nothing is learned then.
+        """
+        features, labels = self.taken(features, labels)
+        generator = generator or torch.Generator().manual_seed(0)
+        if self.projection is not None and not bool(self.projection.any()):
+            self.draw(generator)
+        for x, y in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):  # H is 8 · M bytes a row
+            h = self.expand(x)
+            add_gram_(self.gram, h)
+            self.targets.index_add_(0, y, h)
+        self.counts += torch.bincount(labels, minlength=self.num_classes)
+        if isinstance(self.strength, str) and len(labels) > 1:
+            one_hot = F.one_hot(labels, self.num_classes).double()
+            if self.strength == "loo":
+                errors = self._leave_one_out_errors(features, one_hot)
+            else:
+                order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
+                errors = self._holdout_errors(features[order], one_hot[order])
+            if math.isfinite(min(errors)):
+                self.strength_.fill_(STRENGTHS[errors.index(min(errors))])
+        return self
+
+    @without_autocast()
+    def logits(self, features: Array) -> Tensor:
+        features = self.checked(features)
+        return self.only_seen(self.expand(features) @ self.weights.to(features.dtype))
+
+    @property
+    def weights(self) -> Tensor:
+        """W, float64 [M, C], as the decision uses it."""
+        return self.solved("weights", self._solve)
+
+    def expand(self, features: Tensor) -> Tensor:
+        """Features [N, F] → H [N, M], in the features' dtype."""
+        return features if self.projection is None else (features @ self.projection.to(features.dtype)).relu_()
+
+    def _solve(self) -> Tensor:
+        weights = ridge_solve(self.gram, self.targets.T, float(self.strength_))
+        return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
+
+    def _holdout_errors(self, x: Tensor, y: Tensor) -> list[float]:
+        """Mean squared error on the last 20 % of (x, y), fitted to the first 80 %, for every candidate.
+
+        Both ways write the prediction as left · (s + λ)⁻¹ · right: with the kernel HₐHₐᵀ = U diag(s) Uᵀ it is
+        (H_b Hₐᵀ U)(s + λ)⁻¹(Uᵀ Yₐ), with the Gram matrix HₐᵀHₐ = V diag(s) Vᵀ it is (H_b V)(s + λ)⁻¹(Vᵀ HₐᵀYₐ).
+        """
+        n = len(x) * 4 // 5
+        if n < len(self.gram):
+            kernel = x.new_zeros(len(x), n)
+            for columns in torch.arange(len(self.gram), device=x.device).split(BLOCK):  # H itself is never whole
+                h = x[:, columns] if self.projection is None else (x @ self.projection[:, columns].to(x)).relu_()
+                kernel.addmm_(h, h[:n].T)
+            s, u = eigh_(kernel[:n].clone())
+            left, right = kernel[n:] @ u, u.T @ y[:n]
+        else:
+            gram, targets = torch.zeros_like(self.gram), torch.zeros_like(self.targets)
+            for rows in torch.arange(n, device=x.device).split(BLOCK):
+                h = self.expand(x[rows])
+                add_gram_(gram, h)
+                targets.addmm_(y[rows].T, h)
+            s, v = eigh_(gram)
+            left, right = self.expand(x[n:]) @ v, v.T @ targets.T
+        return [((left / (s + strength)) @ right - y[n:]).square().mean().item() for strength in STRENGTHS]
+
+    def _leave_one_out_errors(self, x: Tensor, y: Tensor) -> list[float]:
+        """Mean squared PRESS residual of (x, y), which G and Q already contain, for every candidate."""
+        s, v = eigh_(self.gram.clone())
+        inverse = 1 / (s[:, None] + x.new_tensor(STRENGTHS))  # [M, 17]
+        right = v.T @ self.targets.T
+        errors = [0.0] * len(STRENGTHS)
+        for part, expected in zip(x.split(BLOCK), y.split(BLOCK), strict=True):
+            left = self.expand(part) @ v
+            rest = 1 - left.square() @ inverse  # 1 − h_ii, [n, 17]
+            for k in range(len(STRENGTHS)):
+                residual = (expected - (left * inverse[:, k]) @ right) / rest[:, k, None]
+                errors[k] += residual.square().sum().item() if bool(rest[:, k].min() >= RESOLVED) else math.inf
+        return [error / y.numel() for error in errors]

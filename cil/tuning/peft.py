@@ -1,0 +1,367 @@
+"""LoRA and its kin from Hugging Face's PEFT, behind the tuner interface; the only file that imports peft.
+
+PEFT edits the model it is given. It therefore gets a copy of the *module tree* whose parameters and buffers are the
+frozen model's own tensors, and the forward loop runs that tree. Adapters cost their own size and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cil.backbone import Backbone
+from cil.errors import BackboneError, nearest
+from cil.randomness import isolated
+from cil.tuning.frozen import Frozen, shared_tree, tie_buffers
+from cil.vit import Tuner
+
+Kind = Literal["lora", "dora", "ia3", "oft", "osf"]
+KEYS = "base_model.model."
+"""What PEFT's own files put before every layer's name."""
+
+
+class PeftTuner(Tuner):
+    """One or several named PEFT adapters on a frozen backbone; with one of them active and trainable from the start.
+
+    ============ ================================================================================== ===================
+    kind         y for a layer y = Wx + b                                                           source
+    ============ ================================================================================== ===================
+    ``lora``     Wx + b + (α/r) B A x, A [r, in] drawn, B [out, r] zero                             arXiv 2106.09685
+    ``dora``     as LoRA, every row of the sum rescaled to a learned length                         arXiv 2402.09353
+    ``ia3``      ℓ ⊙ (Wx + b); on ``fc2`` W(ℓ ⊙ x) + b; ℓ one                                       arXiv 2205.05638
+    ``oft``      W R x + b, R block-diagonal orthogonal (by a truncated series), the identity       arXiv 2306.07280
+    ``osf``      W's top singular directions fixed, the others trained orthogonally to them         arXiv 2504.07097
+    ============ ================================================================================== ===================
+
+    All leave the features as they are at step 0 (OSF and DoRA up to rounding). Fits every timm model that has the
+    target layers. Which adapters are *active* (part of the forward pass; LoRA's updates add) and which are *trainable*
+    are two settings, checked after every change. Its state dict holds the adapters' own tensors and nothing else; to
+    load one, ``add`` the adapters it names first.
+
+    Args:
+        backbone: The frozen backbone; it is read, never edited.
+        kind: The method.
+        rank: ``lora``, ``dora``: rank r (default 8). ``oft``: number of blocks of R (default: blocks of 16). ``osf``:
+            singular directions preserved, a number or a fraction of the smaller width (default 0.5).
+        alpha: ``lora``, ``dora``: α (default r, so the update is not scaled).
+        dropout: In [0, 1), on the update's input; ``lora`` and ``dora`` only. Active in training mode only, drawing
+            from the global random state: isolate it around the training step.
+        targets: Layers by the ends of their names (``["qkv", "mlp.fc1"]``), or one regular expression for whole names.
+            Default ``["qkv"]``; for ``ia3`` ``["qkv", "fc2"]``.
+        options: Further arguments of PEFT's configuration of this kind, e.g. ``{"use_rslora": True}``.
+        name: Name of the first adapter.
+
+    Raises:
+        BackboneError: Targets that match nothing, an unknown option, an argument of another kind, a bad name, or an
+            option that would edit the frozen weights.
+    """
+
+    rides_blocks = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        kind: Kind = "lora",
+        *,
+        rank: float | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        targets: list[str] | str | None = None,
+        options: Mapping[str, Any] | None = None,
+        name: str = "default",
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        targets = targets or (["qkv", "fc2"] if kind == "ia3" else ["qkv"])
+        _require_targets(backbone.model, targets)
+        self._config = _config(kind, rank, alpha, dropout, targets, dict(options or {}))
+        self._frozen = Frozen(backbone.model)
+        self._tree = [shared_tree(backbone.model)]  # in a list, or the frozen weights would become part of this module
+        self.layers = nn.ModuleDict()
+        self._active: tuple[str, ...] = ()
+        self._trainable: tuple[str, ...] = ()
+        self.add(name, torch.Generator().manual_seed(0))
+        self.activate(name)
+        self.train_only(name)
+
+    def model(self, model: nn.Module) -> nn.Module:
+        if model is not self._frozen.model:
+            raise BackboneError(f"this {self.kind} tuner was built on another backbone; build one on this backbone")
+        return self._tree[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All adapters, in the order they were added."""
+        return tuple(self._tree[0].peft_config)  # type: ignore[arg-type]
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Adapters that are part of the forward pass."""
+        return self._active
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Adapters whose parameters require a gradient."""
+        return self._trainable
+
+    def add(self, name: str, generator: torch.Generator) -> None:
+        """A further adapter with initial values from ``generator``; neither active nor trainable yet.
+
+        Raises:
+            BackboneError: The name is taken, empty or holds a dot.
+        """
+        self._add(name, self._config, generator)
+
+    def activate(self, names: str | Iterable[str]) -> None:
+        """Make exactly these adapters part of the forward pass; none gives the frozen features.
+
+        Raises:
+            BackboneError: No such adapter, or several of kind ``osf``, of which PEFT would use the first.
+        """
+        chosen = self._known(names)
+        if self.kind == "osf" and len(chosen) > 1:
+            raise BackboneError(f"osf: one adapter can be active at a time, got {', '.join(chosen)}")
+        self._active = chosen
+        self._apply_settings()
+
+    def train_only(self, names: str | Iterable[str]) -> None:
+        """Make exactly these adapters' parameters require a gradient, be they active or not.
+
+        Raises:
+            BackboneError: No such adapter.
+        """
+        self._trainable = self._known(names)
+        self._apply_settings()
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw fresh initial values for the trainable adapters; the others keep theirs."""
+        for name in self._trainable:
+            tree = shared_tree(self._frozen.model)  # a second tree with one adapter, to take its initial values from
+            _inject(tree, self._tree[0].peft_config[name], name, generator)  # type: ignore[index]
+            values = dict(_own(tree).named_parameters())
+            with torch.no_grad():
+                for key, value in self._of(name):
+                    value.copy_(values[key.removeprefix("layers.")])
+
+    @torch.no_grad()
+    def delta(self, name: str = "default") -> dict[str, Tensor]:
+        """The exact update ΔW [out, in] of each weight, by the weight's name in the timm model; for merging.
+
+        Raises:
+            BackboneError: No such adapter, or a kind whose update is no sum (all but ``lora`` and ``osf``).
+        """
+        (name,) = self._known(name)
+        if self.kind not in ("lora", "osf") or getattr(self._config, "use_dora", False):
+            raise BackboneError(f"{self.kind}: only lora and osf add a ΔW to the weights")
+        layers = dict(_layers(self._tree[0]))
+        return {f"{key}.weight": layer.get_delta_weight(name).detach().clone() for key, layer in layers.items()}
+
+    def save(self, folder: str | Path, name: str = "default") -> None:
+        """Write one adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        ``peft.PeftModel.from_pretrained(timm_model, folder)`` opens it.
+
+        Raises:
+            BackboneError: No such adapter.
+        """
+        from peft import get_peft_model_state_dict
+
+        (name,) = self._known(name)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tree: Any = self._tree[0]
+        config = {**tree.peft_config[name].to_dict(), "inference_mode": True}
+        text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order of their own
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        state = get_peft_model_state_dict(tree, adapter_name=name)
+        state = {KEYS + key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def load(self, folder: str | Path, name: str = "default") -> None:
+        """Read an adapter PEFT or :meth:`save` wrote, into the adapter ``name``; added if it is not there.
+
+        Raises:
+            BackboneError: Files are missing or damaged, are of another kind, or do not fit the layers.
+        """
+        from peft import PeftConfig, set_peft_model_state_dict
+
+        folder = Path(folder)
+        try:
+            config = PeftConfig.from_pretrained(str(folder.resolve(strict=True)))
+            state = load_file(folder / "adapter_model.safetensors")
+        except Exception as error:  # missing folders, JSON, PEFT and safetensors share no base class
+            raise BackboneError(
+                f"{folder}: no adapter_config.json with adapter_model.safetensors that can be read "
+                f"({type(error).__name__})"
+            ) from None
+        if type(config) is not type(self._config):
+            raise BackboneError(f"{folder} holds an adapter of kind {config.peft_type.lower()}, not {self.kind}")
+        if name not in self.names:
+            _require_targets(self._frozen.model, config.target_modules)
+            config.inference_mode = False
+            self._add(name, config, torch.Generator().manual_seed(0))
+        expected = {key.removeprefix("layers.").replace("/", "."): value for key, value in self._of(name)}
+        try:
+            found: Any = set_peft_model_state_dict(self._tree[0], state, adapter_name=name)
+        except (RuntimeError, KeyError) as error:
+            raise BackboneError(f"{folder} does not fit: {' '.join(str(error).split())}") from None
+        missing = [key for key in found.missing_keys if key in expected]
+        if missing or found.unexpected_keys:
+            raise BackboneError(
+                f"{folder} does not fit adapter {name!r}: {len(missing)} tensors missing, {len(found.unexpected_keys)} "
+                f"unknown; first: {[*missing, *found.unexpected_keys][0]}"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeftTuner:
+        for tensor in chain(self._frozen.model.parameters(), self._frozen.model.buffers()):
+            memo.setdefault(id(tensor), tensor)  # the copy owns its adapters and shares the frozen weights
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        tie_buffers(copied._tree[0], copied._frozen.model)
+        if self.kind == "osf":  # tensors' gradient hooks are not copied with them
+            for _, layer in _layers(copied._tree[0]):
+                layer.hook_handles.clear()
+                for name in copied.names:
+                    layer._attach_hooks(name)
+        return copied
+
+    def _add(self, name: str, config: Any, generator: torch.Generator) -> None:
+        known = self.names if hasattr(self._tree[0], "peft_config") else ()
+        if name in known or not name or "." in name:
+            raise BackboneError(f"adapter name {name!r} is taken, empty or holds a dot; there are {', '.join(known)}")
+        _inject(self._tree[0], copy.deepcopy(config), name, generator)
+        self.layers = _own(self._tree[0])
+        self.train(self.training)  # a new dropout starts in training mode
+        self._apply_settings()
+
+    def _known(self, names: str | Iterable[str]) -> tuple[str, ...]:
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        for name in chosen:
+            if name not in self.names:
+                raise BackboneError(
+                    f"no adapter {name!r}{nearest(name, self.names)}; there are {', '.join(self.names)}"
+                )
+        return chosen
+
+    def _of(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """Parameters of one adapter: layers.<layer>.<part>.<adapter>[…]."""
+        return [(key, value) for key, value in self.named_parameters() if key.split(".")[3] == name]
+
+    def _apply_settings(self) -> None:
+        from peft.functional import set_requires_grad
+
+        tree = self._tree[0]
+        for _, layer in _layers(tree):
+            layer.set_adapter(list(self._active), inference_mode=True)
+        set_requires_grad(tree, list(self._trainable), requires_grad=True)
+        # PEFT leaves older adapters trainable after adding one (and changed its mind between versions): never trust it
+        wrong = [k for k, p in self.named_parameters() if p.requires_grad != (k.split(".")[3] in self._trainable)]
+        wrong += [key for key, p in self._frozen.model.named_parameters() if p.requires_grad]
+        wrong += [key for key, layer in _layers(tree) if tuple(layer.active_adapters) != self._active]
+        if wrong:
+            raise RuntimeError(
+                f"PEFT did not set active {self._active} and trainable {self._trainable} at {wrong[:3]}: "
+                "please report this with the version of peft"
+            )
+
+
+def _layers(tree: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return ((name, module) for name, module in tree.named_modules() if isinstance(module, BaseTunerLayer))
+
+
+def _own(tree: nn.Module) -> nn.ModuleDict:
+    """PEFT's own modules in the tree: the very objects, so that moving, training and loading reaches the tree."""
+    return nn.ModuleDict(
+        {
+            name.replace(".", "/"): nn.ModuleDict(
+                {part: child for part, child in layer.named_children() if part != "base_layer"}
+            )
+            for name, layer in _layers(tree)
+        }
+    )
+
+
+def _inject(tree: nn.Module, config: Any, name: str, generator: torch.Generator) -> None:
+    from peft import inject_adapter_in_model
+
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    try:
+        with isolated(seed), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Invalid `")  # OFT would silently take other block sizes
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+            inject_adapter_in_model(config, tree, adapter_name=name)
+    except (ValueError, TypeError, KeyError, UserWarning) as error:
+        getattr(tree, "peft_config", {}).pop(name, None)
+        raise BackboneError(f"PEFT refuses: {str(error).splitlines()[0]}") from None
+
+
+def _require_targets(model: nn.Module, targets: Iterable[str] | str) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    linear = sorted({n.rsplit(".", 1)[-1] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
+
+    def hit(target: str) -> bool:
+        if isinstance(targets, str):
+            return target == "all-linear" or any(re.fullmatch(target, name) for name in names)
+        return any(name == target or name.endswith(f".{target}") for name in names)
+
+    for target in [targets] if isinstance(targets, str) else sorted(targets):
+        if not hit(target):
+            raise BackboneError(
+                f"targets: no layer of {type(model).__name__} matches {target!r}{nearest(target, linear)}; "
+                f"its linear layers: {', '.join(linear)}"
+            )
+
+
+def _config(kind: Kind, rank: Any, alpha: float | None, dropout: float, targets: Any, options: dict[str, Any]) -> Any:
+    """PEFT's configuration for one kind."""
+    import peft
+
+    if kind not in get_args(Kind):
+        raise BackboneError(f"kind: no {kind!r}{nearest(kind, get_args(Kind))}; there are {', '.join(get_args(Kind))}")
+    given: dict[str, Any] = {"target_modules": targets}
+    if kind in ("lora", "dora"):
+        rank = 8 if rank is None else rank
+        given |= {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
+        given |= {"use_dora": True} if kind == "dora" else {}
+    elif kind == "oft":
+        if "oft_block_size" not in options:
+            given |= {"oft_block_size": 16} if rank is None else {"r": rank, "oft_block_size": 0}
+    elif kind == "osf":
+        given |= {"effective_rank": 0.5 if rank is None else rank}
+    elif kind == "ia3" and "feedforward_modules" not in options:
+        inputs = ".*fc2" if isinstance(targets, str) else [t for t in targets if t.rsplit(".", 1)[-1] == "fc2"]
+        given |= {"feedforward_modules": inputs}
+    foreign = {"rank": rank if kind == "ia3" else None, "alpha": None if kind in ("lora", "dora") else alpha}
+    # OFT has a dropout in its configuration that PEFT 0.21 never applies
+    foreign["dropout"] = None if kind in ("lora", "dora") else dropout or None
+    for name, value in foreign.items():
+        if value is not None:
+            raise BackboneError(f"{kind} has no {name}, got {value}")
+    classes = {"ia3": peft.IA3Config, "oft": peft.OFTConfig, "osf": peft.OSFConfig}
+    cls: Any = classes.get(kind, peft.LoraConfig)
+    fields = {f.name for f in dataclasses.fields(cls)} - given.keys()
+    for option, value in options.items():
+        if option not in fields:
+            raise BackboneError(f"options: {cls.__name__} takes no {option!r} here{nearest(option, fields)}")
+        # these train, replace or start from other values of the frozen weights
+        edits = option in ("modules_to_save", "trainable_token_indices", "layer_replication") and value
+        edits = edits or (option == "bias" and value != "none")
+        if edits or (option == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal")):
+            raise BackboneError(f"options: {option}={value!r} edits the frozen backbone, which is shared")
+    try:
+        return cls(**given, **options)
+    except (ValueError, TypeError) as error:
+        raise BackboneError(f"{kind}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,65 @@
+"""Scaling and shifting features, folded into the weights of the layers before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cil.backbone import Backbone
+from cil.errors import BackboneError
+from cil.tuning.frozen import Frozen
+from cil.vit import Tuner, affine_layers
+
+STD = 0.02
+
+
+class SSF(Tuner):
+    """SSF (Lian et al. 2022, arXiv 2210.08823, eq. 3): y = x ⊙ γ + β behind every affine layer of a ViT.
+
+    Each such layer is itself affine in its weight and bias, so the scale and shift are applied to these (eq. 5):
+    W' = γ ⊙ W (by output channel), b' = γ ⊙ b + β. The forward pass costs what the frozen one costs.
+    γ ~ N(1, 0.02²), β ~ N(0, 0.02²): the network is slightly perturbed before training, as in the authors' code.
+    205,824 parameters on ViT-B/16.
+
+    Args:
+        backbone: The frozen backbone whose weights are scaled; it is kept by reference, never edited.
+
+    Raises:
+        BackboneError: The backbone is no plain ViT, or one of its norms has no weight and bias (RMSNorm).
+    """
+
+    rides_blocks = False
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self._frozen = Frozen(backbone.model)
+        self.gamma, self.beta = nn.ParameterDict(), nn.ParameterDict()
+        for name in affine_layers(backbone.model):
+            layer = backbone.model.get_submodule(name)
+            # a linear layer without bias still has the slot that functional_call fills; RMSNorm has none
+            weight = layer._parameters.get("weight")
+            if weight is None or "bias" not in layer._parameters:
+                raise BackboneError(f"SSF shifts by way of biases, and {name} is {type(layer).__name__}, without any")
+            width, key = len(weight), name.replace(".", "/")  # keys may hold no dot
+            self.gamma[key], self.beta[key] = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.reset(torch.Generator().manual_seed(0))
+        self.to(backbone.device)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw γ ~ N(1, 0.02²) and β ~ N(0, 0.02²)."""
+        for name in self.gamma:
+            for value, mean in ((self.gamma[name], 1.0), (self.beta[name], 0.0)):
+                value.copy_(torch.empty(value.shape).normal_(mean, STD, generator=generator))
+
+    def weights(self) -> Mapping[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for key, gamma in self.gamma.items():
+            name, beta = key.replace("/", "."), self.beta[key]
+            layer = self._frozen.model.get_submodule(name)
+            weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+            found[f"{name}.weight"] = weight * gamma.view(-1, *[1] * (weight.ndim - 1))  # type: ignore[union-attr]
+            found[f"{name}.bias"] = beta if bias is None else bias * gamma + beta
+        return found

@@ -1,0 +1,192 @@
+"""Every tuner by name: its hyper-parameters with ranges and meanings, and how it is built.
+
+``tuner: adapter`` and ``tuner: {name: adapter, bottleneck: 16}`` are both a :data:`TunerConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
+
+from cil.backbone import Backbone
+from cil.config import Section
+from cil.configfile import explain
+from cil.errors import ConfigError
+from cil.tuning.adapter import Adapter, Form
+from cil.tuning.prefix import Prefix
+from cil.tuning.prompts import VisualPrompts
+from cil.tuning.ssf import SSF
+from cil.tuning.weights import bitfit, full, layernorm, partial
+from cil.vit import Tuner
+
+Targets = list[str] | str
+
+
+class AdapterConfig(Section):
+    """Bottleneck adapters; see :class:`cil.tuning.Adapter`."""
+
+    name: Literal["adapter"] = "adapter"
+    bottleneck: PositiveInt = Field(64, description="width of the bottleneck")
+    scale: float = Field(0.1, gt=0, description="factor of the adapter's output")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout inside the bottleneck, in training")
+    form: Form = Field("parallel", description="parallel: beside the MLP (AdaptFormer); sequential: behind both halves")
+
+
+class SSFConfig(Section):
+    """Scaling and shifting of every affine layer's output; see :class:`cil.tuning.SSF`."""
+
+    name: Literal["ssf"] = "ssf"
+
+
+class ShallowPromptsConfig(Section):
+    """Prompt tokens before the first block; see :class:`cil.tuning.VisualPrompts`."""
+
+    name: Literal["vpt_shallow"] = "vpt_shallow"
+    length: int = Field(5, ge=0, description="prompt tokens")
+
+
+class DeepPromptsConfig(Section):
+    """Prompt tokens of its own for every block; see :class:`cil.tuning.VisualPrompts`."""
+
+    name: Literal["vpt_deep"] = "vpt_deep"
+    length: int = Field(5, ge=0, description="prompt tokens a block")
+
+
+class PrefixConfig(Section):
+    """Further keys and values in every block's attention; see :class:`cil.tuning.Prefix`."""
+
+    name: Literal["prefix"] = "prefix"
+    length: int = Field(10, ge=0, description="keys and values a block")
+
+
+class BitFitConfig(Section):
+    """Every bias; see :func:`cil.tuning.weights.bitfit`."""
+
+    name: Literal["bitfit"] = "bitfit"
+
+
+class LayerNormConfig(Section):
+    """Weight and bias of every LayerNorm; see :func:`cil.tuning.weights.layernorm`."""
+
+    name: Literal["layernorm"] = "layernorm"
+
+
+class PartialConfig(Section):
+    """The last blocks and the final norm; see :func:`cil.tuning.weights.partial`."""
+
+    name: Literal["partial"] = "partial"
+    blocks: PositiveInt = Field(1, description="blocks that train, counted from the last")
+
+
+class FullConfig(Section):
+    """Every weight; see :func:`cil.tuning.weights.full`."""
+
+    name: Literal["full"] = "full"
+
+
+class _Peft(Section):
+    targets: Targets = Field(
+        ["qkv"], description="layers: the ends of their names, or one regular expression for whole names"
+    )
+    options: dict[str, Any] = Field({}, description="further arguments of PEFT's own configuration")
+
+
+class LoraConfig(_Peft):
+    """Low-rank updates (LoRA); see :class:`cil.tuning.PeftTuner`."""
+
+    name: Literal["lora"] = "lora"
+    rank: PositiveInt = Field(8, description="rank of the update")
+    alpha: float = Field(8, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the update, in training")
+
+
+class DoraConfig(LoraConfig):
+    """LoRA on the direction of each weight with a magnitude of its own (DoRA)."""
+
+    name: Literal["dora"] = "dora"  # type: ignore[assignment]
+
+
+class IA3Config(_Peft):
+    """Learned factors on layer outputs, on the inputs of fc2 (IA³)."""
+
+    name: Literal["ia3"] = "ia3"
+    targets: Targets = Field(["qkv", "fc2"], description=_Peft.model_fields["targets"].description)
+
+
+class OFTConfig(_Peft):
+    """Orthogonal rotations of each weight's input (OFT)."""
+
+    name: Literal["oft"] = "oft"
+    block_size: PositiveInt = Field(16, description="size of the rotation blocks; divides the layers' input width")
+
+
+class OSFConfig(_Peft):
+    """Every weight outside its top singular directions, which stay as they are (OSF)."""
+
+    name: Literal["osf"] = "osf"
+    rank: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="singular directions preserved: a number, or a fraction of a layer's smaller width"
+    )
+
+
+TunerSection = (
+    AdapterConfig
+    | SSFConfig
+    | ShallowPromptsConfig
+    | DeepPromptsConfig
+    | PrefixConfig
+    | BitFitConfig
+    | LayerNormConfig
+    | PartialConfig
+    | FullConfig
+    | LoraConfig
+    | DoraConfig
+    | IA3Config
+    | OFTConfig
+    | OSFConfig
+)
+
+TunerConfig = Annotated[
+    Annotated[TunerSection, Field(discriminator="name")],
+    BeforeValidator(lambda raw: {"name": raw} if isinstance(raw, str) else raw),
+]
+"""A field of this type accepts a tuner's bare name, or its name and hyper-parameters."""
+
+
+class _Choice(Section):
+    tuner: TunerConfig
+
+
+def build_tuner(config: TunerSection | str | dict[str, Any], backbone: Backbone) -> Tuner:
+    """The tuner a configuration names, on the backbone's device, with initial values from seed 0.
+
+    Args:
+        config: A configuration, or what one can be made from: the bare name, or name and hyper-parameters.
+        backbone: The frozen backbone it will ride along.
+
+    Raises:
+        ConfigError: Unknown tuner or hyper-parameter, or a value out of range.
+        BackboneError: The tuner does not fit the backbone.
+    """
+    try:
+        c = _Choice(tuner=config).tuner
+    except ValidationError as error:
+        raise ConfigError(explain(error, _Choice)) from None
+    if isinstance(c, AdapterConfig):
+        return Adapter(backbone, c.bottleneck, c.scale, c.dropout, c.form)
+    if isinstance(c, SSFConfig):
+        return SSF(backbone)
+    if isinstance(c, ShallowPromptsConfig | DeepPromptsConfig):
+        return VisualPrompts(backbone, c.length, deep=isinstance(c, DeepPromptsConfig))
+    if isinstance(c, PrefixConfig):
+        return Prefix(backbone, c.length)
+    if isinstance(c, PartialConfig):
+        return partial(backbone, c.blocks)
+    if isinstance(c, BitFitConfig | LayerNormConfig | FullConfig):
+        return {"bitfit": bitfit, "layernorm": layernorm, "full": full}[c.name](backbone)
+    from cil.tuning.peft import PeftTuner  # needs peft, whose import takes seconds
+
+    further = c.model_dump(exclude={"name", "targets", "options", "block_size"})
+    options = {"oft_block_size": c.block_size, **c.options} if isinstance(c, OFTConfig) else c.options
+    return PeftTuner(backbone, c.name, targets=c.targets, options=options, **further)

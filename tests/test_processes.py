@@ -1,0 +1,123 @@
+"""Two CPU processes against one: the same batches, the same statistics, the same metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+LEARNERS = {
+    "ncm": {"name": "ncm"},
+    "probe": {"name": "linear_probe", "epochs": 3},
+    "ranpac": {"name": "ranpac", "projection": 200},
+    "fecam": {"name": "fecam"},
+    "aper": {
+        "name": "aper",
+        "epochs": 2,
+        "lr": 0.1,
+        "train_batch_size": 10,
+        "tuner": {"name": "adapter", "dropout": 0, "bottleneck": 8},
+    },
+    "ease": {"name": "ease", "epochs": 1, "lr": 0.1, "train_batch_size": 7, "bottleneck": 8, "dropout": 0},
+    "slca": {"name": "slca", "epochs": 2, "milestones": [1], "train_batch_size": 10, "samples": 20},
+}
+"""Batches of 7 and 10 of 18 and 72 images leave last batches that no two processes can share evenly."""
+
+
+def launch(results: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
+    entries = [{**entry, "label": label} for label, entry in LEARNERS.items()]
+    command = ["run", "quickstart", "data.per_class=9", f"learners={json.dumps(entries)}", "orders=[1993]"]
+    command += ["stream.sizes=[2, 8]", "stream.increment=null", "batch_size=16", "hardware.device=cpu", *more]
+    start = [sys.executable, "-m"]  # accelerate launch --cpu would start one process, whatever the number asked for
+    if processes > 1:
+        start += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
+        start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    return subprocess.run(
+        [*start, "cil", *command, "--results", str(results)],
+        capture_output=True,
+        text=True,
+        timeout=550,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[int, Path]:
+    """Processes → results folder of a whole benchmark run with so many."""
+    found = {}
+    for processes in (1, 2):
+        found[processes] = tmp_path_factory.mktemp(f"processes{processes}")
+        done = launch(found[processes], processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return found
+
+
+def run_of(place: Path, learner: str) -> Path:
+    return place / "quickstart" / learner / "order1993-seed0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_two_processes_give_the_metrics_of_one(places, learner):
+    one, two = (json.loads((run_of(places[n], learner) / "metrics.json").read_text()) for n in (1, 2))
+    assert one["machine"]["processes"] == 1 and two["machine"]["processes"] == 2
+    assert one["complete"] and two["complete"]
+    for a, b in zip(one["stages"], two["stages"], strict=True):
+        for key in ("correct", "correct_within_task", "total", "unchanged_since"):
+            assert a[key] == b[key], key
+        for cost in ("train_passes", "test_passes", "train_images", "trainable_parameters"):
+            assert a["costs"][cost] == b["costs"][cost], cost  # nothing computed twice, nothing padded
+        logged = [[value for name, value in row["log"] if name in ("loss", "accuracy")] for row in (a, b)]
+        np.testing.assert_allclose(*logged, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_two_processes_end_with_the_state_of_one(places, learner):
+    for stage in ("stage-00", "stage-01"):
+        one, two = (load_file(run_of(places[n], learner) / stage / "learner.safetensors") for n in (1, 2))
+        assert one.keys() == two.keys()
+        for key in one:
+            if learner in ("ncm", "ranpac", "fecam"):  # frozen eyes: whole batches on either process, hence the bits
+                assert torch.equal(one[key], two[key]), key
+            else:
+                torch.testing.assert_close(one[key], two[key], rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.slow
+def test_only_the_main_process_writes_and_prints(places):
+    for n in (1, 2):
+        assert len(list(run_of(places[n], "ncm").glob("events.*"))) == 1
+    again = launch(places[2], 2)  # finished runs are skipped by both
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("finished already") == len(LEARNERS)
+
+
+@pytest.mark.slow
+def test_a_run_begun_by_one_process_goes_on_with_two(places, tmp_path):
+    import shutil
+
+    shutil.copytree(places[1] / "quickstart", tmp_path / "quickstart")
+    for learner in LEARNERS:
+        shutil.rmtree(run_of(tmp_path, learner) / "stage-01")
+        file = run_of(tmp_path, learner) / "metrics.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "complete": False}))
+    done = launch(tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for learner in LEARNERS:
+        rows = [json.loads((run_of(p, learner) / "metrics.json").read_text())["stages"] for p in (places[1], tmp_path)]
+        assert [r["correct"] for r in rows[0]] == [r["correct"] for r in rows[1]], learner
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once(tmp_path):
+    done = launch(tmp_path, 2, "learners.ncm.metric=cosin")
+    assert done.returncode != 0
+    assert done.stderr.count("cil: ") == 1 and "metric" in done.stderr
