@@ -332,3 +332,18 @@ def test_a_misfit_is_named_before_any_learner_trains(tmp_path):
     with pytest.raises(BackboneError, match=r"^learner mine: .*query"):
         run(config, tmp_path)
     assert not list(tmp_path.rglob("stage-*"))
+
+
+@pytest.mark.parametrize("tuner", ["adapter", "ssf", "prefix", "bitfit", "lora", "dora", "ia3", "oft", "osf"])
+def test_every_kind_of_tuner_trains_in_mixed_precision(tuner):
+    """Autocast in the forward pass, float32 weights and gradients; the first task is learned as in float32."""
+    from cil import hardware
+
+    vit = backbone()
+    learner = APER(APER.Config(tuner=tuner, epochs=2, lr=0.1, train_batch_size=8), vit)
+    fresh = [p.detach().clone() for p in learner.tuner.parameters()]
+    rows = run_stages(learner, stream(vit), accelerator=hardware.accelerator("cpu", "bf16"), stop_after=1)
+    after = list(learner.tuner.parameters())
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(after, fresh, strict=True))
+    assert rows[0]["correct"][0] / rows[0]["total"][0] > 0.5

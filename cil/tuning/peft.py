@@ -1,4 +1,4 @@
-"""LoRA and its kin from Hugging Face's PEFT, behind the tuner interface; the only file that imports peft.
+"""LoRA and its kin from Hugging Face's PEFT, behind the tuner interface.
 
 PEFT edits the model it is given. It therefore gets a copy of the *module tree* whose parameters and buffers are the
 frozen model's own tensors, and the forward loop runs that tree. Adapters cost their own size and nothing else.
@@ -7,14 +7,12 @@ frozen model's own tensors, and the forward loop runs that tree. Adapters cost t
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,9 +22,9 @@ from cil.backbone import Backbone
 from cil.errors import BackboneError, nearest
 from cil.randomness import isolated
 from cil.tuning.frozen import Frozen, shared_tree, tie_buffers
+from cil.tuning.peft_config import Kind, make_config, require_targets
 from cil.vit import Tuner
 
-Kind = Literal["lora", "dora", "ia3", "oft", "osf"]
 KEYS = "base_model.model."
 """What PEFT's own files put before every layer's name."""
 
@@ -84,8 +82,8 @@ class PeftTuner(Tuner):
         super().__init__()
         self.kind = kind
         targets = targets or (["qkv", "fc2"] if kind == "ia3" else ["qkv"])
-        _require_targets(backbone.model, targets)
-        self._config = _config(kind, rank, alpha, dropout, targets, dict(options or {}))
+        require_targets(backbone.model, targets)
+        self._config = make_config(kind, rank, alpha, dropout, targets, dict(options or {}))
         self._frozen = Frozen(backbone.model)
         self._tree = [shared_tree(backbone.model)]  # in a list, or the frozen weights would become part of this module
         self.layers = nn.ModuleDict()
@@ -208,7 +206,7 @@ class PeftTuner(Tuner):
         if type(config) is not type(self._config):
             raise BackboneError(f"{folder} holds an adapter of kind {config.peft_type.lower()}, not {self.kind}")
         if name not in self.names:
-            _require_targets(self._frozen.model, config.target_modules)
+            require_targets(self._frozen.model, config.target_modules)
             config.inference_mode = False
             self._add(name, config, torch.Generator().manual_seed(0))
         expected = {key.removeprefix("layers.").replace("/", "."): value for key, value in self._of(name)}
@@ -306,62 +304,3 @@ def _inject(tree: nn.Module, config: Any, name: str, generator: torch.Generator)
     except (ValueError, TypeError, KeyError, UserWarning) as error:
         getattr(tree, "peft_config", {}).pop(name, None)
         raise BackboneError(f"PEFT refuses: {str(error).splitlines()[0]}") from None
-
-
-def _require_targets(model: nn.Module, targets: Iterable[str] | str) -> None:
-    names = [name for name, _ in model.named_modules() if name]
-    linear = sorted({n.rsplit(".", 1)[-1] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
-
-    def hit(target: str) -> bool:
-        if isinstance(targets, str):
-            return target == "all-linear" or any(re.fullmatch(target, name) for name in names)
-        return any(name == target or name.endswith(f".{target}") for name in names)
-
-    for target in [targets] if isinstance(targets, str) else sorted(targets):
-        if not hit(target):
-            raise BackboneError(
-                f"targets: no layer of {type(model).__name__} matches {target!r}{nearest(target, linear)}; "
-                f"its linear layers: {', '.join(linear)}"
-            )
-
-
-def _config(kind: Kind, rank: Any, alpha: float | None, dropout: float, targets: Any, options: dict[str, Any]) -> Any:
-    """PEFT's configuration for one kind."""
-    import peft
-
-    if kind not in get_args(Kind):
-        raise BackboneError(f"kind: no {kind!r}{nearest(kind, get_args(Kind))}; there are {', '.join(get_args(Kind))}")
-    given: dict[str, Any] = {"target_modules": targets}
-    if kind in ("lora", "dora"):
-        rank = 8 if rank is None else rank
-        given |= {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
-        given |= {"use_dora": True} if kind == "dora" else {}
-    elif kind == "oft":
-        if "oft_block_size" not in options:
-            given |= {"oft_block_size": 16} if rank is None else {"r": rank, "oft_block_size": 0}
-    elif kind == "osf":
-        given |= {"effective_rank": 0.5 if rank is None else rank}
-    elif kind == "ia3" and "feedforward_modules" not in options:
-        inputs = ".*fc2" if isinstance(targets, str) else [t for t in targets if t.rsplit(".", 1)[-1] == "fc2"]
-        given |= {"feedforward_modules": inputs}
-    foreign = {"rank": rank if kind == "ia3" else None, "alpha": None if kind in ("lora", "dora") else alpha}
-    # OFT has a dropout in its configuration that PEFT 0.21 never applies
-    foreign["dropout"] = None if kind in ("lora", "dora") else dropout or None
-    for name, value in foreign.items():
-        if value is not None:
-            raise BackboneError(f"{kind} has no {name}, got {value}")
-    classes = {"ia3": peft.IA3Config, "oft": peft.OFTConfig, "osf": peft.OSFConfig}
-    cls: Any = classes.get(kind, peft.LoraConfig)
-    fields = {f.name for f in dataclasses.fields(cls)} - given.keys()
-    for option, value in options.items():
-        if option not in fields:
-            raise BackboneError(f"options: {cls.__name__} takes no {option!r} here{nearest(option, fields)}")
-        # these train, replace or start from other values of the frozen weights
-        edits = option in ("modules_to_save", "trainable_token_indices", "layer_replication") and value
-        edits = edits or (option == "bias" and value != "none")
-        if edits or (option == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal")):
-            raise BackboneError(f"options: {option}={value!r} edits the frozen backbone, which is shared")
-    try:
-        return cls(**given, **options)
-    except (ValueError, TypeError) as error:
-        raise BackboneError(f"{kind}: {str(error).splitlines()[0]}") from None
