@@ -167,6 +167,31 @@ class CriesWolf(Good):
         return self.seen
 
 
+class StaleView(Good):
+    """Sees through a second view that moves without a new version."""
+
+    def __init__(self, config, backbone):
+        super().__init__(config, backbone)
+        self.classifier = NCM(2 * backbone.feature_dim)
+
+    def views(self):
+        return {"frozen": self.backbone, "moving": lambda images: self.backbone(images) * (1 + self.seen)}
+
+    def features(self, images):
+        return torch.cat([view(images) for view in self.views().values()], dim=1)
+
+    @property
+    def feature_version(self):
+        return self.seen
+
+
+class ForgetsAView(Good):
+    """Features that are not its views."""
+
+    def views(self):
+        return {"half": lambda images: self.features(images)[:, ::2]}
+
+
 class HoardsImages(Good):
     """Keeps training images in a buffer without declaring it."""
 
@@ -234,6 +259,7 @@ BROKEN = {
     "leaves_no_trace": KeepsOptimizer,
     "state_round_trip": ForgetsOnResume,
     "feature_version": SilentlyMoves,
+    "views": StaleView,
     "old_images_are_gone": HoardsImages,
     "test_data_unreachable": Peeks,
     "bfloat16": Overflows,
@@ -265,7 +291,9 @@ def _with_weights_restored(run):
         model.load_state_dict(before)
 
 
-@pytest.mark.parametrize(("name", "cls"), [("feature_version", CriesWolf), ("old_images_are_gone", HoardsTasks)])
+@pytest.mark.parametrize(
+    ("name", "cls"), [("feature_version", CriesWolf), ("views", ForgetsAView), ("old_images_are_gone", HoardsTasks)]
+)
 def test_the_check_catches_the_other_way_too(name, cls):
     with pytest.raises(AssertionError):
         CHECKS[name](Case(cls))

@@ -40,3 +40,24 @@ def test_files_the_readme_links_to_exist():
     for page in (ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tuner_in_the_readme_runs(tmp_path, monkeypatch):
+    import timm
+    import torch
+    from peft import PeftModel
+
+    from cil.backbone import embedded_card, load_backbone
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "build_tuner" in block)
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    scope = {"images": images}
+    exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
+    assert scope["features"].shape == (2, 192) and scope["features"].requires_grad
+    plain = timm.create_model(**embedded_card()["timm_create_model"])
+    plain.load_state_dict(load_backbone().model.state_dict())
+    opened = PeftModel.from_pretrained(plain.eval(), str(tmp_path / "my-lora")).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(opened(images), scope["features"].detach(), atol=1e-5, rtol=1e-4)

@@ -198,6 +198,24 @@ def check_feature_version(case: Case) -> None:
         )
 
 
+def check_views(case: Case) -> None:
+    """``features`` is its ``views`` side by side, and a view that keeps its version keeps its output."""
+    images, before = probe_images(), {}
+    for stop in range(len(SIZES) + 1):
+        learner = case.run(stop_after=stop).learner if stop else case.learner().eval()
+        with torch.inference_mode():
+            views = {version: view(images) for version, view in learner.views().items()}
+            whole = learner.features(images)
+        joined = torch.cat(list(views.values()), dim=1)
+        require(
+            joined.shape == whole.shape and torch.equal(joined, whole),
+            f"after {stop} stages features() is not what views() puts side by side",
+        )
+        stale = [v for v in views.keys() & before.keys() if not torch.equal(views[v], before[v])]
+        require(not stale, f"after {stop} stages the view {stale} answers otherwise under the version it had before")
+        before = views
+
+
 def check_old_images_are_gone(case: Case) -> None:
     """A learner that does not declare ``stores_images`` keeps no image and no open way back to old ones."""
     if case.cls.stores_images:
