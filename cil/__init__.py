@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from cil.protocol import ClassIncremental, DomainIncremental
     from cil.runner import run, run_stages
     from cil.stream import Stream, Task
-    from cil.training import Recipe, fit
+    from cil.training import Group, Recipe, fit
+    from cil.tuning import build_tuner
     from cil.vit import Tuner
 
 _WHERE = {
@@ -27,12 +28,14 @@ _WHERE = {
     "Config": "cil.config",
     "Context": "cil.learner",
     "DomainIncremental": "cil.protocol",
+    "Group": "cil.training",
     "Learner": "cil.learner",
     "LearnerConfig": "cil.learner",
     "Recipe": "cil.training",
     "Stream": "cil.stream",
     "Task": "cil.stream",
     "Tuner": "cil.vit",
+    "build_tuner": "cil.tuning",
     "fit": "cil.training",
     "load_backbone": "cil.backbone",
     "load_config": "cil.configfile:load",
@@ -47,12 +50,14 @@ __all__ = [
     "Config",
     "Context",
     "DomainIncremental",
+    "Group",
     "Learner",
     "LearnerConfig",
     "Recipe",
     "Stream",
     "Task",
     "Tuner",
+    "build_tuner",
     "fit",
     "load_backbone",
     "load_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import get_args
 
 from rich.table import Table
 
@@ -23,6 +24,18 @@ def learners(pattern: str = "") -> Table:
         cls = registry.resolve(name)
         summary = (inspect.getdoc(cls) or "").split("\n")[0]
         table.add_row(name, "keeps" if cls.stores_images else "–", "backbone" if cls.trains_backbone else "–", summary)
+    return table
+
+
+def tuners(pattern: str = "") -> Table:
+    """What a learner's ``tuner`` may be, with hyper-parameters and their defaults."""
+    from cil.tuning.table import TunerSection
+
+    table = _table("tuner", "what", "hyper-parameters")
+    for section in get_args(TunerSection):
+        fields = {key: field.get_default() for key, field in section.model_fields.items()}
+        summary = (inspect.getdoc(section) or "").split(";")[0].removesuffix(".")
+        table.add_row(fields.pop("name"), summary, ", ".join(f"{key}: {value}" for key, value in fields.items()))
     return table
 
 

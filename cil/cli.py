@@ -84,7 +84,7 @@ def _compare(paths: list[Path], out: Path | None) -> None:
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="learners, datasets, backbones or configs")],
+    what: Annotated[str, typer.Argument(help="learners, tuners, datasets, backbones or configs")],
     pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. 'vit_base*' (backbones).")] = "",
 ) -> None:
     """List what can be named in a configuration."""
@@ -94,6 +94,7 @@ def list_(
 
     kinds = {
         "learners": catalogue.learners,
+        "tuners": catalogue.tuners,
         "datasets": catalogue.datasets,
         "backbones": catalogue.backbones,
         "configs": catalogue.configs,

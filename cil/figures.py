@@ -11,13 +11,15 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind-safe cycle; the bounds of every comparison keep one look everywhere
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#44AA99", "#332288")
+LINES = ("-", "-.", ":")  # the next round of colours
 BOUNDS = {"finetune": ("#777777", "--"), "joint": ("#111111", "--")}
 
 
 def styles(titles: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and line style of every learner, fixed by its place in the sorted names."""
     free = [t for t in sorted(titles) if t not in BOUNDS]
-    return {t: BOUNDS.get(t) or (CYCLE[free.index(t) % len(CYCLE)], "-") for t in titles}
+    rounds = {t: divmod(i, len(CYCLE)) for i, t in enumerate(free)}
+    return {t: BOUNDS.get(t) or (CYCLE[rounds[t][1]], LINES[rounds[t][0] % len(LINES)]) for t in titles}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -47,7 +49,8 @@ def matrix(r: np.ndarray, title: str) -> Figure:
 
 def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
     """Accuracy and forgetting over stages, a line a learner: mean over its runs, band ± one standard deviation."""
-    figure = new_figure(10, 4.2)
+    rows = -(-len(groups) // 6) if len(groups) > 8 else 0  # of a legend too long to stand inside
+    figure = new_figure(10, 4.2 + 0.25 * rows)
     axes = figure.subplots(1, 2)
     style = styles(list(groups))
     panels = [("accuracy/seen", "accuracy over all classes seen, %"), ("forgetting/mean", "forgetting, points")]
@@ -65,6 +68,10 @@ def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
         ax.grid(alpha=0.25)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylim(0, 102)
-    axes[0].legend(frameon=False, fontsize=9)
+    if rows:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, frameon=False, fontsize=8, ncols=6, loc="outside lower center")
+    else:
+        axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure

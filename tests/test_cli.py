@@ -160,6 +160,8 @@ def test_predict_gives_what_the_evaluator_counted(tmp_path):
 
 def test_lists(cil, tmp_path):
     assert all(name in cil("list", "learners").stdout for name in ("ncm", "finetune", "linear_probe", "joint"))
+    listed = cil("list", "tuners").stdout
+    assert all(name in listed for name in ("adapter", "vpt_deep", "prefix", "osf")) and "bottleneck: 64" in listed
     assert "torch/cifar100" in cil("list", "datasets").stdout
     assert "vit_base_patch16_224.augreg_in21k" in cil("list", "backbones", "vit_base_patch16_224*").stdout
     assert "quickstart" in cil("list", "configs").stdout

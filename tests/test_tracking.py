@@ -131,3 +131,16 @@ def test_nothing_to_compare_is_said(tmp_path):
 def test_undefined_numbers_are_null(runs):
     text = (runs[1][0] / "metrics.json").read_text()
     assert "NaN" not in text and json.loads(text)["curves"]["forgetting/mean"][0] is None
+
+
+def test_thirty_learners_are_told_apart_and_the_bounds_keep_their_look():
+    from cil.figures import BOUNDS, comparison, styles
+
+    names = [f"learner{i:02d}" for i in range(28)] + ["finetune", "joint"]
+    looks = styles(names)
+    assert len(set(looks.values())) == 30 and looks["joint"] == BOUNDS["joint"]
+    curves = {"accuracy/seen": [0.9, 0.8], "forgetting/mean": [float("nan"), 0.1]}
+    figure = comparison({name: [{"curves": curves}] for name in names}, "many")
+    assert len(figure.legends) == 1 and len(figure.legends[0].get_texts()) == 30
+    few = comparison({name: [{"curves": curves}] for name in names[:3]}, "few")
+    assert not few.legends and len(few.axes[0].get_legend().get_texts()) == 3

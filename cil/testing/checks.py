@@ -200,7 +200,8 @@ def check_feature_version(case: Case) -> None:
 
 def check_views(case: Case) -> None:
     """``features`` is its ``views`` side by side, and a view that keeps its version keeps its output."""
-    images, before = probe_images(), {}
+    images = probe_images()
+    before: dict[Any, Tensor] = {}
     for stop in range(len(SIZES) + 1):
         learner = case.run(stop_after=stop).learner if stop else case.learner().eval()
         with torch.inference_mode():
