@@ -98,7 +98,13 @@ class Tracker:
         """Hyper-parameters beside final metrics, in the same run directory."""
         config = self._header["config"]
         flat = {"learner": self._header["learner"], "order": str(config["orders"][0]), "seed": config["seeds"][0]}
-        parameters = {k: v for k, v in config["learners"][0].items() if isinstance(v, (str, int, float, bool))}
+        nested = {k: v if isinstance(v, dict) else {"": v} for k, v in config["learners"][0].items()}
+        parameters = {
+            f"{outer}.{inner}".rstrip("."): value
+            for outer, section in nested.items()
+            for inner, value in section.items()
+            if isinstance(value, (str, int, float, bool))
+        }
         final = {f"final/{k}": float(v) for k, v in summary.items() if v is not None}
         # SummaryWriter.add_hparams would open a second event file, and readers take files in the order of their names,
         # which for two of one second is not the order they were written in: the same summaries, into the one file

@@ -16,6 +16,7 @@ import cil.runner as runner
 from cil import report, results
 from cil.errors import RunError
 from cil.runner import run
+from cil.tracking import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,18 @@ def test_thirty_learners_are_told_apart_and_the_bounds_keep_their_look():
     assert len(figure.legends) == 1 and len(figure.legends[0].get_texts()) == 30
     few = comparison({name: [{"curves": curves}] for name in names[:3]}, "few")
     assert not few.legends and len(few.axes[0].get_legend().get_texts()) == 3
+
+
+def test_a_tuners_hyper_parameters_are_named_by_their_path(tmp_path):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    entry = {"name": "aper", "lr": 0.1, "milestones": [], "tuner": {"name": "adapter", "bottleneck": 4}}
+    header = {"learner": "aper", "config": {"orders": [1993], "seeds": [0], "learners": [entry]}, "tasks": [[0]]}
+    tracker = Tracker(tmp_path, header)
+    tracker.finish({"accuracy_last": 0.5})
+    tracker.close()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    told = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["tuner.name"].string_value == "adapter" and told["tuner.bottleneck"].number_value == 4
+    assert told["name"].string_value == "aper" and told["lr"].number_value == 0.1
