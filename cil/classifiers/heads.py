@@ -168,7 +168,7 @@ class LinearHead(Head):
 
 
 class CosineHead(Head):
-    """logits = σ · ⟨f/‖f‖, W_c/‖W_c‖⟩ with one learnable σ, 1 at the start (Hou et al., CVPR 2019, eq. 4; APER).
+    """logits = σ · ⟨f/‖f‖, W_c/‖W_c‖⟩ with one learnable σ, 1 at the start (Hou et al., CVPR 2019; APER).
 
     New rows are drawn from U(−1/√F, 1/√F). Extending by another head keeps one's own σ.
 

@@ -23,7 +23,7 @@ RESOLVED = 1e-8
 
 
 class Ridge(StatisticsClassifier):
-    """Ridge regression of one-hot labels on H = ReLU(F R), R ~ N(0, 1): RanPAC (arXiv 2307.02251, section 4).
+    """Ridge regression of one-hot labels on H = ReLU(F R), R ~ N(0, 1): RanPAC (arXiv 2307.02251).
 
     G = Σ HᵀH and Q = Σ HᵀY are sums, so W = (G + λI)⁻¹Q equals joint ridge regression on all samples seen: for a given
     R and λ the result does not depend on the order or the cut of the data. A chosen λ is that of the last call:

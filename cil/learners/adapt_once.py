@@ -17,7 +17,7 @@ from cil.tuning import TunerConfig, build_tuner
 
 
 class AdaptOnce(Learner):
-    """First-session adaptation (Zhou et al., arXiv 2303.07338, sec. 4; RanPAC's phase 1), then statistics only.
+    """First-session adaptation (Zhou et al., arXiv 2303.07338; RanPAC's phase 1), then statistics only.
 
     Task 0: minimise CE(σ · cos(f_θ(x), W), y) over the tuner θ and a temporary cosine head W, then drop the head. From
     then on every task is one pass over its images and no training: test images, too, pass once. Without a tuner the

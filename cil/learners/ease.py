@@ -86,7 +86,7 @@ class EASE(Learner):
         self.complement()
 
     def complement(self) -> None:
-        """Prototypes of old classes in subspaces that came after them (eq. 7–9), all anew.
+        """Prototypes of old classes in subspaces that came after them, all anew.
 
         For a task i < j, with R the classes of tasks j and later, whose prototypes are true in both subspaces:
         S = softmax_r cos(P[a, i], P[r, i]) over r ∈ R, and P[a, j] = Σ_r S[a, r] P[r, j] for the classes a of task i.
@@ -114,7 +114,7 @@ class EASE(Learner):
 
     @without_autocast()
     def logits(self, features: Tensor) -> Tensor:
-        """Σ_j w[c, j] · cos(f_j(x), P[c, j]) with w = 1 in the class's own subspace, α/t in the others (eq. 10)."""
+        """Σ_j w[c, j] · cos(f_j(x), P[c, j]) with w = 1 in the class's own subspace, α/t in the others."""
         f = F.normalize(features.float().unflatten(1, (self.subspaces, -1)), dim=2)
         p = F.normalize(self.prototypes, dim=2).to(f.dtype)
         own = F.one_hot(self.task_of, len(self.adapters)).to(f)

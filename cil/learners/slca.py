@@ -81,7 +81,7 @@ class SLCA(Learner):
         return rows
 
     def align(self, current: int, ctx: Context) -> None:
-        """Stage 2: CE(z / (n τ), y) on vectors from N(s_c μ_c, Σ_c), older means shrunk more (eq. 4–6)."""
+        """Stage 2: CE(z / (n τ), y) on vectors from N(s_c μ_c, Σ_c), older means shrunk more."""
         config = self.config
         recipe = Recipe(
             epochs=config.alignment_epochs,

@@ -43,11 +43,11 @@ class Bottleneck(nn.Module):
 class Adapter(Tuner):
     """Bottleneck adapters in every block. At step 0 the tuned forward equals the frozen one, bit for bit.
 
-    ``parallel``, AdaptFormer (Chen et al. 2022, arXiv 2205.13535, eq. 4 and 5), as APER uses it (arXiv 2303.07338):
+    ``parallel``, AdaptFormer (Chen et al. 2022, arXiv 2205.13535), as APER uses it (arXiv 2303.07338):
     out = h + MLP(LN(h)) + s · Up(Dropout(ReLU(Down(h)))), one adapter a block. It reads h, not LN(h).
     L · (2Dr + r + D) parameters: 1,189,632 on ViT-B with r = 64.
 
-    ``sequential``, Houlsby et al. 2019 (arXiv 1902.00751, figure 2), in pre-norm blocks: behind the attention branch
+    ``sequential``, Houlsby et al. 2019 (arXiv 1902.00751), in pre-norm blocks: behind the attention branch
     and behind the MLP branch, inside the residual, y + s · Up(Dropout(ReLU(Down(y)))), two adapters a block. Houlsby
     et al. have s = 1 and no dropout.
 

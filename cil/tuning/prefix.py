@@ -13,7 +13,7 @@ STD = 0.02
 
 
 class Prefix(Tuner):
-    """Prefix tuning (Li & Liang 2021, arXiv 2101.00190) in a ViT, as DualPrompt (arXiv 2204.04799, eq. 4) has it.
+    """Prefix tuning (Li & Liang 2021, arXiv 2101.00190) in a ViT, as DualPrompt (arXiv 2204.04799) has it.
 
     Attention(q, [P_k; k], [P_v; v]) in every block: the sequence keeps its length, the prefix is neither projected nor
     normalised, and nothing is trained but P_k and P_v, 2 · L · P · D parameters, drawn from N(0, 0.02²).

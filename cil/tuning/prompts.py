@@ -13,8 +13,8 @@ from cil.vit import Tuner, require_plain_vit
 class VisualPrompts(Tuner):
     """VPT (Jia et al. 2022, arXiv 2203.12119), with the inits and places of APER (arXiv 2303.07338).
 
-    P tokens without position embedding are appended at the end of the sequence. ``deep`` (eq. 5 of VPT): fresh ones
-    before every block, dropped behind it, L · P · D parameters. Shallow (eq. 4): once before the first block, carried
+    P tokens without position embedding are appended at the end of the sequence. ``deep``: fresh ones
+    before every block, dropped behind it, L · P · D parameters. Shallow: once before the first block, carried
     through all of them and dropped before the pooling, P · D parameters. Prompts start at zero.
 
     Args:

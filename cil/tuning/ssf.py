@@ -16,9 +16,9 @@ STD = 0.02
 
 
 class SSF(Tuner):
-    """SSF (Lian et al. 2022, arXiv 2210.08823, eq. 3): y = x ⊙ γ + β behind every affine layer of a ViT.
+    """SSF (Lian et al. 2022, arXiv 2210.08823): y = x ⊙ γ + β behind every affine layer of a ViT.
 
-    Each such layer is itself affine in its weight and bias, so the scale and shift are applied to these (eq. 5):
+    Each such layer is itself affine in its weight and bias, so the scale and shift are applied to these:
     W' = γ ⊙ W (by output channel), b' = γ ⊙ b + β. The forward pass costs what the frozen one costs.
     γ ~ N(1, 0.02²), β ~ N(0, 0.02²): the network is slightly perturbed before training, as in the authors' code.
     205,824 parameters on ViT-B/16.
