@@ -30,6 +30,14 @@ LEARNERS = {
 }
 """Batches of 7 and 10 of 18 and 72 images leave last batches that no two processes can share evenly."""
 
+FROZEN = ("ncm", "ranpac", "fecam")
+"""Their features come in whole batches on either process, hence every bit is that of one process."""
+
+
+def same_hits(learner: str, one: list[int], two: list[int]) -> bool:
+    """Equal; after training up to one image: sums over processes round otherwise, and a near tie may fall either way."""
+    return np.abs(np.subtract(one, two)).max() <= (learner not in FROZEN)
+
 
 def launch(results: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
     entries = [{**entry, "label": label} for label, entry in LEARNERS.items()]
@@ -70,8 +78,9 @@ def test_two_processes_give_the_metrics_of_one(places, learner):
     assert one["machine"]["processes"] == 1 and two["machine"]["processes"] == 2
     assert one["complete"] and two["complete"]
     for a, b in zip(one["stages"], two["stages"], strict=True):
-        for key in ("correct", "correct_within_task", "total", "unchanged_since"):
-            assert a[key] == b[key], key
+        assert a["total"] == b["total"] and a["unchanged_since"] == b["unchanged_since"]
+        for key in ("correct", "correct_within_task"):
+            assert same_hits(learner, a[key], b[key]), key
         for cost in ("train_passes", "test_passes", "train_images", "trainable_parameters"):
             assert a["costs"][cost] == b["costs"][cost], cost  # nothing computed twice, nothing padded
         logged = [[value for name, value in row["log"] if name in ("loss", "accuracy")] for row in (a, b)]
@@ -85,7 +94,7 @@ def test_two_processes_end_with_the_state_of_one(places, learner):
         one, two = (load_file(run_of(places[n], learner) / stage / "learner.safetensors") for n in (1, 2))
         assert one.keys() == two.keys()
         for key in one:
-            if learner in ("ncm", "ranpac", "fecam"):  # frozen eyes: whole batches on either process, hence the bits
+            if learner in FROZEN:
                 assert torch.equal(one[key], two[key]), key
             else:
                 torch.testing.assert_close(one[key], two[key], rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
@@ -113,7 +122,7 @@ def test_a_run_begun_by_one_process_goes_on_with_two(places, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for learner in LEARNERS:
         rows = [json.loads((run_of(p, learner) / "metrics.json").read_text())["stages"] for p in (places[1], tmp_path)]
-        assert [r["correct"] for r in rows[0]] == [r["correct"] for r in rows[1]], learner
+        assert all(same_hits(learner, a["correct"], b["correct"]) for a, b in zip(*rows, strict=True)), learner
 
 
 @pytest.mark.slow
