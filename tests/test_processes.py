@@ -35,7 +35,7 @@ FROZEN = ("ncm", "ranpac", "fecam")
 
 
 def same_hits(learner: str, one: list[int], two: list[int]) -> bool:
-    """Equal; after training up to one image: sums over processes round otherwise, and a near tie may fall either way."""
+    """Equal; after training up to one image: sums over processes round otherwise, and a tie may fall either way."""
     return np.abs(np.subtract(one, two)).max() <= (learner not in FROZEN)
 
 

@@ -103,7 +103,7 @@ def check_predicting_changes_nothing(case: Case) -> None:
 def check_columns(case: Case) -> None:
     """After every stage: one column a seen class, finite scores, no prediction of a class not seen."""
     for stop in range(1, len(SIZES) + 1):
-        done = case.run(stop_after=stop)
+        done = case.after(stop)
         seen = len(done.stream.tasks[stop - 1].seen)
         with torch.inference_mode():
             scores = _scores(done.learner, probe_images())
@@ -182,7 +182,7 @@ def check_state_round_trip(case: Case) -> None:
 
 def check_feature_version(case: Case) -> None:
     """``feature_version`` changes from one stage to the next exactly when the features do."""
-    learners = [case.learner().eval()] + [case.run(stop_after=n).learner for n in range(1, len(SIZES) + 1)]
+    learners = [case.learner().eval()] + [case.after(n).learner for n in range(1, len(SIZES) + 1)]
     images = probe_images()
     with torch.inference_mode():
         features = [learner.features(images) for learner in learners]
@@ -203,7 +203,7 @@ def check_views(case: Case) -> None:
     images = probe_images()
     before: dict[Any, Tensor] = {}
     for stop in range(len(SIZES) + 1):
-        learner = case.run(stop_after=stop).learner if stop else case.learner().eval()
+        learner = case.after(stop).learner if stop else case.learner().eval()
         with torch.inference_mode():
             views = {version: view(images) for version, view in learner.views().items()}
             whole = learner.features(images)

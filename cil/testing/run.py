@@ -51,7 +51,8 @@ def parametrize_learner(learners: Sequence[tuple[Any, ...]]) -> Any:
             raise ValueError(f"known failures name no check: {sorted(unknown)}; checks: {', '.join(CHECKS)}")
         cls = registry.resolve(spec) if isinstance(spec, str) else spec
         title = f"{cls.name or cls.__name__}{''.join(f'-{v}' for v in parameters.values() if isinstance(v, str))}"
+        case = Case(cls, parameters)  # one for all checks: they share the runs they only look at
         for name, check in CHECKS.items():
             marks = [pytest.mark.xfail(reason=failures[name], strict=True)] if name in failures else []
-            items.append(pytest.param(Case(cls, parameters), check, id=f"{title}-{name}", marks=marks))
+            items.append(pytest.param(case, check, id=f"{title}-{name}", marks=marks))
     return pytest.mark.parametrize(("case", "check"), items)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Case:
 
     cls: type[Learner]
     parameters: dict[str, Any] = field(default_factory=dict)
+    _after: dict[int, Finished] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> LearnerConfig:
@@ -90,10 +91,16 @@ class Case:
         small = {"train_batch_size": 4} if issubclass(self.cls.Config, Recipe) else {}
         return self.cls.Config.model_validate({**small, **self.parameters})
 
-    @cached_property
+    @property
     def finished(self) -> Finished:
         """One whole run, shared by the checks that only look at it."""
-        return self.run()
+        return self.after(len(SIZES))
+
+    def after(self, stages: int) -> Finished:
+        """A run of so many stages, shared by the checks that only look at it."""
+        if stages not in self._after:
+            self._after[stages] = self.run(stop_after=stages)
+        return self._after[stages]
 
     def learner(self, vit: Backbone | None = None) -> Learner:
         """A fresh learner on the checks' backbone."""
