@@ -52,8 +52,6 @@ def accelerator(device: str = "cpu", precision: str = "fp32") -> Accelerator:
 
 def total(accelerator: Accelerator, count: int) -> int:
     """The sum of a count over all processes."""
-    if accelerator.num_processes == 1:
-        return count
     return int(accelerator.reduce(torch.tensor([count], device=accelerator.device), "sum"))
 
 

@@ -218,7 +218,6 @@ def _run_one(
     accelerator: Accelerator,
     display: Display,
 ) -> None:
-    main = accelerator.is_main_process
     accelerator.wait_for_everyone()  # until the main process holds the folder and has cleaned it
     check_same_run(folder, header)
     title = f"{plan.entry.title} {folder.path.name}"
@@ -228,7 +227,7 @@ def _run_one(
         return
     earlier = folder.rows()
     accelerator.wait_for_everyone()  # until every process has read what the main one is about to write
-    writer = _Writer(folder, header, stages, display) if main else None
+    writer = _Writer(folder, header, stages, title, display) if accelerator.is_main_process else None
     try:
         if writer is not None:
             writer.start(earlier)
@@ -254,8 +253,8 @@ def _run_one(
 class _Writer:
     """What the main process does beside computing: metrics.json, TensorBoard, the terminal."""
 
-    def __init__(self, folder: RunFolder, header: Row, stages: int, display: Display) -> None:
-        self.folder, self.header, self.stages, self.display = folder, header, stages, display
+    def __init__(self, folder: RunFolder, header: Row, stages: int, title: str, display: Display) -> None:
+        self.folder, self.header, self.stages, self.title, self.display = folder, header, stages, title, display
         folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
         self.tracker = Tracker(folder.path, header)
 
@@ -266,7 +265,7 @@ class _Writer:
     def stage(self, rows: list[Row]) -> None:
         self.tracker.stage(rows)
         self._metrics(rows)
-        self.display.stage(f"{self.header['learner']} {self.folder.path.name}", rows, self.stages)
+        self.display.stage(self.title, rows, self.stages)
 
     def _metrics(self, rows: list[Row]) -> None:
         self.folder.write("metrics.json", to_json(results.assemble(self.header, rows, self.stages)))

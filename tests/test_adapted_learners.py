@@ -185,8 +185,6 @@ def test_ease_no_view_is_computed_twice_for_an_image(monkeypatch):
 
 def ease_by_hand() -> EASE:
     """Three tasks of 1, 1 and 2 classes in subspaces of two dimensions; -1 marks what has to be filled in."""
-    vit = backbone()
-    object.__setattr__(vit, "feature_dim", 2)
     learner = EASE.__new__(EASE)
     torch.nn.Module.__init__(learner)
     learner.config = EASE.Config(alpha=0.4)

@@ -34,7 +34,6 @@ class AdaptOnce(Learner):
         super().__init__(config, backbone)
         self.tuner = build_tuner(config.tuner, backbone) if config.tuner is not None else None
         self.classifier = self.make_classifier()
-        self.stages = 0
 
     @abstractmethod
     def make_classifier(self) -> Classifier:
@@ -45,7 +44,6 @@ class AdaptOnce(Learner):
         if task.index == 0 and self.tuner is not None:
             self.tuner.reset(ctx.generator)
         self.classifier.grow(len(task.seen))
-        self.stages = task.index + 1
 
     def learn(self, task: Task, ctx: Context) -> None:
         if task.index == 0 and self.tuner is not None:
@@ -68,4 +66,4 @@ class AdaptOnce(Learner):
 
     @property
     def feature_version(self) -> Hashable:
-        return "frozen" if self.tuner is None else "adapted" if self.stages else "not adapted yet"
+        return "frozen" if self.tuner is None else "adapted" if self.seen else "not adapted yet"

@@ -50,7 +50,7 @@ class SLCA(Learner):
         super().__init__(config, backbone)
         self.tuner = WeightTuner(backbone)
         if config.fresh_norm:
-            self.tuner.refresh_final_norm()
+            self.tuner.refresh_final_norm(backbone)
         self.head = LinearHead(backbone.feature_dim)
         self.aligned = LinearHead(backbone.feature_dim)
         self.gaussians = Gaussians(backbone.feature_dim)

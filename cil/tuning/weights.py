@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from cil.backbone import Backbone
 from cil.errors import BackboneError
-from cil.tuning.frozen import Frozen
 from cil.vit import Tuner, final_norms, last_blocks
 
 
@@ -28,7 +27,6 @@ class WeightTuner(Tuner):
 
     def __init__(self, backbone: Backbone, select: Callable[[str], bool] = lambda name: True) -> None:
         super().__init__()
-        self._frozen = Frozen(backbone.model)
         self.copies = nn.ParameterDict()
         for name, value in backbone.model.named_parameters():
             if select(name):
@@ -37,9 +35,9 @@ class WeightTuner(Tuner):
     def weights(self) -> Mapping[str, Tensor]:
         return {name.replace("/", "."): value for name, value in self.copies.items()}
 
-    def refresh_final_norm(self) -> None:
+    def refresh_final_norm(self, backbone: Backbone) -> None:
         """Start the final norm from scale 1 and shift 0, as a newly built one, instead of the pre-trained values."""
-        for norm in final_norms(self._frozen.model):
+        for norm in final_norms(backbone.model):
             nn.init.ones_(self.copies[f"{norm}/weight"])
             nn.init.zeros_(self.copies[f"{norm}/bias"])
 
