@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -18,12 +19,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from cil.errors import TrainingError
 from cil.learner import Context, LearnerConfig
 from cil.randomness import derived_seed, isolated
+from cil.stream import TaskData
 
 Optimizer = Literal["sgd", "adam", "adamw"]
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(inputs, labels) → (scalar loss, logits [B, C])."""
+Loss = Callable[..., tuple[Tensor, Tensor]]
+"""(inputs, labels) → (scalar loss, logits [B, C]); where the data has more than one input: (*inputs, labels)."""
 
-
+Schedule = Literal["cosine", "quarter_cosine", "constant", "multistep"]
 Softmax = Literal["global", "local"]
 """Classes in the softmax: all seen, or the task's own."""
 
@@ -37,8 +39,10 @@ class Recipe(LearnerConfig):
     lr: float = Field(0.01, gt=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (SGD, Adam) or decoupled decay (AdamW)")
-    schedule: Literal["cosine", "constant", "multistep"] = Field(
-        "cosine", description="cosine: to 0 over the stage; multistep: a tenth of the rate from each milestone on"
+    schedule: Schedule = Field(
+        "cosine",
+        description="cosine: half a wave, to 0 over the stage; quarter_cosine: a quarter of one, to 0.016 at its last "
+        "step; multistep: a tenth of the rate from each milestone on",
     )
     milestones: list[PositiveInt] = Field([], description="epochs at which a multistep schedule lowers the rate")
     schedule_per: Literal["step", "epoch"] = Field("step", description="when the rate changes")
@@ -57,7 +61,10 @@ class Recipe(LearnerConfig):
 
 
 class Batches(Protocol):
-    """Training data that can be passed over many times; ``TaskData`` and :class:`TensorData` are such."""
+    """Training data that can be passed over many times, in batches of (*inputs, labels).
+
+    ``TaskData``, :class:`TensorData` and :class:`WithRows` are such.
+    """
 
     def __len__(self) -> int: ...
 
@@ -69,7 +76,7 @@ class Batches(Protocol):
         augment: bool,
         device: torch.device | str,
         part: tuple[int, int],
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
+    ) -> Iterator[tuple[Tensor, ...]]: ...
 
 
 class TensorData:
@@ -95,6 +102,39 @@ class TensorData:
         for chunk in order.split(batch_size):
             chunk = chunk[part[0] :: part[1]].to(self.labels.device)
             yield self.inputs[chunk].to(device), self.labels[chunk].to(device)
+
+
+class WithRows:
+    """A task's images with a row of a tensor beside each: batches of (images, rows, labels).
+
+    Args:
+        data: The images.
+        rows: One row for each of them, in the task's own order, [N, ...].
+    """
+
+    def __init__(self, data: TaskData, rows: Tensor) -> None:
+        self.data, self.rows = data, rows
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As ``TaskData.batches``; rows follow their images, whatever the order."""
+        images, indices = self.data.source
+        labels = torch.from_numpy(self.data.labels).to(device)
+        positions = np.arange(len(self))  # travel in the labels' place, and say which row is whose
+        for pixels, taken in images.batches(
+            indices, positions, batch_size, generator=generator, augment=augment, device=device, part=part
+        ):
+            yield pixels, self.rows[taken.to(self.rows.device)].to(device), labels[taken]
 
 
 def cross_entropy(logits_of: Callable[[Tensor], Tensor], recipe: Recipe, first: int = 0) -> Loss:
@@ -125,13 +165,22 @@ class Group:
     Attributes:
         parameters: What to train.
         lr: Factor on the recipe's learning rate.
+        start: Epochs they stay frozen first; without gradients meanwhile, so that no optimiser moves them.
     """
 
     parameters: Iterable[nn.Parameter]
     lr: float = 1.0
+    start: int = 0
 
 
-def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx: Context) -> None:
+def fit(
+    loss: Loss,
+    groups: Sequence[Group],
+    data: Batches,
+    recipe: Recipe,
+    ctx: Context,
+    after_step: Callable[[], None] | None = None,
+) -> None:
     """Minimise ``loss`` over ``data``; the parameters are left without gradients and frozen again.
 
     With several processes each takes its share of every batch, and gradients are summed: a step is that of one process
@@ -139,20 +188,19 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
     from the global random state (dropout) draw from one seeded by (seed, stage, process); the caller's stays as it was.
 
     Args:
-        loss: (inputs, labels) → (mean loss over the batch, logits); the logits are for the training accuracy only.
+        loss: (*inputs, labels) → (mean loss over the batch, logits); the logits are for the training accuracy only.
         groups: What to train.
         data: The task's images, or features in memory.
         recipe: Epochs, optimiser, schedule.
         ctx: Device, generator, log. Logs loss, accuracy, learning rate and images a second once per epoch.
+        after_step: Called after every optimiser step, e.g. for a moving average.
 
     Raises:
         TrainingError: The loss is not finite.
     """
     accelerator = ctx.accelerator
-    taken = [Group(list(group.parameters), group.lr) for group in groups]
+    taken = [Group(list(group.parameters), group.lr, group.start) for group in groups]
     parameters = [p for group in taken for p in group.parameters]
-    for p in parameters:
-        p.requires_grad_(True)
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
     optimizer = accelerator.prepare(_optimizer(taken, recipe))
     size, count = recipe.train_batch_size, len(data)
@@ -160,6 +208,9 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
     part = (accelerator.process_index, accelerator.num_processes)
     with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)):
         for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
+            for group in taken:
+                for p in group.parameters:
+                    p.requires_grad_(epoch >= group.start)
             tally, started = torch.zeros(2, dtype=torch.float64), time.perf_counter()  # loss, correct
             batches = data.batches(size, generator=ctx.generator, augment=True, device=ctx.device, part=part)
             for step, batch in enumerate(batches):
@@ -176,6 +227,8 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+                if after_step is not None:
+                    after_step()
                 tally += torch.tensor([mean * whole / part[1], correct], dtype=torch.float64)
             tally = accelerator.reduce(tally.float().to(ctx.device), "sum").cpu()
             ctx.log("loss", float(tally[0]) / count)
@@ -188,16 +241,16 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
 
 
 def _backward(
-    loss: Loss, batch: tuple[Tensor, Tensor], whole: int, recipe: Recipe, accelerator: Accelerator
+    loss: Loss, batch: tuple[Tensor, ...], whole: int, recipe: Recipe, accelerator: Accelerator
 ) -> tuple[Tensor, int]:
     """Add the batch's gradients, in micro-batches; this process's share of the step's mean loss, and its hits."""
     value, correct = torch.zeros((), device=accelerator.device), 0
     at_once = recipe.micro_batch_size or whole
-    for inputs, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
+    for *inputs, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
         if not len(labels):
             continue
         with accelerator.autocast():
-            mean, logits = loss(inputs, labels)
+            mean, logits = loss(*inputs, labels)
         share = mean * (len(labels) / whole)
         accelerator.backward(share)
         value += share.detach()
@@ -239,8 +292,11 @@ def _schedule(recipe: Recipe, per_epoch: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
+        end = steps - 1
         if recipe.schedule_per == "epoch":
-            step -= step % per_epoch
+            step, end = step - step % per_epoch, steps - per_epoch
+        if recipe.schedule == "quarter_cosine":
+            return math.cos(0.99 * math.pi / 2 * min(1, (step - warmup) / max(1, end - warmup)))
         if recipe.schedule == "constant":
             return 1.0
         if recipe.schedule == "multistep":
