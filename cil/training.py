@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -16,10 +15,10 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from cil.batches import Batches
 from cil.errors import TrainingError
 from cil.learner import Context, LearnerConfig
 from cil.randomness import derived_seed, isolated
-from cil.stream import TaskData
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Loss = Callable[..., tuple[Tensor, Tensor]]
@@ -58,83 +57,6 @@ class Recipe(LearnerConfig):
         if (self.schedule == "multistep") != bool(self.milestones):
             raise ValueError("schedule: multistep and milestones go together, e.g. milestones: [18]")
         return self
-
-
-class Batches(Protocol):
-    """Training data that can be passed over many times, in batches of (*inputs, labels).
-
-    ``TaskData``, :class:`TensorData` and :class:`WithRows` are such.
-    """
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None,
-        augment: bool,
-        device: torch.device | str,
-        part: tuple[int, int],
-    ) -> Iterator[tuple[Tensor, ...]]: ...
-
-
-class TensorData:
-    """Features and labels in memory as training data."""
-
-    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
-        self.inputs, self.labels = inputs, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-        device: torch.device | str = "cpu",
-        part: tuple[int, int] = (0, 1),
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``TaskData.batches``; features have no training transform, so ``augment`` changes nothing."""
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for chunk in order.split(batch_size):
-            chunk = chunk[part[0] :: part[1]].to(self.labels.device)
-            yield self.inputs[chunk].to(device), self.labels[chunk].to(device)
-
-
-class WithRows:
-    """A task's images with a row of a tensor beside each: batches of (images, rows, labels).
-
-    Args:
-        data: The images.
-        rows: One row for each of them, in the task's own order, [N, ...].
-    """
-
-    def __init__(self, data: TaskData, rows: Tensor) -> None:
-        self.data, self.rows = data, rows
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-        device: torch.device | str = "cpu",
-        part: tuple[int, int] = (0, 1),
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """As ``TaskData.batches``; rows follow their images, whatever the order."""
-        images, indices = self.data.source
-        labels = torch.from_numpy(self.data.labels).to(device)
-        positions = np.arange(len(self))  # travel in the labels' place, and say which row is whose
-        for pixels, taken in images.batches(
-            indices, positions, batch_size, generator=generator, augment=augment, device=device, part=part
-        ):
-            yield pixels, self.rows[taken.to(self.rows.device)].to(device), labels[taken]
 
 
 def cross_entropy(logits_of: Callable[[Tensor], Tensor], recipe: Recipe, first: int = 0) -> Loss:

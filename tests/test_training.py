@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from cil.batches import TensorData, WithRows
 from cil.errors import TrainingError
 from cil.testing.setting import backbone, context, stream
-from cil.training import Group, Recipe, TensorData, WithRows, _schedule, fit
+from cil.training import Group, Recipe, _schedule, fit
 
 
 @pytest.fixture
