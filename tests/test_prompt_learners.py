@@ -20,7 +20,7 @@ from cil.learners.coda_prompt import CODAPrompt, joined, orthogonal_rows
 from cil.learners.dualprompt import DualPrompt
 from cil.learners.l2p import L2P
 from cil.stream import Stream
-from cil.testing import Case, parametrize_learner
+from cil.testing import CHECKS, Case, parametrize_learner
 from cil.testing.setting import backbone, context, probe_images, stream
 from cil.tuning import GivenPrefix, PooledPrompts
 
@@ -93,6 +93,20 @@ def test_l2p_votes_in_training_only():
     assert l2p.vote(torch.tensor([[3, 2], [2, 0]])).tolist() == [[2, 0]] * 2  # 0 and 3 tie: the lower
     at_test = l2p.tuner(QUERIES).prompts
     assert not torch.allclose(at_test[0], at_test[1])
+
+
+class Leaky(L2P):
+    """As published: the test batch votes."""
+
+    def tuner(self, query):
+        return self._prompts(self.vote(self.choose(query)))
+
+
+def test_the_common_checks_catch_a_vote_at_test():
+    spread = {**SMALL_L2P, "lr": 0.05, "epochs": 15}
+    with pytest.raises(AssertionError, match="scores depend on the rest of the batch"):
+        CHECKS["batch_independence"](Case(Leaky, spread))
+    CHECKS["batch_independence"](Case(L2P, spread))
 
 
 def l2p_position(l2p: L2P) -> torch.Tensor:
