@@ -79,8 +79,9 @@ class Rule(nn.Module, ABC):
     def __init__(self, finalisers: Sequence[Finaliser] = ()) -> None:
         super().__init__()
         self.finalisers = tuple(finalisers)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("norm_sum", torch.zeros((), dtype=torch.float64))
+        with exact():
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("norm_sum", torch.zeros((), dtype=torch.float64))
         self._layout: Layout | None = None
         self._pretrained: Mapping[str, Tensor] = {}
         self._store: Store = Buffers(self, self.slots)
@@ -140,7 +141,8 @@ class Rule(nn.Module, ABC):
         self.count.zero_()
         self.norm_sum.zero_()
         own = Buffers(self, self.slots)
-        own.allocate(self.layout.entries if store is None else (), self.count.device)
+        with exact():
+            own.allocate(self.layout.entries if store is None else (), self.count.device)
         self._store = own if store is None else store
         return self
 
@@ -177,10 +179,9 @@ class Rule(nn.Module, ABC):
                     f"{where}: {alias} and {name} are one tensor in the pre-trained model but differ here; tie them, "
                     "or leave one out with exclude"
                 )
-        tied = {name: alias for alias, name in self.layout.tied.items()}
 
         def tau(entry: Entry) -> Tensor:
-            name = entry.name if entry.name in finetuned else tied[entry.name]
+            name = self.layout.held(entry, finetuned) or entry.name
             return self._wide(finetuned[name]) - self._wide(self._pretrained[entry.name])
 
         return self._add(tau, where, stats, track)

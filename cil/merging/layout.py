@@ -61,6 +61,12 @@ class Layout:
     def dtype(self) -> torch.dtype:
         return torch.float64 if any(e.dtype == torch.float64 for e in self.entries) else torch.float32
 
+    def held(self, entry: Entry, found: Mapping[str, Tensor]) -> str | None:
+        """Under which of its names ``found`` holds an entry: some formats save a tied tensor once."""
+        if entry.name in found:
+            return entry.name
+        return next((alias for alias, name in self.tied.items() if name == entry.name and alias in found), None)
+
 
 def layout(
     pretrained: Mapping[str, Tensor],
@@ -139,11 +145,10 @@ def check_names(found: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], p
             f"{task}: {lora} belongs to a LoRA adapter, not to a full model; merge the adapter into its model first "
             "(merge_and_unload() in PEFT) and save that, or hand over the updates ΔW themselves (add_update)"
         )
-    needed = [entry.name for entry in plan.entries] + list(plan.tied)
-    missing = [name for name in needed if name not in found and not (name in plan.tied and plan.tied[name] in found)]
+    missing = [entry.name for entry in plan.entries if plan.held(entry, found) is None]
     if missing:
         raise BackboneError(
-            f"{task}: {missing[0]} is missing ({len(missing)} of {len(needed)} tensors are)"
+            f"{task}: {missing[0]} is missing ({len(missing)} of {len(plan.entries)} tensors are)"
             f"{nearest(missing[0], found)}; tasks must be fine-tuned from {base}; leave tensors out with exclude"
         )
     patterns = [re.compile(p) for p in plan.excluded]
@@ -154,7 +159,7 @@ def check_names(found: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], p
             "tasks must have the same architecture; leave tensors out with exclude"
         )
     for entry in plan.entries:
-        shape, dtype = describe(found, entry.name)
+        shape, dtype = describe(found, plan.held(entry, found) or entry.name)
         if shape != entry.shape:
             raise BackboneError(
                 f"{task}: {entry.name} has shape {list(shape)}, but {list(entry.shape)} in {base}; "

@@ -130,7 +130,8 @@ class RegMean(Rule):
             return gram
         if len(gram) != 1:
             raise DataError(
-                f"{type(self).__name__}: the Gram matrix of {entry.name} comes in {len(gram)} blocks; expected {k} or 1"
+                f"{type(self).__name__}: the Gram matrix of {entry.name} comes in {len(gram)} blocks; "
+                f"expected {k if k == 1 else f'{k}, or 1'}"
             )
         return torch.stack([gram[0, i * width : (i + 1) * width, i * width : (i + 1) * width] for i in range(k)])
 
