@@ -27,6 +27,8 @@ BUILTIN = {
     "fecam": "cil.learners.fecam:FeCAM",
     "ease": "cil.learners.ease:EASE",
     "slca": "cil.learners.slca:SLCA",
+    "merge": "cil.learners.merge:Merge",
+    "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
 }
 
 

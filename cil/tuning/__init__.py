@@ -7,7 +7,7 @@ from cil.tuning.prefix import Prefix
 from cil.tuning.prompts import VisualPrompts
 from cil.tuning.ssf import SSF
 from cil.tuning.table import TunerConfig, build_tuner
-from cil.tuning.weights import WeightTuner, bitfit, full, layernorm, partial
+from cil.tuning.weights import GivenWeights, WeightTuner, bitfit, full, layernorm, partial
 from cil.vit import Tuner
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SSF",
     "Adapter",
+    "GivenWeights",
     "PeftTuner",
     "Prefix",
     "Tuner",
