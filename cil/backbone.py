@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Hashable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +22,8 @@ from cil.errors import BackboneError, nearest
 from cil.randomness import isolated
 from cil.vit import Tuner, Walk
 
+FROZEN = "frozen"
+"""Version of the frozen backbone's features, whoever asks for them."""
 EMBEDDED = "vit_tiny_patch8_64.tinyimagenet100"
 
 
@@ -76,6 +79,10 @@ class Backbone(nn.Module):
             swapped = {f"model.{key}": value for key, value in weights.items()}
             return functional_call(self.walk, swapped, (images, tuner))
         return self.walk(images, tuner)
+
+    def views(self) -> dict[Hashable, Callable[[Tensor], Tensor]]:
+        """The one view of a frozen model, under the version learners give it; see ``Learner.views``."""
+        return {FROZEN: self}
 
     def train(self, mode: bool = True) -> Backbone:
         """A frozen model has no training mode: dropout and stochastic depth stay off."""

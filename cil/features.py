@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ View = Callable[[Tensor], Tensor]
 
 
 class Eyes(Protocol):
-    """The half of a learner this file needs: through what it sees, and when that changes."""
+    """What this file needs of a learner, and of the backbone itself: through what it sees, and when that changes."""
 
     training: bool
 
@@ -31,7 +32,7 @@ class Eyes(Protocol):
 
 
 class FeatureCache:
-    """Features of one run, in memory, for the views the learner has now.
+    """Features of one run, in memory, for the views that learner and backbone have now.
 
     With several processes each computes every so many-th batch, whole, and all end with all features: the batches, and
     with them the bits, are those of a single process, and no image is counted twice.
@@ -44,6 +45,7 @@ class FeatureCache:
 
     def __init__(self, accelerator: Accelerator, batch_size: int = 128, track: Track | None = None) -> None:
         self.accelerator, self.batch_size, self._track = accelerator, batch_size, track
+        self._views: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()  # versions each pair of eyes asked for
         # (version, image set) → (the image set, kept alive so that its id stays its own; which are there; [N, F])
         self._kept: dict[tuple[Hashable, int], tuple[ImageSet, np.ndarray, Tensor]] = {}
 
@@ -55,13 +57,15 @@ class FeatureCache:
         return torch.cat([self._kept[version, id(images)][2][rows] for version in views], dim=1)
 
     def fill(self, eyes: Eyes, images: ImageSet, groups: Mapping[Hashable, Sequence[np.ndarray]]) -> None:
-        """Compute what is missing of each view's groups of images; views the learner has no more are dropped.
+        """Compute what is missing of each view's groups of images; views these eyes had and have no more are dropped.
 
         A forward pass never mixes groups. The grouping decides the batches, and with them the last bits of the
         floating-point results: a resumed run that asks in the same groups gets the same bits.
         """
         views = eyes.views()
-        self._kept = {key: entry for key, entry in self._kept.items() if key[0] in views}
+        gone = self._views.get(eyes, set()) - views.keys()
+        self._views[eyes] = set(views)
+        self._kept = {key: entry for key, entry in self._kept.items() if key[0] not in gone}
         for version, parts in groups.items():
             for indices in parts:
                 entry = self._kept.get((version, id(images)))

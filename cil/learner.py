@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cil.backbone import Backbone
+from cil.backbone import FROZEN, Backbone
 from cil.classifiers.base import match_saved_shapes
 from cil.config import Section
-from cil.features import FeatureCache, View
+from cil.features import Eyes, FeatureCache, View
 from cil.randomness import generator
 from cil.stream import Task, TaskData
 
@@ -54,6 +54,7 @@ class Context:
         self.accelerator, self.cache, self.stage = accelerator, cache, stage
         self.generator = generator(seed, stage)
         self.trainable_parameters = 0
+        self.histograms: dict[str, list[float]] = {}
         self._log, self._track = log, track
 
     @property
@@ -69,17 +70,26 @@ class Context:
         """Iterate with a progress bar where there is a screen."""
         return iter(items if self._track is None else self._track(items, description, length))
 
-    def features(self, learner: Learner, data: TaskData) -> tuple[Tensor, Tensor]:
-        """The learner's own features of a task under the test transform, and the labels.
+    def histogram(self, name: str, counts: Iterable[float]) -> None:
+        """Report how often each of some numbered things was used in this stage, e.g. the prompts of a pool.
 
-        Computed once per image and view.
+        Kept with the stage in ``metrics.json`` and drawn as a histogram over the numbers 0, 1, …, one a stage.
+        """
+        self.histograms[name] = [float(count) for count in counts]
+
+    def features(self, eyes: Eyes, data: TaskData) -> tuple[Tensor, Tensor]:
+        """Features of a task under the test transform, and the labels; computed once per image and view.
+
+        Args:
+            eyes: The learner, for its own features, or its backbone, for the frozen ones.
+            data: The task's images.
 
         Returns:
             (float32 [N, F] on the device, int64 [N] on the device).
         """
         images, indices = data.source
         labels = torch.as_tensor(data.labels)
-        return self.cache.get(learner, images, indices).to(self.device), labels.to(self.device)
+        return self.cache.get(eyes, images, indices).to(self.device), labels.to(self.device)
 
 
 class Learner(nn.Module, ABC):
@@ -132,7 +142,7 @@ class Learner(nn.Module, ABC):
     @property
     def feature_version(self) -> Hashable:
         """Changes exactly when :meth:`features` would answer differently; constant while the eyes are frozen."""
-        return "frozen"
+        return FROZEN
 
     def views(self) -> Mapping[Hashable, View]:
         """What :meth:`features` puts side by side, by version; one view by default.

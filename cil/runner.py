@@ -121,6 +121,7 @@ def run_stages(
             "unchanged_since": list(since.values()),
             "costs": costs,
             "log": logged,
+            "histograms": ctx.histograms,
         }
         if folder is not None and accelerator.is_main_process:
             arrays = as_tensors(

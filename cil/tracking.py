@@ -76,6 +76,8 @@ class Tracker:
             self._scalar(f"accuracy/task_{task + 1:02d}", value, stage)
         for name in COSTS:
             self._scalar(f"cost/{name}", rows[-1]["costs"][name], stage)
+        for name, counts in rows[-1].get("histograms", {}).items():  # rows of older versions have none
+            self._histogram(name, np.array(counts), stage)
         padded = np.full((len(self._header["tasks"]),) * 2, np.nan)
         padded[:stage, :stage] = r
         self._writer.add_figure(
@@ -86,6 +88,21 @@ class Tracker:
     def _scalar(self, name: str, value: float, stage: int) -> None:
         if not math.isnan(value):
             self._writer.add_scalar(name, value, stage)
+
+    def _histogram(self, name: str, counts: np.ndarray, stage: int) -> None:
+        """A bar around each of 0, 1, … as high as its count."""
+        numbers = np.arange(len(counts))
+        self._writer.add_histogram_raw(
+            name,
+            min=-0.5,
+            max=len(counts) - 0.5,
+            num=counts.sum(),
+            sum=counts @ numbers,
+            sum_squares=counts @ numbers**2,
+            bucket_limits=(numbers + 0.5).tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=stage,
+        )
 
     def replay(self, rows: list[dict[str, Any]]) -> None:
         """Everything the finished stages of an interrupted run wrote."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,16 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from cil.batches import Batches
 from cil.errors import TrainingError
 from cil.learner import Context, LearnerConfig
 from cil.randomness import derived_seed, isolated
 
 Optimizer = Literal["sgd", "adam", "adamw"]
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(inputs, labels) → (scalar loss, logits [B, C])."""
+Loss = Callable[..., tuple[Tensor, Tensor]]
+"""(inputs, labels) → (scalar loss, logits [B, C]); where the data has more than one input: (*inputs, labels)."""
 
-
+Schedule = Literal["cosine", "quarter_cosine", "constant", "multistep"]
 Softmax = Literal["global", "local"]
 """Classes in the softmax: all seen, or the task's own."""
 
@@ -37,8 +38,10 @@ class Recipe(LearnerConfig):
     lr: float = Field(0.01, gt=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty (SGD, Adam) or decoupled decay (AdamW)")
-    schedule: Literal["cosine", "constant", "multistep"] = Field(
-        "cosine", description="cosine: to 0 over the stage; multistep: a tenth of the rate from each milestone on"
+    schedule: Schedule = Field(
+        "cosine",
+        description="cosine: half a wave, to 0 over the stage; quarter_cosine: a quarter of one, to 0.016 at its last "
+        "step; multistep: a tenth of the rate from each milestone on",
     )
     milestones: list[PositiveInt] = Field([], description="epochs at which a multistep schedule lowers the rate")
     schedule_per: Literal["step", "epoch"] = Field("step", description="when the rate changes")
@@ -54,47 +57,6 @@ class Recipe(LearnerConfig):
         if (self.schedule == "multistep") != bool(self.milestones):
             raise ValueError("schedule: multistep and milestones go together, e.g. milestones: [18]")
         return self
-
-
-class Batches(Protocol):
-    """Training data that can be passed over many times; ``TaskData`` and :class:`TensorData` are such."""
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None,
-        augment: bool,
-        device: torch.device | str,
-        part: tuple[int, int],
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
-class TensorData:
-    """Features and labels in memory as training data."""
-
-    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
-        self.inputs, self.labels = inputs, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        augment: bool = False,
-        device: torch.device | str = "cpu",
-        part: tuple[int, int] = (0, 1),
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``TaskData.batches``; features have no training transform, so ``augment`` changes nothing."""
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for chunk in order.split(batch_size):
-            chunk = chunk[part[0] :: part[1]].to(self.labels.device)
-            yield self.inputs[chunk].to(device), self.labels[chunk].to(device)
 
 
 def cross_entropy(logits_of: Callable[[Tensor], Tensor], recipe: Recipe, first: int = 0) -> Loss:
@@ -125,13 +87,22 @@ class Group:
     Attributes:
         parameters: What to train.
         lr: Factor on the recipe's learning rate.
+        start: Epochs they stay frozen first; without gradients meanwhile, so that no optimiser moves them.
     """
 
     parameters: Iterable[nn.Parameter]
     lr: float = 1.0
+    start: int = 0
 
 
-def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx: Context) -> None:
+def fit(
+    loss: Loss,
+    groups: Sequence[Group],
+    data: Batches,
+    recipe: Recipe,
+    ctx: Context,
+    after_step: Callable[[], None] | None = None,
+) -> None:
     """Minimise ``loss`` over ``data``; the parameters are left without gradients and frozen again.
 
     With several processes each takes its share of every batch, and gradients are summed: a step is that of one process
@@ -139,20 +110,19 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
     from the global random state (dropout) draw from one seeded by (seed, stage, process); the caller's stays as it was.
 
     Args:
-        loss: (inputs, labels) → (mean loss over the batch, logits); the logits are for the training accuracy only.
+        loss: (*inputs, labels) → (mean loss over the batch, logits); the logits are for the training accuracy only.
         groups: What to train.
         data: The task's images, or features in memory.
         recipe: Epochs, optimiser, schedule.
         ctx: Device, generator, log. Logs loss, accuracy, learning rate and images a second once per epoch.
+        after_step: Called after every optimiser step, e.g. for a moving average.
 
     Raises:
         TrainingError: The loss is not finite.
     """
     accelerator = ctx.accelerator
-    taken = [Group(list(group.parameters), group.lr) for group in groups]
+    taken = [Group(list(group.parameters), group.lr, group.start) for group in groups]
     parameters = [p for group in taken for p in group.parameters]
-    for p in parameters:
-        p.requires_grad_(True)
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
     optimizer = accelerator.prepare(_optimizer(taken, recipe))
     size, count = recipe.train_batch_size, len(data)
@@ -160,6 +130,9 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
     part = (accelerator.process_index, accelerator.num_processes)
     with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)):
         for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
+            for group in taken:
+                for p in group.parameters:
+                    p.requires_grad_(epoch >= group.start)
             tally, started = torch.zeros(2, dtype=torch.float64), time.perf_counter()  # loss, correct
             batches = data.batches(size, generator=ctx.generator, augment=True, device=ctx.device, part=part)
             for step, batch in enumerate(batches):
@@ -176,6 +149,8 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
+                if after_step is not None:
+                    after_step()
                 tally += torch.tensor([mean * whole / part[1], correct], dtype=torch.float64)
             tally = accelerator.reduce(tally.float().to(ctx.device), "sum").cpu()
             ctx.log("loss", float(tally[0]) / count)
@@ -188,16 +163,16 @@ def fit(loss: Loss, groups: Sequence[Group], data: Batches, recipe: Recipe, ctx:
 
 
 def _backward(
-    loss: Loss, batch: tuple[Tensor, Tensor], whole: int, recipe: Recipe, accelerator: Accelerator
+    loss: Loss, batch: tuple[Tensor, ...], whole: int, recipe: Recipe, accelerator: Accelerator
 ) -> tuple[Tensor, int]:
     """Add the batch's gradients, in micro-batches; this process's share of the step's mean loss, and its hits."""
     value, correct = torch.zeros((), device=accelerator.device), 0
     at_once = recipe.micro_batch_size or whole
-    for inputs, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
+    for *inputs, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
         if not len(labels):
             continue
         with accelerator.autocast():
-            mean, logits = loss(inputs, labels)
+            mean, logits = loss(*inputs, labels)
         share = mean * (len(labels) / whole)
         accelerator.backward(share)
         value += share.detach()
@@ -239,8 +214,11 @@ def _schedule(recipe: Recipe, per_epoch: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
+        end = steps - 1
         if recipe.schedule_per == "epoch":
-            step -= step % per_epoch
+            step, end = step - step % per_epoch, steps - per_epoch
+        if recipe.schedule == "quarter_cosine":
+            return math.cos(0.99 * math.pi / 2 * min(1, (step - warmup) / max(1, end - warmup)))
         if recipe.schedule == "constant":
             return 1.0
         if recipe.schedule == "multistep":

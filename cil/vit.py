@@ -47,9 +47,14 @@ def require_plain_vit(model: nn.Module) -> None:
         )
 
 
+def attention_input(block: Any, tokens: Tensor) -> Tensor:
+    """Norm(x): what the attention of a ``Block`` reads, [B, N, D] → [B, N, D]."""
+    return block.norm1(tokens)
+
+
 def attention_branch(block: Any, tokens: Tensor) -> Tensor:
     """LayerScale(Attention(Norm(x))): what the first half of a ``Block`` adds to its input, [B, N, D] → [B, N, D]."""
-    return block.ls1(block.attn(block.norm1(tokens)))
+    return block.ls1(block.attn(attention_input(block, tokens)))
 
 
 def mlp_branch(block: Any, tokens: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ def mlp_half(block: Any, tokens: Tensor, branch: Tensor | None = None) -> Tensor
     return tokens + block.drop_path2(mlp_branch(block, tokens) if branch is None else branch)
 
 
-def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor, *, compensate: bool = False) -> Tensor:
     """:func:`attention_branch` with further keys and values in front of the tokens' own.
 
     The prefix is split over the heads as it is: neither the qkv projection nor the key norm is applied to it.
@@ -77,26 +82,34 @@ def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor) ->
         tokens: [B, N, D], not yet normalised.
         keys: [P, A], or one prefix an image: [B, P, A]; A is the attention width, heads × head width.
         values: As ``keys``.
+        compensate: Every query attends to the prefix with total weight 1, besides what the softmax over all leaves to
+            the tokens (LAE, arXiv 2303.10070).
 
     Returns:
         [B, N, D].
     """
-    attention, batch = block.attn, len(tokens)
+    attention = block.attn
     qkv = attention.qkv(block.norm1(tokens)).unflatten(2, (3, attention.num_heads, attention.head_dim))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head width] each
     q, k = attention.q_norm(q), attention.k_norm(k)
 
-    def joined(prefix: Tensor, own: Tensor) -> Tensor:
+    def over_heads(prefix: Tensor, own: Tensor) -> Tensor:
         heads = prefix.to(own.dtype).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(-3, -2)
-        return torch.cat([heads.expand(batch, -1, -1, -1), own], dim=2)
+        return heads.expand(len(tokens), -1, -1, -1)
 
-    k, v = joined(keys, k), joined(values, v)
-    if attention.fused_attn:
-        dropout = attention.attn_drop.p if attention.training else 0.0
-        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    else:  # timm's own explicit path: on some machines it is the faster one
-        weights = (q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1)
-        mixed = attention.attn_drop(weights) @ v
+    def attend(k: Tensor, v: Tensor) -> Tensor:
+        if attention.fused_attn:
+            dropout = attention.attn_drop.p if attention.training else 0.0
+            return functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        # timm's own explicit path: on some machines it is the faster one
+        return attention.attn_drop((q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+
+    keys, values = over_heads(keys, k), over_heads(values, v)
+    # with compensation the prefix takes its share of the softmax over all, but speaks through a softmax of its own
+    shared = torch.zeros_like(values) if compensate else values
+    mixed = attend(torch.cat([keys, k], dim=2), torch.cat([shared, v], dim=2))
+    if compensate and keys.shape[2]:
+        mixed = mixed + attend(keys, values)
     mixed = attention.norm(mixed.transpose(1, 2).flatten(2))
     return block.ls1(attention.proj_drop(attention.proj(mixed)))
 
@@ -105,6 +118,13 @@ def attention_width(model: Any) -> int:
     """heads × head width, the width of keys and values; D on all but a few models."""
     attention = model.blocks[0].attn
     return int(attention.num_heads * attention.head_dim)
+
+
+def class_position(model: Any) -> Tensor:
+    """What the position embedding adds to the class token, [1, 1, D]; zero where there is nothing of the kind."""
+    if model.pos_embed is None or model.no_embed_class or not model.has_class_token:
+        return torch.zeros(1, 1, int(model.embed_dim), device=next(model.parameters()).device)
+    return model.pos_embed[:, :1]
 
 
 def affine_layers(model: nn.Module) -> list[str]:

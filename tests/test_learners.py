@@ -15,7 +15,7 @@ from cil.errors import CilError
 from cil.learner import Learner, LearnerConfig
 from cil.learners.ncm import NCMLearner
 from cil.testing import CHECKS, Case, check_learner, parametrize_learner
-from cil.testing.setting import accelerator, backbone, pictures, probe_images, stream
+from cil.testing.setting import accelerator, backbone, context, pictures, probe_images, stream
 
 TUNERS = ("adapter", "ssf", "vpt_shallow", "vpt_deep", "lora", "full")
 
@@ -314,6 +314,34 @@ def test_known_failures_are_strict():
 
 
 # --- each method against an oracle ---------------------------------------------------------------------------------
+
+
+class Moving(NCMLearner):
+    """Whose view changes when told to."""
+
+    version: int | str = "frozen"
+
+    @property
+    def feature_version(self):
+        return self.version
+
+
+def test_learner_and_backbone_ask_one_cache_without_emptying_it():
+    """A view that moves on is dropped, and it alone; the frozen one, whoever asks, is computed once."""
+    vit = backbone()
+    learner, data = Moving(NCMLearner.Config(), vit).eval(), stream(vit).tasks[0].train
+    ctx = context()
+    frozen, labels = ctx.features(vit, data)
+    assert vit.passes == len(data) and torch.equal(labels, torch.from_numpy(data.labels))
+    assert torch.equal(ctx.features(learner, data)[0], frozen) and vit.passes == len(data)
+    for learner.version in (1, 2):
+        ctx.features(learner, data)
+        ctx.features(learner, data)
+        passes = vit.passes
+    assert passes == 3 * len(data) and {key[0] for key in ctx.cache._kept} == {2}
+    ctx.features(vit, data)
+    ctx.features(learner, data)
+    assert vit.passes == 4 * len(data) and {key[0] for key in ctx.cache._kept} == {"frozen", 2}
 
 
 def test_ncm_is_the_nearest_class_mean_of_frozen_features():

@@ -27,6 +27,8 @@ LEARNERS = {
     },
     "ease": {"name": "ease", "epochs": 1, "lr": 0.1, "train_batch_size": 7, "bottleneck": 8, "dropout": 0},
     "slca": {"name": "slca", "epochs": 2, "milestones": [1], "train_batch_size": 10, "samples": 20},
+    "l2p": {"name": "l2p", "epochs": 1, "pool": 4, "top": 2, "init": 0.05, "train_batch_size": 10},
+    "lae": {"name": "lae", "epochs": 2, "frozen_epochs": 1, "train_batch_size": 10},
 }
 """Batches of 7 and 10 of 18 and 72 images leave last batches that no two processes can share evenly."""
 

@@ -310,7 +310,8 @@ def test_validation_instead_of_test(tmp_path):
 
 NAN_LEARNER = """
 from cil.learners.linear_probe import LinearProbe
-from cil.training import Group, TensorData, fit
+from cil.batches import TensorData
+from cil.training import Group, fit
 
 class Nan(LinearProbe):
     def learn(self, task, ctx):

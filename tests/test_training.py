@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from cil.batches import TensorData, WithRows
 from cil.errors import TrainingError
-from cil.testing.setting import context
-from cil.training import Group, Recipe, TensorData, _schedule, fit
+from cil.testing.setting import backbone, context, stream
+from cil.training import Group, Recipe, _schedule, fit
 
 
 @pytest.fixture
@@ -90,6 +92,18 @@ def test_epochwise_schedules_are_torchs(recipe, torchs):
         reference.step()
 
 
+@pytest.mark.parametrize("epochs", [1, 20])
+def test_quarter_cosine_is_coda_prompts(epochs):
+    """The authors' cos(99 π e / (200 (E − 1))) for epoch e of E, which they do not define for a single epoch."""
+    factor = _schedule(Recipe(epochs=epochs, schedule="quarter_cosine", schedule_per="epoch"), 4)
+    for epoch in range(epochs):
+        expected = math.cos(99 * math.pi * epoch / (200 * max(1, epochs - 1)))
+        assert [factor(4 * epoch + step) for step in range(4)] == pytest.approx([expected] * 4)
+    assert 0 < factor(4 * epochs) <= 1  # what is logged after the last step
+    by_step = _schedule(Recipe(epochs=2, schedule="quarter_cosine"), 50)
+    assert by_step(99) == pytest.approx(math.cos(0.99 * math.pi / 2)) and by_step(1) < by_step(0) == 1
+
+
 def test_multistep_needs_milestones_and_only_it():
     for wrong in ({"schedule": "multistep"}, {"milestones": [3]}):
         with pytest.raises(ValueError, match="go together"):
@@ -119,6 +133,60 @@ def test_groups_have_rates_of_their_own(problem):
     fit(make(fast), [Group([fast])], TensorData(*problem), recipe, context())
     fit(make(slow), [Group([slow], lr=0.01)], TensorData(*problem), recipe, context())
     torch.testing.assert_close(slow * 100, fast.detach())
+
+
+def test_a_group_that_starts_later_is_frozen_until_then(problem):
+    """Adam, which moves whatever has a gradient: two epochs of head alone, then exactly a fresh start of the other."""
+    inputs, labels = problem
+    head, late = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.ones(5))
+    seen = []
+
+    def loss(x, y):
+        seen.append((late.requires_grad, late.detach().clone()))
+        logits = (x * late) @ head.T
+        return nn.functional.cross_entropy(logits, y), logits
+
+    recipe = Recipe(epochs=3, train_batch_size=64, lr=0.1, optimizer="adam", schedule="constant")
+    fit(loss, [Group([head]), Group([late], start=2)], TensorData(inputs, labels), recipe, context())
+    assert [grad for grad, _ in seen] == [False, False, True]
+    assert all(torch.equal(value, torch.ones(5)) for _, value in seen)
+    torch.testing.assert_close((late - 1).abs(), torch.full((5,), 0.1), rtol=1e-4, atol=0)  # Adam's first step is lr
+    assert not late.requires_grad and late.grad is None
+
+
+def test_after_step_comes_after_every_step(problem):
+    weight, after = nn.Parameter(torch.zeros(2, 5)), []
+    recipe = Recipe(epochs=2, train_batch_size=24)  # 64 = 24 + 24 + 16
+    data = TensorData(*problem)
+    fit(
+        make(weight),
+        [Group([weight])],
+        data,
+        recipe,
+        context(),
+        after_step=lambda: after.append(weight.detach().clone()),
+    )
+    assert len(after) == 6 and torch.equal(after[-1], weight)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise([torch.zeros(2, 5), *after]))
+
+
+def test_rows_follow_their_images():
+    """Shuffled, augmented, in any share of a batch: the row beside an image is its own."""
+    task = stream(backbone()).tasks[0]
+    clean, _ = next(task.train.batches(100))
+    labels = torch.from_numpy(task.train.labels)
+    rows = torch.stack([clean.mean(dim=(1, 2, 3)), labels.float()], dim=1)
+    data = WithRows(task.train, rows)
+    for part in ((0, 1), (1, 2)):
+        plain, ours = (
+            list(d.batches(7, generator=torch.Generator().manual_seed(3), augment=True, device="cpu", part=part))
+            for d in (task.train, data)
+        )
+        for (images, expected), (same, beside, found) in zip(plain, ours, strict=True):
+            assert torch.equal(images, same) and torch.equal(expected, found)
+            assert torch.equal(beside[:, 1].long(), found)
+    for images, beside, _ in data.batches(7, generator=torch.Generator().manual_seed(3)):
+        torch.testing.assert_close(images.mean(dim=(1, 2, 3)), beside[:, 0])
 
 
 def test_dropout_is_seeded_by_the_stage_and_leaves_the_global_state_alone(problem):

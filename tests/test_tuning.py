@@ -21,7 +21,17 @@ from cil.config import Section
 from cil.configfile import explain
 from cil.errors import BackboneError, ConfigError
 from cil.randomness import isolated
-from cil.tuning import Adapter, Prefix, Tuner, TunerConfig, VisualPrompts, WeightTuner, build_tuner
+from cil.tuning import (
+    Adapter,
+    GivenPrefix,
+    KeyValueLora,
+    Prefix,
+    Tuner,
+    TunerConfig,
+    VisualPrompts,
+    WeightTuner,
+    build_tuner,
+)
 from cil.tuning.peft import PeftTuner
 
 D, DEPTH = 48, 2
@@ -36,10 +46,29 @@ VARIANTS = {
 TUNERS = {
     "adapter": {"bottleneck": 8},
     "sequential": {"name": "adapter", "form": "sequential", "bottleneck": 8, "scale": 1.0},
+    "beside attention": {
+        "name": "adapter",
+        "form": "attention",
+        "bottleneck": 5,
+        "activation": "gelu",
+        "scale": 1.0,
+        "learned_scale": True,
+        "dropout": 0,
+        "blocks": [0],
+    },
     "ssf": {},
     "vpt_shallow": {"length": 3},
     "vpt_deep": {"length": 3},
     "prefix": {"length": 3},
+    "compensated": {
+        "name": "prefix",
+        "length": 3,
+        "init": "uniform",
+        "learned_scale": True,
+        "compensate": True,
+        "blocks": [0],
+    },
+    "lora_kv": {"rank": 4},
     "bitfit": {},
     "layernorm": {},
     "partial": {"blocks": 1},
@@ -51,7 +80,7 @@ TUNERS = {
     "osf": {},
 }
 PEFT = ("lora", "dora", "ia3", "oft", "osf")
-STARTS_FROZEN = set(TUNERS) - {"ssf", "vpt_shallow", "vpt_deep", "prefix"}
+STARTS_FROZEN = set(TUNERS) - {"ssf", "vpt_shallow", "vpt_deep", "prefix", "compensated"}
 
 
 def make(variant: str = "class token", **options) -> Backbone:
@@ -133,10 +162,13 @@ def count(kind: str) -> int:
     return {
         "adapter": DEPTH * (2 * D * r + r + D),
         "sequential": 2 * DEPTH * (2 * D * r + r + D),
+        "beside attention": 2 * D * 5 + 5 + D + 1,
         "ssf": 2 * D * (2 + 11 * DEPTH),
         "vpt_shallow": n * D,
         "vpt_deep": DEPTH * n * D,
         "prefix": 2 * DEPTH * n * D,
+        "compensated": 2 * n * D + 2,
+        "lora_kv": DEPTH * 2 * (4 * 2 * D + 1),
         "bitfit": D * (2 + 11 * DEPTH),
         "layernorm": 2 * D * (2 * DEPTH + 1),
         "partial": block + 2 * D,
@@ -188,7 +220,7 @@ def test_initial_values_come_from_the_generator_alone(kind):
     assert torch.equal(torch.get_rng_state(), before)
     same = [torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True)]
     assert all(same)
-    drawn = kind in ("adapter", "sequential", "ssf", "prefix", "lora", "dora")
+    drawn = kind not in ("vpt_shallow", "vpt_deep", "ia3", "oft", "osf") and not isinstance(one, WeightTuner)
     other = [torch.equal(a, b) for a, b in zip(one.parameters(), three.parameters(), strict=True)]
     assert all(other) != drawn
     if kind in STARTS_FROZEN and not isinstance(one, WeightTuner):  # real weights have no initial values to draw
@@ -387,24 +419,33 @@ def test_prefix_is_further_keys_and_values(variant, fused):
     torch.testing.assert_close(backbone(IMAGES.double(), tuner), expected, atol=1e-9, rtol=1e-9)
 
 
-def test_prefixes_of_its_own_for_every_image():
-    class PerImage(Prefix):
-        def _prefix(self, i):
-            return self.per_image[:, i], 2 * self.per_image[:, i]
-
+@pytest.mark.parametrize("compensate", [False, True])
+def test_prefixes_of_its_own_for_every_image(compensate):
     backbone = make()
-    tuner = PerImage(backbone, 4)
-    tuner.per_image = draw(3, DEPTH, 4, D)
-    plain = Prefix(backbone, 4)
-    for image, prefix, features in zip(IMAGES, tuner.per_image, backbone(IMAGES, tuner), strict=True):
+    keys = draw(3, 4, D).requires_grad_()
+    given = backbone(IMAGES, GivenPrefix({1: (keys, 2 * keys)}, compensate=compensate))
+    plain = Prefix(backbone, 4, blocks=[1], compensate=compensate)
+    for image, own, features in zip(IMAGES, keys, given, strict=True):
         with torch.no_grad():
-            plain.keys.copy_(prefix), plain.values.copy_(2 * prefix)
+            plain.keys.copy_(own), plain.values.copy_(2 * own)
         torch.testing.assert_close(backbone(image[None], plain)[0], features, atol=1e-5, rtol=1e-5)
+    one_for_all = backbone(IMAGES, GivenPrefix({1: (keys[0], 2 * keys[0])}, compensate=compensate))
+    torch.testing.assert_close(one_for_all[0], given[0], atol=1e-5, rtol=1e-5)
+    assert not list(GivenPrefix({1: (keys, keys)}).parameters())
+    loss(given).backward()
+    assert (keys.grad.flatten(1).norm(dim=1) > 0).all()
+    assert torch.equal(backbone(IMAGES, GivenPrefix({})), backbone(IMAGES))
 
 
 @every_variant
 @pytest.mark.parametrize(
-    "empty", [lambda b: VisualPrompts(b, 0), lambda b: VisualPrompts(b, 0, deep=False), lambda b: Prefix(b, 0)]
+    "empty",
+    [
+        lambda b: VisualPrompts(b, 0),
+        lambda b: VisualPrompts(b, 0, deep=False),
+        lambda b: Prefix(b, 0),
+        lambda b: Prefix(b, 0, learned_scale=True, compensate=True),
+    ],
 )
 def test_nothing_added_changes_nothing(variant, empty):
     backbone = make(variant)
@@ -554,7 +595,7 @@ def swin() -> Backbone:
     return Backbone(model, "swin", {})
 
 
-@pytest.mark.parametrize("kind", ["adapter", "sequential", "ssf", "vpt_shallow", "vpt_deep", "prefix"])
+@pytest.mark.parametrize("kind", ["adapter", "sequential", "ssf", "vpt_shallow", "vpt_deep", "prefix", "lora_kv"])
 def test_token_tuners_refuse_other_families_before_training(kind):
     with pytest.raises(BackboneError, match=r"token-level tuners fit timm's VisionTransformer.*SwinTransformer"):
         build(kind, swin())
@@ -603,6 +644,12 @@ def gives(config):
         (lambda: PeftTuner(make()).load("nowhere"), BackboneError, "nowhere: no adapter_config.json"),
         (lambda: make()(IMAGES, PeftTuner(make())), BackboneError, "built on another backbone"),
         (lambda: Adapter(make(), 0), BackboneError, "bottleneck must be at least 1, got 0"),
+        (gives({"name": "adapter", "blocks": [0, 2]}), BackboneError, "blocks: got 2, this backbone has 2 blocks"),
+        (gives({"name": "prefix", "blocks": [1, 0, 1]}), BackboneError, "blocks: 1 is named twice"),
+        (gives({"name": "lora_kv", "blocks": []}), ConfigError, r"tuner\.blocks: .*at least 1 item"),
+        (gives({"name": "lora_kv", "blocks": [-1]}), ConfigError, r"tuner\.blocks.*greater than or equal to 0"),
+        (lambda: Prefix(make(), blocks=[]), BackboneError, "blocks: names none; give some of 0 to 1"),
+        (lambda: KeyValueLora(make(), 0), BackboneError, "rank must be at least 1, got 0"),
         (lambda: VisualPrompts(make(), -1), BackboneError, "length must be at least 0, got -1"),
     ],
 )

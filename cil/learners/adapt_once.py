@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from pydantic import Field
 from torch import Tensor
 
-from cil.backbone import Backbone
+from cil.backbone import FROZEN, Backbone
 from cil.classifiers import Classifier, CosineHead
 from cil.learner import Context, Learner
 from cil.stream import Task
@@ -66,4 +66,4 @@ class AdaptOnce(Learner):
 
     @property
     def feature_version(self) -> Hashable:
-        return "frozen" if self.tuner is None else "adapted" if self.seen else "not adapted yet"
+        return FROZEN if self.tuner is None else "adapted" if self.seen else "not adapted yet"

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cil.backbone import FROZEN
 from cil.classifiers import NCM
 from cil.features import View
 from cil.learners.adapt_once import AdaptOnce
@@ -33,7 +34,7 @@ class APER(AdaptOnce):
         return NCM(2 * self.backbone.feature_dim)
 
     def views(self) -> Mapping[Hashable, View]:
-        return {"frozen": self.backbone, super().feature_version: self.adapted}
+        return {FROZEN: self.backbone, super().feature_version: self.adapted}
 
     def features(self, images: Tensor) -> Tensor:
         return torch.cat([view(images) for view in self.views().values()], dim=1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from cil.backbone import Backbone
+from cil.backbone import FROZEN, Backbone
 from cil.classifiers import NCM, CosineHead
 from cil.classifiers.base import without_autocast
 from cil.features import View
@@ -100,7 +100,7 @@ class EASE(Learner):
                 p[own, first + j] = (a @ r.T).softmax(dim=1) @ p[later, first + j]
 
     def views(self) -> Mapping[Hashable, View]:
-        views: dict[Hashable, View] = {"frozen": self.backbone} if self.config.init_ptm else {}
+        views: dict[Hashable, View] = {FROZEN: self.backbone} if self.config.init_ptm else {}
         for j, adapter in enumerate(self.adapters):
             views[j if self.seen else "not trained yet"] = partial(self.backbone, tuner=adapter)
         return views

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from cil.backbone import Backbone
+from cil.backbone import FROZEN, Backbone
 from cil.classifiers.heads import LinearHead
 from cil.learner import Context
 from cil.learners.finetune import Finetune
@@ -51,4 +51,4 @@ class Joint(Finetune):
 
     @property
     def feature_version(self) -> Hashable:
-        return "frozen" if self.config.trains == "head" else self.stages
+        return FROZEN if self.config.trains == "head" else self.stages

@@ -6,10 +6,11 @@ from pydantic import Field
 from torch import Tensor
 
 from cil.backbone import Backbone
+from cil.batches import TensorData
 from cil.classifiers.heads import LinearHead
 from cil.learner import Context, Learner
 from cil.stream import Task
-from cil.training import Group, Recipe, Softmax, TensorData, cross_entropy, fit
+from cil.training import Group, Recipe, Softmax, cross_entropy, fit
 
 
 class LinearProbe(Learner):

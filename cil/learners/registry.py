@@ -27,6 +27,10 @@ BUILTIN = {
     "fecam": "cil.learners.fecam:FeCAM",
     "ease": "cil.learners.ease:EASE",
     "slca": "cil.learners.slca:SLCA",
+    "lae": "cil.learners.lae:LAE",
+    "l2p": "cil.learners.l2p:L2P",
+    "dualprompt": "cil.learners.dualprompt:DualPrompt",
+    "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
     "merge": "cil.learners.merge:Merge",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -13,7 +12,7 @@ from cil.backbone import Backbone
 from cil.classifiers import Gaussians, LinearHead, SampledFeatures, mean_scales, normalized_cross_entropy
 from cil.learner import Context, Learner
 from cil.stream import Task
-from cil.training import Group, Recipe, fit, local_cross_entropy
+from cil.training import Group, Recipe, Schedule, fit, local_cross_entropy
 from cil.tuning import WeightTuner
 
 
@@ -30,7 +29,7 @@ class SLCA(Learner):
         epochs: int = Field(20, gt=0, description="passes over each task")
         train_batch_size: int = Field(128, gt=0, description="images an optimiser step")
         weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
-        schedule: Literal["cosine", "constant", "multistep"] = Field("multistep", description="of the learning rate")
+        schedule: Schedule = Field("multistep", description="of the learning rate")
         milestones: list[PositiveInt] = Field([18], description="epochs at which a multistep schedule lowers the rate")
         backbone_lr: float = Field(0.01, gt=0, description="factor on the learning rate for the backbone's weights")
         alignment_epochs: NonNegativeInt = Field(5, description="passes over drawn vectors; 0: no alignment")

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from cil.tuning.adapter import Adapter
-from cil.tuning.prefix import Prefix
-from cil.tuning.prompts import VisualPrompts
+from cil.tuning.lora_kv import KeyValueLora
+from cil.tuning.prefix import GivenPrefix, Prefix
+from cil.tuning.prompts import PooledPrompts, VisualPrompts
 from cil.tuning.ssf import SSF
 from cil.tuning.table import TunerConfig, build_tuner
 from cil.tuning.weights import GivenWeights, WeightTuner, bitfit, full, layernorm, partial
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 __all__ = [
     "SSF",
     "Adapter",
+    "GivenPrefix",
     "GivenWeights",
+    "KeyValueLora",
     "PeftTuner",
+    "PooledPrompts",
     "Prefix",
     "Tuner",
     "TunerConfig",

@@ -1,47 +1,57 @@
-"""Bottleneck adapters: a small MLP beside, or behind, the halves of every block."""
+"""Bottleneck adapters: a small MLP beside, or behind, the halves of the blocks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cil.backbone import Backbone
 from cil.errors import BackboneError
-from cil.vit import Tuner, attention_branch, attention_half, mlp_branch, mlp_half, require_plain_vit
+from cil.tuning.blocks import chosen_blocks
+from cil.vit import Tuner, attention_branch, attention_half, attention_input, mlp_branch, mlp_half, require_plain_vit
 
-Form = Literal["parallel", "sequential"]
+Form = Literal["parallel", "sequential", "attention"]
+Activation = Literal["relu", "gelu"]
 
 
 class Bottleneck(nn.Module):
-    """s · Up(Dropout(ReLU(Down(x)))), [..., D] → [..., D]; zero at initialisation because Up is."""
+    """s · Up(Dropout(act(Down(x)))), [..., D] → [..., D]; zero at initialisation because Up is."""
 
-    def __init__(self, width: int, bottleneck: int, scale: float, dropout: float) -> None:
+    def __init__(
+        self, width: int, bottleneck: int, scale: float, dropout: float, activation: Activation, learned_scale: bool
+    ) -> None:
         super().__init__()
         # skip_init: the constructor of nn.Linear draws from the global random state
         self.down = skip_init(nn.Linear, width, bottleneck)
         self.up = skip_init(nn.Linear, bottleneck, width)
         self.dropout = nn.Dropout(dropout)
-        self.scale = scale
+        self.activation = F.relu if activation == "relu" else F.gelu
+        self.initial_scale = scale
+        self.scale = nn.Parameter(torch.tensor(float(scale))) if learned_scale else scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.up(self.dropout(self.down(x).relu()))
+        return self.scale * self.up(self.dropout(self.activation(self.down(x))))
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Down Kaiming-uniform (a = √5), that is U(±1/√D); everything else zero."""
+        """Down Kaiming-uniform (a = √5), that is U(±1/√D); everything else zero, a learned scale its first value."""
         weight = self.down.weight
         bound = 1 / math.sqrt(weight.shape[1])
         weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             zero.zero_()
+        if isinstance(self.scale, nn.Parameter):
+            self.scale.fill_(self.initial_scale)
 
 
 class Adapter(Tuner):
-    """Bottleneck adapters in every block. At step 0 the tuned forward equals the frozen one, bit for bit.
+    """Bottleneck adapters in all blocks, or in some. At step 0 the tuned forward equals the frozen one, bit for bit.
 
     ``parallel``, AdaptFormer (Chen et al. 2022, arXiv 2205.13535), as APER uses it (arXiv 2303.07338):
     out = h + MLP(LN(h)) + s · Up(Dropout(ReLU(Down(h)))), one adapter a block. It reads h, not LN(h).
@@ -51,6 +61,9 @@ class Adapter(Tuner):
     and behind the MLP branch, inside the residual, y + s · Up(Dropout(ReLU(Down(y)))), two adapters a block. Houlsby
     et al. have s = 1 and no dropout.
 
+    ``attention``, LAE (Gao et al. 2023, arXiv 2303.10070): beside the attention, with u = LN(x):
+    h = x + Attn(u) + s · Up(GELU(Down(u))), one adapter a block, s learned from 1 on, no dropout, r = 5, blocks 0 to 4.
+
     Args:
         backbone: The frozen backbone it will ride along; only its sizes are read.
         bottleneck: Width r ≥ 1 of the bottleneck.
@@ -58,9 +71,13 @@ class Adapter(Tuner):
         dropout: Probability in [0, 1); active in this module's training mode only, drawing from the global random
             state: isolate it around the training step.
         form: Where the adapters sit.
+        activation: ``relu`` or ``gelu``.
+        learned_scale: Every adapter learns an s of its own, from ``scale`` on; one parameter an adapter.
+        blocks: Which blocks have adapters, from 0; None for all.
 
     Raises:
-        BackboneError: The backbone is no plain ViT, or ``bottleneck`` is below 1.
+        BackboneError: The backbone is no plain ViT, ``bottleneck`` is below 1, or a block does not exist or is
+            repeated.
     """
 
     def __init__(
@@ -70,16 +87,23 @@ class Adapter(Tuner):
         scale: float = 0.1,
         dropout: float = 0.1,
         form: Form = "parallel",
+        *,
+        activation: Activation = "relu",
+        learned_scale: bool = False,
+        blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         require_plain_vit(backbone.model)
         if bottleneck < 1:
             raise BackboneError(f"adapter: bottleneck must be at least 1, got {bottleneck}")
-        vit = backbone.model
-        depth, width = len(vit.blocks), int(vit.embed_dim)  # type: ignore[arg-type]
+        width = int(backbone.model.embed_dim)  # type: ignore[arg-type]
+        chosen = chosen_blocks(backbone.model, blocks)
         self.form = form
-        count = depth if form == "parallel" else 2 * depth
-        self.adapters = nn.ModuleList(Bottleneck(width, bottleneck, scale, dropout) for _ in range(count))
+        sites = 2 if form == "sequential" else 1
+        self.first = {i: sites * n for n, i in enumerate(chosen)}  # a block's first adapter
+        self.adapters = nn.ModuleList(
+            Bottleneck(width, bottleneck, scale, dropout, activation, learned_scale) for _ in range(sites * len(chosen))
+        )
         self.reset(torch.Generator().manual_seed(0))
         self.to(backbone.device)
 
@@ -89,13 +113,18 @@ class Adapter(Tuner):
             adapter.reset(generator)  # type: ignore[operator]
 
     def attention(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
-        if self.form == "parallel":
+        if i not in self.first or self.form == "parallel":
             return attention_half(block, tokens)
+        adapter = self.adapters[self.first[i]]
+        if self.form == "attention":
+            return attention_half(block, tokens) + adapter(attention_input(block, tokens))
         branch = attention_branch(block, tokens)
-        return attention_half(block, tokens, branch + self.adapters[2 * i](branch))
+        return attention_half(block, tokens, branch + adapter(branch))
 
     def mlp(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
+        if i not in self.first or self.form == "attention":
+            return mlp_half(block, tokens)
         if self.form == "parallel":
-            return mlp_half(block, tokens) + self.adapters[i](tokens)
+            return mlp_half(block, tokens) + self.adapters[self.first[i]](tokens)
         branch = mlp_branch(block, tokens)
-        return mlp_half(block, tokens, branch + self.adapters[2 * i + 1](branch))
+        return mlp_half(block, tokens, branch + self.adapters[self.first[i] + 1](branch))

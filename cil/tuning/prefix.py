@@ -1,54 +1,108 @@
-"""Prefix tuning: learned keys and values in every block's attention."""
+"""Prefix tuning: further keys and values in the attention of some or all blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
 from cil.errors import BackboneError
+from cil.tuning.blocks import chosen_blocks
 from cil.vit import Tuner, attention_half, attention_width, prefixed_branch, require_plain_vit
 
-STD = 0.02
+STD, TOP = 0.02, 0.01
+Init = Literal["normal", "uniform"]
 
 
-class Prefix(Tuner):
-    """Prefix tuning (Li & Liang 2021, arXiv 2101.00190) in a ViT, as DualPrompt (arXiv 2204.04799) has it.
+class GivenPrefix(Tuner):
+    """Attention(q, [P_k; k], [P_v; v]) with keys and values P_k, P_v given from outside; it owns no parameter.
 
-    Attention(q, [P_k; k], [P_v; v]) in every block: the sequence keeps its length, the prefix is neither projected nor
-    normalised, and nothing is trained but P_k and P_v, 2 · L · P · D parameters, drawn from N(0, 0.02²).
+    Cheap enough to be made anew for every forward pass: where prefixes depend on the images (DualPrompt, arXiv
+    2204.04799; CODA-Prompt, arXiv 2211.13218), gradients reach whatever they were computed from. The sequence keeps its
+    length, and a prefix is neither projected nor normalised.
+
+    Args:
+        prefixes: (keys, values) by block, [P, A] each, or one prefix an image: [B, P, A], where A is the width of
+            the attention, heads × head width. Blocks that are not named stay as they are.
+        compensate: LAE's attention (arXiv 2303.10070): see :class:`Prefix`.
+    """
+
+    def __init__(self, prefixes: Mapping[int, tuple[Tensor, Tensor]], compensate: bool = False) -> None:
+        super().__init__()
+        self.prefixes, self.compensate = dict(prefixes), compensate
+
+    def prefix(self, i: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of block i, [P, A] or [B, P, A] each; None where it has none."""
+        return self.prefixes.get(i)
+
+    def attention(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
+        prefix = self.prefix(i)
+        if prefix is None:
+            return attention_half(block, tokens)
+        return attention_half(block, tokens, prefixed_branch(block, tokens, *prefix, compensate=self.compensate))
+
+
+class Prefix(GivenPrefix):
+    """Prefix tuning (Li & Liang 2021, arXiv 2101.00190) in a ViT: a learned prefix for every chosen block.
+
+    2 · L · P · A parameters with L chosen blocks and A the width of the attention; 2 L more with ``learned_scale``.
 
     Args:
         backbone: The frozen backbone it will ride along; only its sizes are read.
         length: Keys and values P ≥ 0 a block; with none the features are the frozen ones.
+        blocks: Which blocks have one, from 0; None for all.
+        init: How keys and values are drawn: ``normal``, N(0, 0.02²); ``uniform``, U(0, 0.01).
+        learned_scale: A block's keys and values are multiplied by learned scalars s_key and s_val, 1 at the start.
+        compensate: LAE's compensation (arXiv 2303.10070): after the softmax over prefix and tokens a query's weights
+            on the prefix are divided by their sum, those on the tokens stay. They then sum to more than 1.
 
     Raises:
-        BackboneError: The backbone is no plain ViT, or ``length`` is negative.
+        BackboneError: The backbone is no plain ViT, ``length`` is negative, or a block does not exist or is repeated.
     """
 
-    def __init__(self, backbone: Backbone, length: int = 10) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        backbone: Backbone,
+        length: int = 10,
+        *,
+        blocks: Sequence[int] | None = None,
+        init: Init = "normal",
+        learned_scale: bool = False,
+        compensate: bool = False,
+    ) -> None:
+        super().__init__({}, compensate)
         require_plain_vit(backbone.model)
         if length < 0:
             raise BackboneError(f"prefix: length must be at least 0, got {length}")
-        depth = len(backbone.model.blocks)  # type: ignore[arg-type]
-        self.keys = nn.Parameter(torch.empty(depth, length, attention_width(backbone.model)))
+        self.init = init
+        self.rows = {i: row for row, i in enumerate(chosen_blocks(backbone.model, blocks))}
+        self.keys = nn.Parameter(torch.empty(len(self.rows), length, attention_width(backbone.model)))
         self.values = nn.Parameter(torch.empty_like(self.keys))
+        # [blocks, 2]: s_key, s_val
+        self.scales = nn.Parameter(torch.empty(len(self.rows), 2)) if learned_scale else None
         self.reset(torch.Generator().manual_seed(0))
         self.to(backbone.device)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draw keys and values from N(0, 0.02²)."""
+        """Draw keys and values afresh; scales become 1."""
         for value in (self.keys, self.values):
-            value.copy_(torch.empty(value.shape).normal_(0, STD, generator=generator))
+            drawn = torch.empty(value.shape)
+            if self.init == "normal":
+                drawn.normal_(0, STD, generator=generator)
+            else:
+                drawn.uniform_(0, TOP, generator=generator)
+            value.copy_(drawn)
+        if self.scales is not None:
+            self.scales.fill_(1)
 
-    def attention(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
-        prefix = self._prefix(i)
-        if prefix is None:
-            return attention_half(block, tokens)
-        return attention_half(block, tokens, prefixed_branch(block, tokens, *prefix))
-
-    def _prefix(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of block i, [P, A] each, or [B, P, A] in a subclass with a prefix an image; None for none."""
-        return self.keys[i], self.values[i]
+    def prefix(self, i: int) -> tuple[Tensor, Tensor] | None:
+        row = self.rows.get(i)
+        if row is None:
+            return None
+        if self.scales is None:
+            return self.keys[row], self.values[row]
+        return self.keys[row] * self.scales[row, 0], self.values[row] * self.scales[row, 1]

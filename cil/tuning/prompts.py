@@ -1,13 +1,15 @@
-"""Visual prompt tuning: learned tokens beside those of the image."""
+"""Prompts: tokens beside those of the image, learned or given."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
 from cil.errors import BackboneError
-from cil.vit import Tuner, require_plain_vit
+from cil.vit import Tuner, class_position, require_plain_vit
 
 
 class VisualPrompts(Tuner):
@@ -57,3 +59,31 @@ class VisualPrompts(Tuner):
     def _append(self, i: int, tokens: Tensor) -> Tensor:
         prompts = self.prompts[i].to(tokens.dtype).expand(len(tokens), -1, -1)
         return torch.cat([tokens, prompts], dim=1)
+
+
+class PooledPrompts(Tuner):
+    """Given tokens behind the class token, and features read from them, as L2P does (arXiv 2112.08654).
+
+    Sequence: class and register tokens, prompts, patches; prompts carry the class token's position embedding. Feature:
+    the mean of the prompts' outputs behind the final norm. A light object, made anew for every forward pass.
+
+    Args:
+        backbone: The frozen backbone it will ride along.
+        prompts: [B, P, D], one set an image; with P = 0 the features are the frozen ones.
+    """
+
+    def __init__(self, backbone: Backbone, prompts: Tensor) -> None:
+        super().__init__()
+        vit: Any = backbone.model
+        self.prompts = prompts + class_position(vit)
+        self.first = int(vit.num_prefix_tokens)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        prompts = self.prompts.to(tokens.dtype)
+        return torch.cat([tokens[:, : self.first], prompts, tokens[:, self.first :]], dim=1)
+
+    def pool(self, vit: Any, tokens: Tensor) -> Tensor:
+        length = self.prompts.shape[1]
+        if length == 0:
+            return super().pool(vit, tokens)
+        return vit.fc_norm(tokens[:, self.first : self.first + length].mean(1))

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from cil.backbone import Backbone
 from cil.config import Section
 from cil.configfile import explain
 from cil.errors import ConfigError
-from cil.tuning.adapter import Adapter, Form
-from cil.tuning.prefix import Prefix
+from cil.tuning.adapter import Activation, Adapter, Form
+from cil.tuning.lora_kv import KeyValueLora
+from cil.tuning.prefix import Init, Prefix
 from cil.tuning.prompts import VisualPrompts
 from cil.tuning.ssf import SSF
 from cil.tuning.weights import bitfit, full, layernorm, partial
 from cil.vit import Tuner
 
 Targets = list[str] | str
+Blocks = Annotated[
+    Annotated[list[NonNegativeInt], Field(min_length=1)] | None,
+    Field(description="blocks it acts on, from 0; default: all"),
+]
 
 
 class AdapterConfig(Section):
@@ -30,7 +35,14 @@ class AdapterConfig(Section):
     bottleneck: PositiveInt = Field(64, description="width of the bottleneck")
     scale: float = Field(0.1, gt=0, description="factor of the adapter's output")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout inside the bottleneck, in training")
-    form: Form = Field("parallel", description="parallel: beside the MLP (AdaptFormer); sequential: behind both halves")
+    form: Form = Field(
+        "parallel",
+        description="parallel: beside the MLP (AdaptFormer); sequential: behind both halves; attention: beside the "
+        "attention (LAE)",
+    )
+    activation: Activation = Field("relu", description="between the two projections")
+    learned_scale: bool = Field(False, description="every adapter learns a factor of its own, from scale on")
+    blocks: Blocks = None
 
 
 class SSFConfig(Section):
@@ -54,10 +66,22 @@ class DeepPromptsConfig(Section):
 
 
 class PrefixConfig(Section):
-    """Further keys and values in every block's attention; see :class:`cil.tuning.Prefix`."""
+    """Further keys and values in the attention of the blocks; see :class:`cil.tuning.Prefix`."""
 
     name: Literal["prefix"] = "prefix"
     length: int = Field(10, ge=0, description="keys and values a block")
+    init: Init = Field("normal", description="normal: N(0, 0.02²); uniform: U(0, 0.01)")
+    learned_scale: bool = Field(False, description="a block's keys and values have learned factors, from 1 on")
+    compensate: bool = Field(False, description="each query's weights on the prefix sum to 1 (LAE)")
+    blocks: Blocks = None
+
+
+class KeyValueLoraConfig(Section):
+    """Low-rank updates of keys and values with learned scales; see :class:`cil.tuning.KeyValueLora`."""
+
+    name: Literal["lora_kv"] = "lora_kv"
+    rank: PositiveInt = Field(5, description="rank of the updates")
+    blocks: Blocks = None
 
 
 class BitFitConfig(Section):
@@ -136,6 +160,7 @@ TunerSection = (
     | ShallowPromptsConfig
     | DeepPromptsConfig
     | PrefixConfig
+    | KeyValueLoraConfig
     | BitFitConfig
     | LayerNormConfig
     | PartialConfig
@@ -174,13 +199,15 @@ def build_tuner(config: TunerSection | str | dict[str, Any], backbone: Backbone)
     except ValidationError as error:
         raise ConfigError(explain(error, _Choice)) from None
     if isinstance(c, AdapterConfig):
-        return Adapter(backbone, c.bottleneck, c.scale, c.dropout, c.form)
+        return Adapter(backbone, **c.model_dump(exclude={"name"}))
     if isinstance(c, SSFConfig):
         return SSF(backbone)
     if isinstance(c, ShallowPromptsConfig | DeepPromptsConfig):
         return VisualPrompts(backbone, c.length, deep=isinstance(c, DeepPromptsConfig))
     if isinstance(c, PrefixConfig):
-        return Prefix(backbone, c.length)
+        return Prefix(backbone, **c.model_dump(exclude={"name"}))
+    if isinstance(c, KeyValueLoraConfig):
+        return KeyValueLora(backbone, c.rank, blocks=c.blocks)
     if isinstance(c, PartialConfig):
         return partial(backbone, c.blocks)
     if isinstance(c, BitFitConfig | LayerNormConfig | FullConfig):
