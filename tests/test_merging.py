@@ -35,6 +35,7 @@ from cil.merging import (
 )
 from cil.merging.numerics import kth_largest_magnitude
 from cil.merging.opcm import project, split
+from cil.merging.spectral import rank, thin_svd
 from cil.merging.statistics import Statistics
 from cil.merging.table import RULES
 from cil.randomness import derived_seed, isolated
@@ -230,6 +231,20 @@ def test_projection_of_a_low_rank_update_is_the_same_in_both_precisions(variant)
         wide = project(delta, accumulated, 0.5, variant)
         narrow = project(delta.float(), accumulated.float(), 0.5, variant)
         assert float((wide - narrow).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(90, 24), (24, 90), (30, 24)])
+def test_singular_vectors_in_float32_are_those_of_float64(shape):
+    q = min(shape)
+    u, v = (torch.linalg.qr(draw(side, q, seed=side)).Q for side in shape)
+    matrix = u * torch.logspace(0, -2.5, q, dtype=torch.float64) @ v.T
+    got_u, sigma, got_v = thin_svd(matrix.float())
+    assert got_u.dtype == sigma.dtype == got_v.dtype == torch.float32
+    assert rank(sigma, shape) == q
+    assert torch.allclose(sigma.double(), torch.logspace(0, -2.5, q, dtype=torch.float64), rtol=1e-4)
+    for mine, exact in ((got_u, u), (got_v, v)):
+        assert float(((mine.double().T @ exact).abs() - torch.eye(q)).abs().max()) < 1e-3
+    assert float(((got_u * sigma) @ got_v.T - matrix).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -56,7 +56,8 @@ class OPCM(SumRule):
     Decided here where the reference leaves it open:
 
     * Every floating point tensor takes part, not only those of modules without children; norms count exactly these.
-    * The diagonal is removed only where σ_i > max(m, n) ε σ_0: elsewhere the basis is arbitrary. S = 0: P = identity.
+    * The diagonal is removed only where σ_i > max(m, n) ε σ_0, ε that of the dtype: elsewhere the basis is arbitrary.
+      S = 0: P = identity.
     * α = 1 protects every direction of S, α = 0 none. A share equal to α up to 10⁻⁶ counts as equal: the code's test
       ``share > α`` then crosses later than the paper's ``share ≥ α``.
     * A fused qkv weight is three matrices (``split_qkv``), which is nearer to the published setting's separate ones.
@@ -131,16 +132,16 @@ def project(delta: Tensor, accumulated: Tensor, alpha: float, variant: Variant =
     known = rank(sigma, accumulated.shape)
     r = split(sigma[:known], alpha, inclusive=variant == "paper")
     top_u, top_v = u[:, :r], v[:, :r]
-    image = delta @ v  # [m, q]
-    if variant == "paper":
-        rest = delta - top_u @ (top_u.T @ delta)
-        result = rest - (rest @ top_v) @ top_v.T
+    image = delta @ v[:, : r if variant == "diag_kept" else known]  # the columns of Δ V that are looked at
+    if variant == "paper":  # what is left of Δ V_r, for (I − U_rU_rᵀ) Δ goes on without it
+        delta = delta - top_u @ (top_u.T @ delta)
+        removed = delta @ top_v
     else:
-        result = delta - top_u @ (top_u.T @ image[:, :r]) @ top_v.T
+        removed = top_u @ (top_u.T @ image[:, :r])
     if variant != "diag_kept":
         diagonal = (u[:, r:known] * image[:, r:known]).sum(0)  # C_ii
-        result = result - (u[:, r:known] * diagonal) @ v[:, r:known].T
-    return result
+        removed = torch.cat([removed, u[:, r:known] * diagonal], dim=1)
+    return torch.addmm(delta, removed, v[:, : removed.shape[1]].T, alpha=-1)
 
 
 def split(sigma: Tensor, alpha: float, inclusive: bool) -> int:
