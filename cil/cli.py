@@ -149,7 +149,10 @@ def merge(
         list[Path] | None, typer.Option(help="Statistics of each task, in order, for rules that need them.")
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Regular expression of tensors to keep as in the base; default: heads.")
+        list[str] | None,
+        typer.Option(
+            help="Regular expression of tensors to keep as in the base, in place of the default, heads; repeatable."
+        ),
     ] = None,
 ) -> None:
     """Merge fine-tuned checkpoints into one, a tensor at a time: models need not fit into memory."""

@@ -160,6 +160,7 @@ def draw(result: dict[str, object], path: Path) -> None:
     right.plot(range(1, len(run["add"]) + 1), run["add"], "o-", color=CYCLE[0], label="add")
     right.plot(range(1, len(run["read"]) + 1), run["read"], "s-", color=CYCLE[2], label="read out")
     right.set(title="thin SVDs, task after task", xlabel="task", ylabel="seconds", ylim=(0, None))
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     figure.savefig(path, dpi=120)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -834,7 +836,7 @@ def test_lines_scales_with_depth():
     }
     assert list(LiNeS(0.2).factors(towers, 1.0, 1).values()) == pytest.approx([0.2, 1.0, 1.0])
     with pytest.raises(ConfigError, match="no tensor belongs to a numbered block"):
-        LiNeS().factors({"a": 1.0}, 1.0, 1)
+        Average([LiNeS()]).start({"a": torch.zeros(2)})  # before any task is read
 
 
 def test_finalisers_compose_in_order():
@@ -917,3 +919,13 @@ def test_configurations():
 def test_arguments_out_of_range(make):
     with pytest.raises(ConfigError):
         make()
+
+
+def test_merging_needs_neither_backbones_nor_learners():
+    code = (
+        "import sys, cil.merging, cil.merging.stream, cil.merging.statistics\n"
+        "print(sorted({n.split('.')[1] for n in sys.modules if n.startswith('cil.')}))\n"
+        "print([n for n in ('timm', 'peft', 'avalanche', 'accelerate') if n in sys.modules])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["['config', 'configfile', 'errors', 'merging', 'randomness']", "[]"]

@@ -129,15 +129,17 @@ class Rule(nn.Module, ABC):
         """Begin at the pre-trained weights θ_0; what was added before is forgotten.
 
         Args:
-            pretrained: State dict, kept by reference and never changed.
+            pretrained: State dict, kept by reference and never changed; nobody else may change it either.
             exclude, names, linear: What is merged, see :func:`cil.merging.layout.layout`.
             store: Where the state lies; by default in this module's buffers.
 
         Raises:
-            ConfigError, BackboneError: See :func:`cil.merging.layout.layout`; weights that are not finite.
+            ConfigError, BackboneError: See :func:`cil.merging.layout.layout`; a finaliser that does not fit.
         """
-        self._layout = layout(pretrained, exclude=exclude, names=names, linear=linear)
-        self._pretrained = pretrained
+        plan = layout(pretrained, exclude=exclude, names=names, linear=linear)
+        for finaliser in self.finalisers:  # one that does not fit is better found before the work than after it
+            finaliser.factors(dict.fromkeys((entry.name for entry in plan.entries), 1.0), 1.0, 1)
+        self._layout, self._pretrained = plan, pretrained
         self.count.zero_()
         self.norm_sum.zero_()
         own = Buffers(self, self.slots)
