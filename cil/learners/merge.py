@@ -137,7 +137,7 @@ class Merge(Learner):
     def carry(self, before: Tensor, after: Tensor) -> None:
         """Statistics of old classes, from θ^(t−1) to θ^(t), by the current images' features [N, F] under both."""
         width = self.backbone.feature_dim
-        if self.config.prototypes == "stale":
+        if self.config.prototypes == "stale" or not isinstance(self.classifier, NCM | LDA | Ridge):
             return
         pair = before[:, -width:], after[:, -width:]
         translate = self.config.prototypes == "translate"
@@ -172,13 +172,14 @@ def task_vector(tuner: Tuner, backbone: Backbone) -> dict[str, Tensor]:
     Raises:
         BackboneError: The tuner adds to the network instead of changing its weights.
     """
-    if hasattr(tuner, "delta"):  # LoRA: formed from its factors, never merged factor by factor
-        return dict(tuner.delta())
+    delta: Any = getattr(tuner, "delta", None)
+    if delta is not None:  # LoRA: formed from its factors, never merged factor by factor
+        return dict(delta())
     frozen = dict(backbone.model.named_parameters())
     found = {name: (weight - frozen[name]).detach() for name, weight in tuner.weights().items()}
     if not found:
         raise BackboneError(
-            f"merge: {type(tuner).__name__} does not come to an update of the weights; use lora, osf, lora_kv, ssf, full, "
-            "partial, bitfit or layernorm"
+            f"merge: {type(tuner).__name__} does not come to an update of the weights; use lora, osf, lora_kv, ssf, "
+            "full, partial, bitfit or layernorm"
         )
     return found

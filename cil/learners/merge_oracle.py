@@ -22,7 +22,7 @@ class MergeOracle(Merge):
 
     class Config(Merge.Config):
         prototypes: Literal["oracle"] = Field("oracle", description="statistics from all images so far")  # type: ignore[assignment]
-        head: Literal["ncm", "lda", "ridge"] = Field("lda", description="class means, LDA or ridge regression")  # type: ignore[assignment]
+        head: Literal["ncm", "lda", "ridge"] = Field("lda", description="class means, LDA or ridge regression")
 
     name = "merge_oracle"
     stores_images = True
