@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cil.configfile import load as load_config
     from cil.errors import CilError
     from cil.learner import Context, Learner, LearnerConfig
+    from cil.merging import build_rule
     from cil.protocol import ClassIncremental, DomainIncremental
     from cil.runner import run, run_stages
     from cil.stream import Stream, Task
@@ -35,6 +36,7 @@ _WHERE = {
     "Stream": "cil.stream",
     "Task": "cil.stream",
     "Tuner": "cil.vit",
+    "build_rule": "cil.merging",
     "build_tuner": "cil.tuning",
     "fit": "cil.training",
     "load_backbone": "cil.backbone",
@@ -57,6 +59,7 @@ __all__ = [
     "Stream",
     "Task",
     "Tuner",
+    "build_rule",
     "build_tuner",
     "fit",
     "load_backbone",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import get_args
 
 from rich.table import Table
 
+from cil.config import Section
 from cil.learners import registry
 
 
@@ -31,9 +33,20 @@ def tuners(pattern: str = "") -> Table:
     """What a learner's ``tuner`` may be, with hyper-parameters and their defaults."""
     from cil.tuning.table import TunerSection
 
-    table = _table("tuner", "what", "hyper-parameters")
-    for section in get_args(TunerSection):
-        fields = {key: field.get_default() for key, field in section.model_fields.items()}
+    return _sections("tuner", get_args(TunerSection))
+
+
+def rules(pattern: str = "") -> Table:
+    """Rules that merge models, and finalisers of what they merge, with hyper-parameters and their defaults."""
+    from cil.merging.table import FinaliserSection, RuleSection
+
+    return _sections("rule, finaliser", [*get_args(RuleSection), *get_args(FinaliserSection)])
+
+
+def _sections(title: str, sections: Iterable[type[Section]]) -> Table:
+    table = _table(title, "what", "hyper-parameters")
+    for section in sections:
+        fields = {key: field.get_default() for key, field in section.model_fields.items() if key != "finalisers"}
         summary = (inspect.getdoc(section) or "").split(";")[0].removesuffix(".")
         table.add_row(fields.pop("name"), summary, ", ".join(f"{key}: {value}" for key, value in fields.items()))
     return table

@@ -84,7 +84,7 @@ def _compare(paths: list[Path], out: Path | None) -> None:
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="learners, tuners, datasets, backbones or configs")],
+    what: Annotated[str, typer.Argument(help="learners, tuners, rules, datasets, backbones or configs")],
     pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. 'vit_base*' (backbones).")] = "",
 ) -> None:
     """List what can be named in a configuration."""
@@ -95,6 +95,7 @@ def list_(
     kinds = {
         "learners": catalogue.learners,
         "tuners": catalogue.tuners,
+        "rules": catalogue.rules,
         "datasets": catalogue.datasets,
         "backbones": catalogue.backbones,
         "configs": catalogue.configs,
@@ -130,6 +131,52 @@ def check_learner(
             console.print(f"       {result.message}", markup=False, highlight=False, soft_wrap=True)
     console.print("all checks passed" if not failed else f"{failed} checks failed")
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def merge(
+    tasks: Annotated[list[Path], typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).")],
+    base: Annotated[Path, typer.Option(help="The pre-trained checkpoint: a file, an index, or a folder with either.")],
+    out: Annotated[Path, typer.Option(help="The merged checkpoint: one FILE.safetensors, or a folder like the base.")],
+    rule: Annotated[str, typer.Option(help="Which rule (see: cil list rules).")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value hyper-parameter, e.g. --set alpha=0.3; repeatable.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="FILE.safetensors of the merge's state: gone on with if there, kept for later.")
+    ] = None,
+    stats: Annotated[
+        list[Path] | None, typer.Option(help="Statistics of each task, in order, for rules that need them.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Regular expression of tensors to keep as in the base, in place of the default, heads; repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Merge fine-tuned checkpoints into one, a tensor at a time: models need not fit into memory."""
+    from rich.console import Console
+
+    from cil.configfile import override
+
+    console = Console(stderr=True)
+    with console.status("loading torch …"):
+        from cil.console import Display
+        from cil.merging import HEADS
+        from cil.merging.stream import merge_files
+    with Display(console) as display:
+        merged = merge_files(
+            override({"name": rule}, settings or []),
+            base,
+            tasks,
+            out,
+            state=state,
+            stats=stats or (),
+            exclude=exclude or HEADS,
+            track=display.track,
+        )
+    typer.echo(f"{out}: {int(merged.count)} tasks, mean norm of an update {merged.mean_norm:.4g}")
 
 
 @app.command()

@@ -61,3 +61,18 @@ def test_the_tuner_in_the_readme_runs(tmp_path, monkeypatch):
     opened = PeftModel.from_pretrained(plain.eval(), str(tmp_path / "my-lora")).eval()
     with torch.inference_mode():
         torch.testing.assert_close(opened(images), scope["features"].detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_merge_in_the_readme_runs():
+    import torch
+    from torch import nn
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "cil.merging" in block)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    pretrained = {name: value.clone() for name, value in model.state_dict().items()}
+    scope = {"model": model, "pretrained": pretrained, "tasks": [{k: v + 1 for k, v in pretrained.items()}]}
+    exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
+    torch.testing.assert_close(model.blocks[0].weight.data, pretrained["blocks.0.weight"] + 0.5)
+    torch.testing.assert_close(model.blocks[1].weight.data, pretrained["blocks.1.weight"] + 1)

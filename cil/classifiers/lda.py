@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.drift import AffineMap
 from cil.classifiers.linalg import BLOCK, add_gram_, symmetric_inverse
 from cil.errors import ConfigError
 
@@ -26,6 +27,7 @@ class LDA(StatisticsClassifier):
         feature_dim: Feature width F.
         shrinkage: s in [0, 1]; 1 leaves a Euclidean nearest class mean.
         priors: π_c: the classes' shares of the samples, or the same for all. Σ weights samples alike either way.
+        blocks: Equal parts of the features between which Σ is taken to be 0: logits are the parts' sum.
 
     Buffers:
         sums: float64 [C, F]; outer: float64 [F, F], Σ x xᵀ over all classes; counts: int64 [C].
@@ -38,13 +40,15 @@ class LDA(StatisticsClassifier):
     sums: Tensor
     outer: Tensor
 
-    def __init__(self, feature_dim: int, shrinkage: float = 1e-4, priors: Priors = "counts") -> None:
+    def __init__(self, feature_dim: int, shrinkage: float = 1e-4, priors: Priors = "counts", blocks: int = 1) -> None:
         super().__init__(feature_dim)
         if not 0 <= shrinkage <= 1:
             raise ConfigError(f"LDA: shrinkage is {shrinkage}; it must lie in [0, 1]")
+        if blocks < 1 or feature_dim % blocks:
+            raise ConfigError(f"LDA: blocks is {blocks}; {feature_dim} features cannot be cut into so many equal parts")
         if priors not in ("counts", "uniform"):
             raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
-        self.shrinkage, self.priors = shrinkage, priors
+        self.shrinkage, self.priors, self.blocks = shrinkage, priors, blocks
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
 
@@ -55,6 +59,14 @@ class LDA(StatisticsClassifier):
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         for x in features.split(BLOCK):
             add_gram_(self.outer, x)
+        return self
+
+    @statistics()
+    def transport(self, drift: AffineMap) -> LDA:
+        """Carry means and covariance to where the features have moved."""
+        self.outer = drift.outer(self.outer, self.sums.sum(0), self.counts.sum())
+        self.sums = drift.sums(self.sums, self.counts)
+        self._forget()
         return self
 
     @without_autocast()
@@ -75,11 +87,15 @@ class LDA(StatisticsClassifier):
         return (self.outer - (between + between.T) / 2) / self.counts.sum().clamp(min=1)
 
     def _solve(self) -> tuple[Tensor, Tensor]:
-        covariance = self.covariance
-        scale = covariance.diagonal().mean()
-        covariance = (1 - self.shrinkage) * covariance
-        covariance.diagonal().add_(self.shrinkage * scale)
-        weights = self.means @ symmetric_inverse(covariance)
+        covariance, means = self.covariance, self.means
+        parts = []
+        for part in torch.arange(self.feature_dim, device=means.device).chunk(self.blocks):
+            block = covariance[part][:, part]
+            scale = block.diagonal().mean()
+            block = (1 - self.shrinkage) * block
+            block.diagonal().add_(self.shrinkage * scale)
+            parts.append(means[:, part] @ symmetric_inverse(block))
+        weights = torch.cat(parts, dim=1)
         bias = -(weights * self.means).sum(1) / 2
         if self.priors == "counts":
             shares = self.counts / self.counts.sum().clamp(min=1)

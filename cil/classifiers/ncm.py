@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.drift import AffineMap
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -38,6 +39,13 @@ class NCM(StatisticsClassifier):
         features, labels = self.taken(features, labels)
         self.sums.index_add_(0, labels, features)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
+        return self
+
+    @statistics()
+    def transport(self, drift: AffineMap) -> NCM:
+        """Carry the means to where the features have moved."""
+        self.sums = drift.sums(self.sums, self.counts)
+        self._forget()
         return self
 
     @property

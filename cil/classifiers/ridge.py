@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.drift import AffineMap
 from cil.classifiers.linalg import BLOCK, add_gram_, eigh_, ridge_solve
 from cil.errors import ConfigError
 
@@ -97,6 +98,20 @@ class Ridge(StatisticsClassifier):
             drawn = torch.randn(self.projection.shape, generator=generator, device=generator.device)
             self.projection = drawn.to(self.projection)
             self._forget()
+        return self
+
+    @statistics()
+    def transport(self, drift: AffineMap) -> Ridge:
+        """Carry G and Q to where the features have moved.
+
+        Raises:
+            ConfigError: There is a random projection: what passed its ReLU cannot be carried by a linear map.
+        """
+        if self.projection is not None:
+            raise ConfigError("Ridge: statistics of random features cannot be transported; use projection None")
+        self.gram = drift.outer(self.gram, self.targets.sum(0), self.counts.sum())
+        self.targets = drift.sums(self.targets, self.counts)
+        self._forget()
         return self
 
     @statistics()

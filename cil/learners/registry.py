@@ -31,6 +31,8 @@ BUILTIN = {
     "l2p": "cil.learners.l2p:L2P",
     "dualprompt": "cil.learners.dualprompt:DualPrompt",
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
+    "merge": "cil.learners.merge:Merge",
+    "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
 }
 
 

@@ -8,7 +8,7 @@ from cil.tuning.prefix import GivenPrefix, Prefix
 from cil.tuning.prompts import PooledPrompts, VisualPrompts
 from cil.tuning.ssf import SSF
 from cil.tuning.table import TunerConfig, build_tuner
-from cil.tuning.weights import WeightTuner, bitfit, full, layernorm, partial
+from cil.tuning.weights import GivenWeights, WeightTuner, bitfit, full, layernorm, partial
 from cil.vit import Tuner
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = [
     "SSF",
     "Adapter",
     "GivenPrefix",
+    "GivenWeights",
     "KeyValueLora",
     "PeftTuner",
     "PooledPrompts",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Frozen:
@@ -38,3 +39,13 @@ def tie_buffers(tree: nn.Module, model: nn.Module) -> None:
         original = modules.get(name.replace(".base_layer", ""))
         if original is not None and type(module) is type(original):
             module._buffers = original._buffers
+
+
+def replaced_tree(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """:func:`shared_tree` with some parameters replaced, without a classifier: images → features, as timm calls it."""
+    tree: Any = shared_tree(model)
+    tree.reset_classifier(0)
+    for name, value in weights.items():
+        place, _, own = name.rpartition(".")
+        setattr(tree.get_submodule(place), own, nn.Parameter(value.detach(), requires_grad=False))
+    return tree

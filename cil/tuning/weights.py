@@ -11,6 +11,23 @@ from cil.errors import BackboneError
 from cil.vit import Tuner, final_norms, last_blocks
 
 
+class GivenWeights(Tuner):
+    """Weights given from outside in place of the backbone's, by their name in the timm model; it owns no parameter.
+
+    Args:
+        replaced: Name → weight, on the backbone's device.
+    """
+
+    rides_blocks = False  # replaces weights only, so any timm family will do
+
+    def __init__(self, replaced: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.replaced = dict(replaced)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.replaced
+
+
 class WeightTuner(Tuner):
     """Copies of selected backbone weights, swapped in for the time of a forward pass.
 

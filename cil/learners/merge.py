@@ -1,0 +1,185 @@
+"""Sequential merging: every task is learned from the same pre-trained weights, and the updates become one backbone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+
+from cil.backbone import FROZEN, Backbone
+from cil.classifiers import LDA, NCM, Classifier, CosineHead, Ridge
+from cil.classifiers.drift import ridge_map, translation
+from cil.errors import BackboneError
+from cil.features import View
+from cil.learner import Context, Learner
+from cil.merging import RuleConfig, build_rule
+from cil.merging.statistics import Statistics, diagonal_fisher, input_grams
+from cil.merging.table import OPCMConfig
+from cil.stream import Task
+from cil.training import Group, Optimizer, Recipe, fit, local_cross_entropy
+from cil.tuning import GivenWeights, Tuner, TunerConfig, build_tuner
+from cil.tuning.frozen import replaced_tree
+from cil.tuning.table import LoraConfig
+
+
+class Merge(Learner):
+    """Continual model merging (OPCM, arXiv 2501.09522, and its family) with one classifier over all classes.
+
+    Task t: θ_t = θ_0 + τ_t is trained from the pre-trained θ_0 on the task's own classes, with a cosine head that is
+    thrown away; a rule of :mod:`cil.merging` folds τ_t into the merged θ^(t); θ_t is discarded. The classifier is in
+    closed form on [φ_0; φ_{θ^(t)}] (``anchor``) or φ_{θ^(t)}. Statistics of old classes were taken under θ^(t−1): a map
+    fitted on the current images, seen under both, carries them along (:mod:`cil.classifiers.drift`); those under θ_0
+    stay exact. Passes per training image: the epochs, and one under each of θ_0, θ^(t−1) and θ^(t).
+    """
+
+    class Config(Recipe):
+        rule: RuleConfig = Field(OPCMConfig(), description="how updates are merged")
+        tuner: TunerConfig = Field(
+            LoraConfig(rank=16, alpha=16, targets=["qkv", "attn.proj", "fc1", "fc2"]),
+            description="what a task trains: anything that comes to an update of the weights",
+        )
+        optimizer: Optimizer = Field("adamw", description="SGD with momentum, Adam or AdamW")
+        lr: float = Field(1e-3, gt=0, description="peak learning rate")
+        prototypes: Literal["stale", "translate", "linear"] = Field(
+            "linear", description="old classes' statistics: as they were, shifted, or mapped with a ridge regression"
+        )
+        map_shrinkage: float = Field(0.05, ge=0, description="of that map towards the identity")
+        anchor: bool = Field(True, description="see through the pre-trained weights, too")
+        head: Literal["ncm", "lda", "ridge", "concat"] = Field(
+            "lda", description="class means, LDA, ridge regression, or the tasks' own heads side by side"
+        )
+        shrinkage: float = Field(1e-2, ge=0, le=1, description="of LDA's covariance")
+        statistics: PositiveInt = Field(256, description="images a task for rules that need Fisher or Gram matrices")
+
+        @model_validator(mode="after")
+        def _concat(self) -> Any:
+            if self.head == "concat" and (self.anchor or self.prototypes != "stale"):
+                raise ValueError("head: concat has no statistics to carry; set prototypes: stale and anchor: false")
+            return self
+
+    name = "merge"
+    paper = "Tang et al., Merging Models on the Fly Without Retraining (OPCM), arXiv 2501.09522"
+    trains_backbone = True
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        trained = task_vector(build_tuner(config.tuner, backbone), backbone)
+        self.rule = build_rule(config.rule).start(dict(backbone.model.named_parameters()), names=trained)
+        self.classifier = self.make_classifier()
+        self._merged: GivenWeights | None = None
+
+    def make_classifier(self) -> Classifier:
+        """The classifier on :meth:`features`, without statistics."""
+        width = self.backbone.feature_dim * len(self.views())
+        if self.config.head == "lda":
+            return LDA(width, self.config.shrinkage, priors="uniform", blocks=len(self.views()))
+        return {"ncm": NCM, "ridge": Ridge, "concat": CosineHead}[self.config.head](width)
+
+    def begin(self, task: Task, ctx: Context) -> None:
+        super().begin(task, ctx)
+        if self.config.head != "concat":  # whose rows come with their training
+            self.classifier.grow(len(task.seen))
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        before, _ = ctx.features(self, task.train)
+        self.add(*self.train_task(task, ctx), task, ctx)
+        after, labels = ctx.features(self, task.train)
+        if self.config.head != "concat":
+            if task.index:
+                self.carry(before, after)
+            self.classifier.partial_fit(after, labels)
+
+    def train_task(self, task: Task, ctx: Context) -> tuple[Tuner, CosineHead]:
+        """θ_t from θ_0, with the task's own classes in the softmax."""
+        tuner = build_tuner(self.config.tuner, self.backbone)
+        tuner.reset(ctx.generator)
+        head = CosineHead(self.backbone.feature_dim)
+        head.grow(len(task.classes), ctx.generator)
+        head.to(ctx.device)
+        loss = local_cross_entropy(lambda images: head(self.backbone(images, tuner)), self.config, task.classes[0])
+        fit(loss, [Group([*tuner.parameters(), *head.parameters()])], task.train, self.config, ctx)
+        return tuner, head
+
+    def add(self, tuner: Tuner, head: CosineHead, task: Task, ctx: Context) -> None:
+        """θ^(t) from θ^(t−1) and τ_t, and what else the rule needs to know of the task."""
+        update = task_vector(tuner, self.backbone)
+        ctx.log("task_vector_norm", math.hypot(*[float(delta.norm()) for delta in update.values()]))
+        self.rule.add_update(update, self.measure(update, head, task, ctx))
+        self._merged = None
+        if isinstance(self.classifier, CosineHead):
+            self.classifier.extend(head)
+
+    def measure(self, update: Mapping[str, Tensor], head: CosineHead, task: Task, ctx: Context) -> Statistics | None:
+        """Fisher information or Gram matrices of θ_t on some of the task's images, where the rule asks for them."""
+        if self.rule.needs is None:
+            return None
+        frozen = dict(self.backbone.model.named_parameters())
+        model = replaced_tree(self.backbone.model, {name: frozen[name] + delta for name, delta in update.items()})
+        images = self.some_images(task, ctx)
+        if self.rule.needs == "fisher":
+            return Statistics(fisher=diagonal_fisher(model, images, list(update), head=head, generator=ctx.generator))
+        return Statistics(grams=input_grams(model, images, block=getattr(self.rule, "block", None)))
+
+    def some_images(self, task: Task, ctx: Context) -> Iterator[Tensor]:
+        left = self.config.statistics
+        for images, _ in task.train.batches(min(64, left), generator=ctx.generator, device=ctx.device):
+            images = images[:left]
+            self.backbone.passes += len(images)
+            yield images
+            left -= len(images)
+            if left == 0:
+                return
+
+    def carry(self, before: Tensor, after: Tensor) -> None:
+        """Statistics of old classes, from θ^(t−1) to θ^(t), by the current images' features [N, F] under both."""
+        width = self.backbone.feature_dim
+        if self.config.prototypes == "stale" or not isinstance(self.classifier, NCM | LDA | Ridge):
+            return
+        pair = before[:, -width:], after[:, -width:]
+        translate = self.config.prototypes == "translate"
+        drift = translation(*pair) if translate else ridge_map(*pair, self.config.map_shrinkage)
+        self.classifier.transport(drift.beside(after.shape[1] - width))
+
+    def merged(self, images: Tensor) -> Tensor:
+        """φ_{θ^(t)}(x), [B, F]."""
+        if self._merged is None:
+            weights, names = self.rule.merged(), [entry.name for entry in self.rule.layout.entries]
+            self._merged = GivenWeights({name: weights[name] for name in names})
+        return self.backbone(images, self._merged)
+
+    def views(self) -> Mapping[Hashable, View]:
+        merged: dict[Hashable, View] = {("merged", int(self.rule.count)): self.merged}
+        return {FROZEN: self.backbone, **merged} if self.config.anchor else merged
+
+    def features(self, images: Tensor) -> Tensor:
+        return torch.cat([view(images) for view in self.views().values()], dim=1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.classifier.logits(features)
+
+    @property
+    def feature_version(self) -> Hashable:
+        return int(self.rule.count)
+
+
+def task_vector(tuner: Tuner, backbone: Backbone) -> dict[str, Tensor]:
+    """τ = θ − θ_0 of each weight a tuner changes, by its name in the timm model.
+
+    Raises:
+        BackboneError: The tuner adds to the network instead of changing its weights.
+    """
+    delta: Any = getattr(tuner, "delta", None)
+    if delta is not None:  # LoRA: formed from its factors, never merged factor by factor
+        return dict(delta())
+    frozen = dict(backbone.model.named_parameters())
+    found = {name: (weight - frozen[name]).detach() for name, weight in tuner.weights().items()}
+    if not found:
+        raise BackboneError(
+            f"merge: {type(tuner).__name__} does not come to an update of the weights; use lora, osf, lora_kv, ssf, "
+            "full, partial, bitfit or layernorm"
+        )
+    return found

@@ -1,0 +1,214 @@
+"""Safetensors checkpoints read and written one tensor at a time.
+
+``safetensors`` writes a dictionary that is in memory as a whole; :class:`TensorWriter` writes the same format from
+shapes that are known and tensors that come one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cil.errors import BackboneError
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, read from disk when asked for and not kept.
+
+    Args:
+        path: A safetensors file, an index ``model.safetensors.index.json`` of several, or a folder with either, as
+            timm and Transformers write them.
+
+    Attributes:
+        path: As given.
+        files: Every file of it, with the names it holds in file order.
+
+    Raises:
+        BackboneError: Nothing there, damaged, incomplete, a pickle, a LoRA adapter, or a dtype that is not merged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.files: dict[Path, list[str]] = {}
+        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._where: dict[str, Path] = {}
+        for file, expected in _files(self.path).items():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    names = list(opened.keys())
+                    for name in names:
+                        part = opened.get_slice(name)
+                        self._shapes[name] = (tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
+                        self._where[name] = file
+                    self.files[file] = names
+                    self.metadata: dict[str, str] = dict(opened.metadata() or {})
+            except FileNotFoundError:
+                raise BackboneError(f"{file}: not there, though {INDEX} names it") from None
+            except (SafetensorError, OSError) as error:
+                raise BackboneError(f"{file}: no safetensors file, or a damaged one ({error})") from None
+            missing = [name for name in expected if name not in self._shapes]
+            if missing:
+                raise BackboneError(f"{file}: {missing[0]} is missing, though {INDEX} says it is there")
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype, without reading the tensor."""
+        return self._shapes[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        # opened anew for every tensor: pages of a file that stays mapped count as memory of this process
+        with safe_open(self._where[name], framework="pt") as opened:
+            return opened.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def below(self, prefix: str) -> Mapping[str, Tensor]:
+        """The tensors whose names start with ``prefix``, without it."""
+        return _Below(self, prefix)
+
+
+class _Below(Mapping[str, Tensor]):
+    def __init__(self, whole: Checkpoint, prefix: str) -> None:
+        self.whole, self.prefix = whole, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.whole[self.prefix + name]
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self.prefix}{name}" in self.whole
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.whole if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class TensorWriter:
+    """A safetensors file written one tensor at a time, in any order. Complete once closed without an exception.
+
+    Args:
+        path: The file, replaced if it is there. Write under a temporary name and rename: this does not.
+        shapes: Name → shape and dtype of everything that will be written.
+        metadata: Strings for the header.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._places: dict[str, tuple[int, int]] = {}
+        offset = 0
+        # widest items first keeps every tensor aligned, as safetensors itself does
+        for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: -item[1][1].itemsize):
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            self._places[name] = (offset, size)
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start = 8 + len(text)
+        self._left = set(shapes)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor of the announced shape and dtype, from any device."""
+        offset, size = self._places[name]
+        data = as_bytes(tensor)
+        if data.nbytes != size:
+            raise ValueError(f"{name}: {data.nbytes} bytes, but {size} were announced")
+        self._file.seek(self._start + offset)
+        self._file.write(memoryview(data))
+        self._left.discard(name)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if self._left:
+                    raise ValueError(f"{self._file.name}: {sorted(self._left)[0]} was announced but not written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of a file that will not be completed."""
+        self._file.close()
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes, uint8 [n]."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _files(path: Path) -> dict[Path, list[str]]:
+    """The files of a checkpoint, each with the names an index expects in it."""
+    if path.is_dir():
+        if (path / "adapter_model.safetensors").is_file() or (path / "adapter_config.json").is_file():
+            raise BackboneError(
+                f"{path}: holds a LoRA adapter (adapter_model.safetensors), not a full model; merge it into its model "
+                "first (merge_and_unload() in PEFT) and save that"
+            )
+        if (path / INDEX).is_file():
+            path = path / INDEX
+        elif (path / "model.safetensors").is_file():
+            path = path / "model.safetensors"
+        else:
+            raise BackboneError(f"{path}: neither model.safetensors nor {INDEX} in this folder; give the file itself")
+    if not path.is_file():
+        raise BackboneError(f"{path}: no such file or folder")
+    if path.suffix == ".json":
+        try:
+            weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            found: dict[Path, list[str]] = {}
+            for name, file in sorted(weights.items(), key=lambda item: (item[1], item[0])):
+                found.setdefault(path.parent / file, []).append(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BackboneError(f"{path}: no index of safetensors files ({type(error).__name__}: {error})") from None
+        return found
+    if path.suffix != ".safetensors":
+        raise BackboneError(
+            f"{path}: not a .safetensors file; pickles are never loaded: convert it to safetensors where you trust it"
+        )
+    return {path: []}
+
+
+def _dtype(file: Path, name: str, code: str) -> torch.dtype:
+    if code not in _DTYPES:
+        raise BackboneError(f"{file}: {name} is {code}; only {', '.join(_DTYPES)} can be merged: dequantise it first")
+    return _DTYPES[code]

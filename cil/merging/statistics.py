@@ -1,0 +1,194 @@
+"""What some rules need to know of a task beside its weights: diagonal Fisher information, Gram matrices of inputs.
+
+Both are sums over a task's own training images, computed when the task is merged; no image is kept. A few hundred
+images are the usual number (256 in the references).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cil.errors import ConfigError, DataError, nearest
+from cil.merging.files import Checkpoint
+from cil.merging.numerics import exact
+from cil.merging.regmean import blocks
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of one task, by the weight's name; the names must be those of the merged state dict.
+
+    Attributes:
+        fisher: Diagonal Fisher information, of the weight's shape.
+        grams: Gram matrices of a linear layer's inputs, [in, in] or diagonal blocks [k, in/k, in/k].
+    """
+
+    fisher: Mapping[str, Tensor] = field(default_factory=dict)
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, under a temporary name first."""
+        path = Path(path)
+        tensors = {f"fisher.{name}": value for name, value in self.fisher.items()}
+        tensors |= {f"grams.{name}": value for name, value in self.grams.items()}
+        half = path.with_name(f".{path.name}.partial")
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, half)
+        half.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Open such a file; tensors are read when they are asked for.
+
+        Raises:
+            BackboneError: No such file, or a damaged one.
+            DataError: A safetensors file without statistics.
+        """
+        opened = Checkpoint(path)
+        found = cls(opened.below("fisher."), opened.below("grams."))
+        if not found.fisher and not found.grams:
+            raise DataError(f"{path}: holds no statistics; Statistics.save writes them")
+        return found
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    names: Iterable[str] | None = None,
+    *,
+    head: nn.Module | None = None,
+    classes: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """F_j = E_x E_{y ~ p(y|x)} (∂ log p(y|x) / ∂θ_j)², the true Fisher's diagonal at the model's own predictions.
+
+    Gradients are per image and per class, squared one by one: squaring a batch's summed gradient mixes in products of
+    different images. A forward pass and one backward pass a class for every image; evaluation mode.
+
+    Args:
+        model: Gives logits [B, C], or features if there is a ``head``. It is not changed.
+        batches: Images [B, 3, H, W] on the model's device.
+        names: Parameters to measure; all of the model's by default.
+        head: The task's own classifier, features → logits; nothing of it is measured.
+        classes: Sum over this many most probable classes, weighted by p(y|x), which is exact from C on; None: draw one
+            y ~ p(y|x) an image.
+        generator: CPU generator of the draws; seed 0 by default.
+
+    Returns:
+        Name → float32 tensor ≥ 0 of the parameter's shape.
+
+    Raises:
+        ConfigError: Unknown parameter, or ``classes`` below 1.
+        DataError: There is no image.
+    """
+    if classes is not None and classes < 1:
+        raise ConfigError(f"diagonal_fisher: classes is {classes}; it must be at least 1, or None to draw one")
+    parameters = dict(model.named_parameters())
+    chosen = list(parameters) if names is None else list(names)
+    for name in chosen:
+        if name not in parameters:
+            raise ConfigError(f"diagonal_fisher: the model has no parameter {name!r}{nearest(name, parameters)}")
+    generator = generator or torch.Generator().manual_seed(0)
+    images = 0
+    with exact(), torch.enable_grad(), _evaluating(model, head):
+        weights = {name: parameters[name].detach().requires_grad_() for name in chosen}
+        total = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in weights.items()}
+        for batch in batches:
+            for image in batch.split(1):
+                answer = functional_call(model, weights, (image,))
+                log_p = (answer if head is None else head(answer)).float().log_softmax(1)[0]
+                p = log_p.detach().exp()
+                if classes is None:
+                    drawn = torch.multinomial(p.cpu(), 1, generator=generator)
+                    wanted = [(int(drawn), 1.0)]
+                else:
+                    top = p.topk(min(classes, len(p)))
+                    wanted = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                for i, (label, share) in enumerate(wanted):
+                    gradients = torch.autograd.grad(
+                        log_p[label], list(weights.values()), retain_graph=i + 1 < len(wanted), allow_unused=True
+                    )
+                    for name, gradient in zip(chosen, gradients, strict=True):
+                        if gradient is not None:
+                            total[name] += share * gradient.detach().float().square()
+                images += 1
+    if not images:
+        raise DataError("diagonal_fisher: there are no images")
+    return {name: value / images for name, value in total.items()}
+
+
+def input_grams(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    block: int | None = None,
+    forward: Callable[[Tensor], Any] | None = None,
+) -> dict[str, Tensor]:
+    """G = XᵀX / N of the inputs X [N, in] of every ``nn.Linear`` of a model, tokens and images all being rows.
+
+    Layers that are never called have none: weights that a model uses without calling their layer (BEiT's qkv), and
+    layers the forward pass does not reach. Evaluation mode, no gradients, full precision.
+
+    Args:
+        model: Whose layers are watched. It is not changed.
+        batches: Images on the model's device.
+        block: Only the diagonal blocks of Gram matrices wider than this, as :class:`cil.merging.RegMean` takes them.
+        forward: What to call with the images; by default the model itself.
+
+    Returns:
+        Name of the layer's weight → float64 [k, in/k, in/k], k = 1 unless cut into blocks; symmetric to the bit.
+
+    Raises:
+        DataError: There is no image, or an input is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach().float()
+            k = blocks(x.shape[-1], block)
+            x = x.reshape(-1, k, x.shape[-1] // k).transpose(0, 1)  # [k, N, in/k]
+            product = (x.mT @ x).double()
+            sums[name] = sums.get(name, 0) + (product + product.mT) / 2
+            rows[name] = rows.get(name, 0) + x.shape[1]
+
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(watch(f"{name}.weight" if name else "weight"))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    try:
+        with exact(), _evaluating(model):
+            for batch in batches:
+                (forward or model)(batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if not sums:
+        raise DataError("input_grams: no linear layer was called; are there images, and does the model hold nn.Linear?")
+    for name, value in sums.items():
+        if not bool(torch.isfinite(value).all()):
+            raise DataError(f"input_grams: inputs of {name} are NaN or infinite")
+    return {name: value / rows[name] for name, value in sums.items()}
+
+
+@contextmanager
+def _evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode inside; every submodule gets its own mode back."""
+    with ExitStack() as stack:
+        for model in models:
+            for module in model.modules() if model is not None else ():
+                stack.callback(setattr, module, "training", module.training)
+                module.training = False
+        yield

@@ -1,0 +1,245 @@
+"""Every rule and finaliser by name: hyper-parameters with ranges and meanings, and how it is built.
+
+``rule: opcm`` and ``rule: {name: opcm, alpha: 0.3, finalisers: [{name: lines, alpha: 0.5}]}`` are both a
+:data:`RuleConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model_validator
+
+from cil.config import Section
+from cil.configfile import explain
+from cil.errors import ConfigError
+from cil.merging.base import Rule
+from cil.merging.dare import DARE, DareTIES
+from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
+from cil.merging.fisher import Fisher
+from cil.merging.linear import Average, TaskArithmetic, WiseFT
+from cil.merging.magmax import MagMax
+from cil.merging.opcm import OPCM, Variant
+from cil.merging.regmean import GramMerge, RegMean
+from cil.merging.spectral import IsoC
+from cil.merging.ties import TIES, ContinualTIES, Merge, Trim
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _named(raw: Any) -> Any:
+    return {"name": raw} if isinstance(raw, str) else raw
+
+
+class NormMatchingConfig(Section):
+    """The update at the tasks' mean norm; see :class:`cil.merging.NormMatching`."""
+
+    name: Literal["norm_matching"] = "norm_matching"
+    scale: Positive = Field(1.0, description="share of the mean norm")
+    cap: bool = Field(False, description="only ever shrink")
+
+
+class LiNeSConfig(Section):
+    """Updates scaled linearly with depth; see :class:`cil.merging.LiNeS`."""
+
+    name: Literal["lines"] = "lines"
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["1/T"] = Field(
+        0.5, description="scale of the first block; 1/T divides by the number of tasks"
+    )
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="what the last block gets on top; default 1 − alpha"
+    )
+
+    @model_validator(mode="after")
+    def _slope(self) -> LiNeSConfig:
+        if self.beta is None and not isinstance(self.alpha, str) and self.alpha > 1:
+            raise ValueError("alpha above 1 needs a beta of its own, since 1 − alpha is negative")
+        return self
+
+
+FinaliserSection = NormMatchingConfig | LiNeSConfig
+FinaliserConfig = Annotated[Annotated[FinaliserSection, Field(discriminator="name")], BeforeValidator(_named)]
+
+
+class _Rule(Section):
+    finalisers: list[FinaliserConfig] = Field([], description="applied to the merged update when it is read out")
+
+
+class AverageConfig(_Rule):
+    """Running mean of the models; see :class:`cil.merging.Average`."""
+
+    name: Literal["average"] = "average"
+
+
+class WiseFTConfig(_Rule):
+    """Interpolation of every new model with the merged one; see :class:`cil.merging.WiseFT`."""
+
+    name: Literal["wise_ft"] = "wise_ft"
+    alpha: Share = Field(0.5, description="weight of the new model")
+
+
+class TaskArithmeticConfig(_Rule):
+    """Scaled sum of the task vectors; see :class:`cil.merging.TaskArithmetic`."""
+
+    name: Literal["task_arithmetic"] = "task_arithmetic"
+    scale: Finite = Field(0.3, description="factor of the sum")
+    divide: Literal["none", "tasks"] = Field("none", description="tasks: divide by the number of tasks, too")
+
+
+class TIESConfig(_Rule):
+    """TIES-Merging, exact in constant memory; see :class:`cil.merging.TIES`."""
+
+    name: Literal["ties"] = "ties"
+    density: float = Field(0.2, gt=0, le=1, description="share of largest magnitudes kept")
+    merge: Merge = Field("sum", description="of the entries that agree with the elected sign")
+    scale: Finite = Field(0.3, description="factor of the result")
+    trim: Trim = Field("model", description="what the share is of: the flattened model, or every tensor by itself")
+
+
+class ContinualTIESConfig(_Rule):
+    """TIES of the merged and the new update, as published; see :class:`cil.merging.ContinualTIES`."""
+
+    name: Literal["continual_ties"] = "continual_ties"
+    density: float = Field(0.2, gt=0, le=1, description="share of largest magnitudes kept")
+    merge: Merge = Field("sum", description="of the entries that agree with the elected sign")
+    scale: Finite = Field(0.5, description="factor of every step's result")
+
+
+class MagMaxConfig(_Rule):
+    """The largest change of every weight; see :class:`cil.merging.MagMax`."""
+
+    name: Literal["magmax"] = "magmax"
+    scale: Finite = Field(0.5, description="factor of the result")
+
+
+class DAREConfig(_Rule):
+    """Task arithmetic of randomly dropped, rescaled updates; see :class:`cil.merging.DARE`."""
+
+    name: Literal["dare"] = "dare"
+    drop: float = Field(0.5, ge=0, lt=1, description="share of entries dropped")
+    scale: Finite = Field(0.3, description="factor of the sum")
+    divide: Literal["none", "tasks"] = Field("none", description="tasks: divide by the number of tasks, too")
+    seed: int = Field(0, ge=0, description="of the masks")
+
+
+class DareTIESConfig(_Rule):
+    """TIES with DARE in place of trimming; see :class:`cil.merging.DareTIES`."""
+
+    name: Literal["dare_ties"] = "dare_ties"
+    drop: float = Field(0.5, ge=0, lt=1, description="share of entries dropped")
+    merge: Merge = Field("sum", description="of the entries that agree with the elected sign")
+    scale: Finite = Field(0.3, description="factor of the result")
+    seed: int = Field(0, ge=0, description="of the masks")
+
+
+class FisherConfig(_Rule):
+    """Averaging weighted by Fisher information; see :class:`cil.merging.Fisher`."""
+
+    name: Literal["fisher"] = "fisher"
+    epsilon: Positive = Field(1e-6, description="added to the information")
+    normalize: bool = Field(True, description="divide every task's information by its norm")
+
+
+class RegMeanConfig(_Rule):
+    """Least squares fit to all tasks' layer outputs; see :class:`cil.merging.RegMean`."""
+
+    name: Literal["regmean"] = "regmean"
+    rho: Share = Field(0.95, description="share of the Gram matrices' off-diagonal entries kept")
+    ridge: Positive = Field(1e-3, description="ridge, as a multiple of the mean diagonal")
+    block: PositiveInt | None = Field(None, description="cut wider Gram matrices into diagonal blocks of this width")
+
+
+class GramMergeConfig(_Rule):
+    """RegMean with a depth slope and a capped norm; see :class:`cil.merging.GramMerge`."""
+
+    name: Literal["gram_merge"] = "gram_merge"
+    slope: Share = Field(0.5, description="scale of the first block's update; 1: none")
+    cap: bool = Field(True, description="cap the norm at the tasks' mean norm")
+    rho: Share = Field(0.95, description="share of the Gram matrices' off-diagonal entries kept")
+    ridge: Positive = Field(1e-3, description="ridge, as a multiple of the mean diagonal")
+    block: PositiveInt | None = Field(1024, description="cut wider Gram matrices into diagonal blocks of this width")
+
+
+class IsoCConfig(_Rule):
+    """Mean update with equal singular values; see :class:`cil.merging.IsoC`."""
+
+    name: Literal["iso_c"] = "iso_c"
+    scale: Finite = Field(1.0, description="factor of linear weights' updates")
+    split_qkv: bool = Field(True, description="treat query, key and value of a fused weight one by one")
+
+
+class OPCMConfig(_Rule):
+    """Updates projected away from the merged one, at the mean norm; see :class:`cil.merging.OPCM`."""
+
+    name: Literal["opcm"] = "opcm"
+    alpha: Share = Field(0.5, description="share of the nuclear norm that is protected")
+    variant: Variant = Field("diag_zeroed", description="which of the three operators of that name")
+    split_qkv: bool = Field(True, description="treat query, key and value of a fused weight one by one")
+
+
+RuleSection = (
+    AverageConfig
+    | WiseFTConfig
+    | TaskArithmeticConfig
+    | TIESConfig
+    | ContinualTIESConfig
+    | MagMaxConfig
+    | DAREConfig
+    | DareTIESConfig
+    | FisherConfig
+    | RegMeanConfig
+    | GramMergeConfig
+    | IsoCConfig
+    | OPCMConfig
+)
+RuleConfig = Annotated[Annotated[RuleSection, Field(discriminator="name")], BeforeValidator(_named)]
+"""A field of this type accepts a rule's bare name, or its name and hyper-parameters."""
+
+RULES: dict[str, type[Rule]] = {
+    "average": Average,
+    "wise_ft": WiseFT,
+    "task_arithmetic": TaskArithmetic,
+    "ties": TIES,
+    "continual_ties": ContinualTIES,
+    "magmax": MagMax,
+    "dare": DARE,
+    "dare_ties": DareTIES,
+    "fisher": Fisher,
+    "regmean": RegMean,
+    "gram_merge": GramMerge,
+    "iso_c": IsoC,
+    "opcm": OPCM,
+}
+FINALISERS: dict[str, type[Finaliser]] = {"norm_matching": NormMatching, "lines": LiNeS}
+
+
+class _Choice(Section):
+    rule: RuleConfig
+
+
+def rule_config(config: RuleSection | str | dict[str, Any]) -> RuleSection:
+    """The validated configuration of a rule.
+
+    Raises:
+        ConfigError: Unknown rule, finaliser or hyper-parameter, or a value out of range.
+    """
+    try:
+        return _Choice.model_validate({"rule": config}).rule
+    except ValidationError as error:
+        raise ConfigError(explain(error, _Choice)) from None
+
+
+def build_rule(config: RuleSection | str | dict[str, Any]) -> Rule:
+    """The rule a configuration names, not started.
+
+    Args:
+        config: A configuration, or what one can be made from: the bare name, or name and hyper-parameters.
+
+    Raises:
+        ConfigError: Unknown rule, finaliser or hyper-parameter, or a value out of range.
+    """
+    c = rule_config(config)
+    finalisers = [FINALISERS[f.name](**f.model_dump(exclude={"name"})) for f in c.finalisers]
+    return RULES[c.name](**c.model_dump(exclude={"name", "finalisers"}), finalisers=finalisers)

@@ -1,0 +1,187 @@
+"""The learner that merges: its tasks, its merged backbone and its classifier, each against what it should come to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from cil.classifiers import LDA
+from cil.classifiers.drift import ridge_map, translation
+from cil.errors import BackboneError
+from cil.learners.merge import Merge, task_vector
+from cil.learners.merge_oracle import MergeOracle
+from cil.testing import Case, parametrize_learner
+from cil.testing.setting import SIZES, backbone, context, probe_images, stream
+from cil.tuning import GivenWeights, build_tuner
+
+LORA = {"name": "lora", "rank": 4, "targets": ["qkv", "fc1"]}
+QUICK = {"tuner": LORA, "epochs": 3, "lr": 0.01}
+
+
+@parametrize_learner(
+    [
+        ("merge", QUICK),
+        ("merge", {"tuner": "full", "rule": "regmean", "head": "ridge", "prototypes": "translate", "lr": 0.003}),
+        ("merge", {**QUICK, "rule": "ties", "head": "concat", "prototypes": "stale", "anchor": False}),
+        ("merge_oracle", {**QUICK, "rule": "average", "head": "ncm"}),
+    ]
+)
+def test_common_checks(case, check):
+    check(case)
+
+
+class Followed(Merge):
+    """Keeps every task vector; what a merging learner must not do."""
+
+    def __init__(self, config, backbone):
+        super().__init__(config, backbone)
+        object.__setattr__(self, "vectors", [])
+
+    def add(self, tuner, head, task, ctx):
+        self.vectors.append({k: v.clone() for k, v in task_vector(tuner, self.backbone).items()})
+        super().add(tuner, head, task, ctx)
+
+
+def merged_update(learner) -> dict[str, torch.Tensor]:
+    frozen = dict(learner.backbone.model.named_parameters())
+    return {k: v - frozen[k] for k, v in learner.rule.merged().items() if k in learner.vectors[0]}
+
+
+@pytest.mark.parametrize("tuner", [LORA, "full", "bitfit", {"name": "lora_kv", "rank": 2}], ids=str)
+def test_every_task_starts_from_the_pretrained_weights(tuner):
+    """A task's update is the same whether other tasks were merged before or not."""
+    learner = Case(Followed, {**QUICK, "tuner": tuner, "rule": "average"}).run().learner
+    fresh = Case(Followed, {**QUICK, "tuner": tuner, "rule": "average"}).learner()
+    task = stream(fresh.backbone).tasks[2]
+    ctx = context(2)
+    fresh.begin(task, ctx)
+    fresh.train()
+    fresh.learn(task, ctx)
+    for name, value in fresh.vectors[0].items():
+        torch.testing.assert_close(learner.vectors[2][name], value, msg=lambda m, n=name: f"{n}: {m}")
+    mean = {k: sum(v[k] for v in learner.vectors) / 3 for k in learner.vectors[0]}
+    for name, value in merged_update(learner).items():
+        torch.testing.assert_close(value, mean[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_first_task_is_taken_as_it_is_and_seen_through():
+    learner = Case(Followed, {**QUICK, "rule": "opcm"}).run(stop_after=1).learner
+    frozen = dict(learner.backbone.model.named_parameters())
+    own = GivenWeights({k: frozen[k] + v for k, v in learner.vectors[0].items()})
+    images = probe_images()
+    with torch.no_grad():
+        expected = torch.cat([learner.backbone(images), learner.backbone(images, own)], dim=1)
+        torch.testing.assert_close(learner.features(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_with_nothing_merged_it_is_lda_on_frozen_features():
+    learner = Case(Merge, {**QUICK, "rule": {"name": "task_arithmetic", "scale": 0.0}}).run().learner
+    vit, images = learner.backbone, probe_images()
+    lda = LDA(48, learner.config.shrinkage, priors="uniform")
+    with torch.no_grad():
+        for task in stream(vit).tasks:
+            for x, y in task.train.batches(100):
+                lda.partial_fit(vit(x), y)
+        ours, theirs = learner.logits(learner.features(images)), lda.logits(vit(images))
+    assert torch.equal(ours.argmax(1), theirs.argmax(1))
+    spread = [scores - scores.mean(1, keepdim=True) for scores in (ours, 2 * theirs)]  # two equal halves
+    torch.testing.assert_close(*spread, atol=1e-2, rtol=1e-3)
+
+
+def test_statistics_under_the_pretrained_weights_stay_exact():
+    """The anchor's half is never carried: it is the same with any treatment of the other half."""
+    done = {p: Case(Merge, {**QUICK, "prototypes": p}).run().learner.classifier for p in ("stale", "linear")}
+    torch.testing.assert_close(done["linear"].sums[:, :48], done["stale"].sums[:, :48], atol=1e-9, rtol=0)
+    assert not torch.allclose(done["linear"].sums[:4, 48:], done["stale"].sums[:4, 48:])
+    alone = Case(Merge, {**QUICK, "anchor": False}).run().learner
+    assert alone.classifier.feature_dim == 48
+    torch.testing.assert_close(alone.classifier.sums, done["linear"].sums[:, 48:], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("prototypes", "fit"), [("translate", translation), ("linear", ridge_map)])
+def test_old_classes_are_carried_by_the_map_the_current_images_give(prototypes, fit):
+    """Old statistics as the first stage left them, mapped with what the second stage's images saw before and after."""
+    pairs = []
+
+    class Recorded(Merge):
+        def carry(self, before, after):
+            pairs.append((before, after))
+            super().carry(before, after)
+
+    one, two = (Case(Recorded, {**QUICK, "prototypes": prototypes}).run(stop_after=n).learner for n in (1, 2))
+    [(before, after)] = pairs
+    assert torch.equal(before[:, :48], after[:, :48]) and not torch.allclose(before[:, 48:], after[:, 48:])
+    expected = one.classifier.transport(fit(before[:, 48:], after[:, 48:]).beside(48))
+    torch.testing.assert_close(two.classifier.means[:4], expected.means)
+    with torch.no_grad():  # the pairs are what the learner sees under θ^(1) and θ^(2)
+        images = torch.cat([x for x, _ in stream(one.backbone).tasks[1].train.batches(100)])
+        torch.testing.assert_close(one.features(images), before, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(two.features(images), after, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(two.classifier.means[4], after.double().mean(0))  # its own class is measured
+
+
+def test_the_oracle_trains_and_merges_alike_to_the_bit():
+    plain, oracle = (Case(cls, QUICK).run().learner.rule.state_dict() for cls in (Merge, MergeOracle))
+    assert plain.keys() == oracle.keys() and all(torch.equal(plain[k], oracle[k]) for k in plain)
+
+
+def test_what_is_kept_does_not_grow_with_the_tasks():
+    case = Case(Merge, QUICK)
+    sizes = [sum(v.numel() for v in case.after(n).learner.rule.state_dict().values()) for n in (1, 2, 3)]
+    assert len(set(sizes)) == 1
+    assert not list(case.finished.learner.parameters())
+
+
+@pytest.mark.parametrize("rule", ["fisher", "gram_merge", "regmean"])
+def test_rules_that_need_statistics_get_them_from_the_tasks_images(rule):
+    [row] = Case(Merge, {**QUICK, "rule": rule, "statistics": 10}).run(stop_after=1).rows
+    plain = Case(Merge, QUICK).run(stop_after=1).rows[0]
+    assert row["costs"]["train_passes"] == plain["costs"]["train_passes"] + 10
+    assert plain["costs"]["train_passes"] == row["costs"]["train_images"] * (QUICK["epochs"] + 3)
+    assert row["correct"][0] / row["total"][0] > 0.5
+
+
+def test_statistics_are_those_of_the_finetuned_model():
+    """The Gram matrix of the first block's qkv inputs, from a forward pass by hand under θ_t."""
+    learner = Case(Merge, {**QUICK, "rule": "regmean", "tuner": "full"}).learner()  # LoRA would run a tree of its own
+    task, ctx = stream(learner.backbone).tasks[0], context()
+    tuner, head = learner.train_task(task, ctx)
+    update = task_vector(tuner, learner.backbone)
+    images = torch.cat([x for x, _ in task.train.batches(100)])
+    found = learner.measure(update, head, task, ctx).grams["blocks.1.attn.qkv.weight"]
+    vit = learner.backbone.model
+    with torch.no_grad():
+        first = {}
+        hook = vit.blocks[1].norm1.register_forward_hook(lambda m, a, out: first.update(x=out))
+        learner.backbone(images, tuner)
+        hook.remove()
+    x = first["x"].flatten(0, 1).double()
+    torch.testing.assert_close(found.squeeze(0), x.T @ x / len(x), atol=1e-5, rtol=1e-4)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize("tuner", ["adapter", "vpt_deep", "prefix"])
+def test_tuners_that_add_to_the_network_cannot_be_merged(tuner):
+    with pytest.raises(BackboneError, match="does not come to an update of the weights; use lora"):
+        Merge(Merge.Config(tuner=tuner), backbone())
+
+
+def test_dora_says_why_not():
+    with pytest.raises(BackboneError, match="only lora and osf add a ΔW"):
+        Merge(Merge.Config(tuner="dora"), backbone())
+
+
+def test_concatenated_heads_have_nothing_to_carry():
+    with pytest.raises(ValidationError, match="set prototypes: stale and anchor: false"):
+        Merge.Config(head="concat")
+
+
+def test_update_names_are_timms():
+    vit = backbone()
+    assert set(task_vector(build_tuner(LORA, vit), vit)) == {
+        f"blocks.{i}.{layer}.weight" for i in range(3) for layer in ("attn.qkv", "mlp.fc1")
+    }
+    assert len(SIZES) == 3
