@@ -64,21 +64,25 @@ class Mahalanobis(ClassMoments):
 
     @without_autocast()
     def distances(self, features: Array) -> Tensor:
-        """Squared distances [B, C] of features [B, F]; +∞ to a class without samples."""
-        u = self.transform(self.checked(features))
+        """Squared distances [B, C] of features [B, F]; +∞ to a class without samples.
+
+        In float64: Σ̂ may be nearly singular, and what cancels in float32 would depend on the size of the batch.
+        """
+        features = self.checked(features)
+        u = self.transform(features.double())
         distances = u.new_full((len(u), self.num_classes), float("inf"))
         for c in self.counts.nonzero().flatten().tolist():
-            mean, precision = self.solved((c, u.dtype), lambda c=c: self._solve(c, u.dtype))  # type: ignore[misc]
+            mean, precision = self.solved((c,), lambda c=c: self._solve(c))  # type: ignore[misc]
             away = u - mean
             distances[:, c] = ((away @ precision) * away).sum(1)
-        return distances
+        return distances.to(features.dtype)
 
     def logits(self, features: Array) -> Tensor:
         return -self.distances(features)
 
-    def _solve(self, c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mean [F] and inverse covariance [F, F] of class c, solved in float64."""
-        return self.means[c].to(dtype), symmetric_inverse(self.shrunk(c)).to(dtype)
+    def _solve(self, c: int) -> tuple[Tensor, Tensor]:
+        """Mean [F] and inverse covariance [F, F] of class c, float64."""
+        return self.means[c], symmetric_inverse(self.shrunk(c))
 
     def shrunk(self, c: int) -> Tensor:
         """Σ̂ of class c, float64 [F, F]."""
