@@ -14,9 +14,9 @@ from cil.stream import Task, TaskData
 
 
 class MergeOracle(Merge):
-    """:class:`Merge` with the statistics of all classes taken anew under every θ^(t), from the images of all tasks.
+    """Merging with the statistics of all classes taken anew under every θ^(t), from the images of all tasks.
 
-    Tasks are trained and merged alike, to the bit; only the classifier's statistics differ. Its accuracy less that of
+    Tasks are trained and merged as by ``merge``, to the bit; only the classifier's statistics differ. Its accuracy less that of
     ``merge`` is the price of drift that no map made up for. Not a continual learner (``stores_images``).
     """
 
