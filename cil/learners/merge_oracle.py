@@ -16,8 +16,8 @@ from cil.stream import Task, TaskData
 class MergeOracle(Merge):
     """Merging with the statistics of all classes taken anew under every θ^(t), from the images of all tasks.
 
-    Tasks are trained and merged as by ``merge``, to the bit; only the classifier's statistics differ. Its accuracy less that of
-    ``merge`` is the price of drift that no map made up for. Not a continual learner (``stores_images``).
+    Tasks are trained and merged as by ``merge``, to the bit; only the classifier's statistics differ. Its accuracy less
+    that of ``merge`` is the price of drift that no map made up for. Not a continual learner (``stores_images``).
     """
 
     class Config(Merge.Config):
