@@ -25,6 +25,7 @@ Loss = Callable[..., tuple[Tensor, Tensor]]
 """(inputs, labels) → (scalar loss, logits [B, C]); where the data has more than one input: (*inputs, labels)."""
 
 Schedule = Literal["cosine", "quarter_cosine", "constant", "multistep"]
+Per = Literal["step", "epoch"]
 Softmax = Literal["global", "local"]
 """Classes in the softmax: all seen, or the task's own."""
 
@@ -44,7 +45,7 @@ class Recipe(LearnerConfig):
         "step; multistep: a tenth of the rate from each milestone on",
     )
     milestones: list[PositiveInt] = Field([], description="epochs at which a multistep schedule lowers the rate")
-    schedule_per: Literal["step", "epoch"] = Field("step", description="when the rate changes")
+    schedule_per: Per = Field("step", description="when the rate changes")
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the steps with a linearly rising rate")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     clip: float | None = Field(None, gt=0, description="largest gradient norm")

@@ -274,6 +274,14 @@ def test_coda_refuses_odd_lengths():
         CODAPrompt.Config(length=3)
 
 
+@all_three
+def test_settings_the_recipe_refuses_are_refused_by_every_learner(name):
+    cls, small = SMALL[name]
+    for key in ("schedule", "schedule_per", "optimizer", "query"):
+        with pytest.raises(ValidationError, match=key):
+            cls.Config(**{**small, key: "no such"})
+
+
 # --- all three
 
 

@@ -14,7 +14,7 @@ from cil.classifiers.base import without_autocast
 from cil.learner import Context
 from cil.learners.prompting import PromptLearner, PromptRecipe
 from cil.stream import Task
-from cil.training import Schedule
+from cil.training import Per, Schedule
 from cil.tuning import GivenPrefix
 from cil.tuning.blocks import chosen_blocks
 from cil.vit import attention_width, require_plain_vit
@@ -34,7 +34,7 @@ class CODAPrompt(PromptLearner):
         train_batch_size: int = Field(128, gt=0, description="images an optimiser step")
         lr: float = Field(1e-3, gt=0, description="peak learning rate")
         schedule: Schedule = Field("quarter_cosine", description="of the learning rate")
-        schedule_per: Any = Field("epoch", description="when the rate changes: step or epoch")
+        schedule_per: Per = Field("epoch", description="when the rate changes")
         components: PositiveInt = Field(10, description="components m a task adds; the authors' 100 over 10 tasks")
         length: NonNegativeInt = Field(8, description="rows L of a component, even: half keys, half values")
         blocks: list[NonNegativeInt] = Field([0, 1, 2, 3, 4], description="blocks with a prefix")
