@@ -120,12 +120,13 @@ class Learner(nn.Module, ABC):
         super().__init__()
         self.config = config
         object.__setattr__(self, "backbone", backbone)  # not a submodule: it is shared, and not part of the state
-        self.seen = 0
+        self.seen = 0  # classes so far
+        self.stages = 0  # tasks begun so far
 
     def begin(self, task: Task, ctx: Context) -> None:
         """Make room for a task: grow heads, add a module. Called before :meth:`learn`, and again for every past task
         when a run resumes, before the state is loaded; so it may not look at images. Call ``super().begin`` first."""
-        self.seen = len(task.seen)
+        self.seen, self.stages = len(task.seen), task.index + 1
 
     @abstractmethod
     def learn(self, task: Task, ctx: Context) -> None:

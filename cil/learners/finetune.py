@@ -37,12 +37,10 @@ class Finetune(Learner):
         super().__init__(config, backbone)
         self.tuner = WeightTuner(backbone)
         self.head = LinearHead(backbone.feature_dim)
-        self.stages = 0
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
         self.head.grow(len(task.seen), ctx.generator)
-        self.stages = task.index + 1
 
     def learn(self, task: Task, ctx: Context) -> None:
         self.train_on(task.train, task.classes[0] if self.config.loss == "local" else 0, ctx)

@@ -79,7 +79,6 @@ class LAE(Learner):
         self.online = build_tuner(config.tuner, backbone)
         self.offline: Tuner | None = None
         self.head = LinearHead(backbone.feature_dim, std=0.001)
-        self.stages = 0
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
@@ -88,7 +87,6 @@ class LAE(Learner):
         elif self.offline is None:
             self.offline = copy.deepcopy(self.online).requires_grad_(False)
         self.head.grow(len(task.seen), ctx.generator)
-        self.stages = task.index + 1
 
     def learn(self, task: Task, ctx: Context) -> None:
         frozen = self.config.frozen_epochs if task.index else 0

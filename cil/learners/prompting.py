@@ -42,12 +42,10 @@ class PromptLearner(Learner):
     def __init__(self, config: PromptRecipe, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.head = LinearHead(backbone.feature_dim)
-        self.stages = 0
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
         self.head.grow(len(task.seen), ctx.generator)
-        self.stages = task.index + 1
 
     @abstractmethod
     def tuner(self, query: Tensor) -> Tuner:

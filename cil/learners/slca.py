@@ -54,12 +54,10 @@ class SLCA(Learner):
         self.aligned = LinearHead(backbone.feature_dim)
         self.gaussians = Gaussians(backbone.feature_dim)
         self.register_buffer("task_of", torch.zeros(0, dtype=torch.int64))
-        self.stages = 0
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
         self.task_of = torch.cat([self.task_of, self.task_of.new_full((len(task.classes),), task.index)])
-        self.stages = task.index + 1
 
     def learn(self, task: Task, ctx: Context) -> None:
         self.head.extend(self.train_rows(task, ctx))
