@@ -15,6 +15,11 @@ Unit = tuple[float, float, float]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 
 
+def named(raw: Any) -> Any:
+    """A bare name as the section that has only that name: ``adapter`` is ``{name: adapter}``."""
+    return {"name": raw} if isinstance(raw, str) else raw
+
+
 class Section(BaseModel):
     """A frozen model that forbids unknown keys."""
 
@@ -174,7 +179,7 @@ class Config(Section):
     @field_validator("learners", mode="before")
     @classmethod
     def _names(cls, raw: Any) -> Any:
-        return [{"name": item} if isinstance(item, str) else item for item in raw] if isinstance(raw, list) else raw
+        return [named(item) for item in raw] if isinstance(raw, list) else raw
 
     @model_validator(mode="after")
     def _distinct(self) -> Config:

@@ -8,13 +8,15 @@ import typing
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from cil.config import Config
 from cil.errors import ConfigError, nearest
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def shipped() -> dict[str, Path]:
@@ -169,10 +171,19 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     raw = override(read(path), overrides)
     if "name" not in raw:
         raw["name"] = path.stem
+    return validated(Config, raw, prefix="config: ")
+
+
+def validated(model: type[M], values: Any, prefix: str = "") -> M:
+    """``values`` as an instance of ``model``.
+
+    Raises:
+        ConfigError: Every wrong key at once, one line each, each with ``prefix``.
+    """
     try:
-        return Config.model_validate(raw)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error, Config, prefix="config: ")) from None
+        raise ConfigError(explain(error, model, prefix)) from None
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cil.config import LearnerEntry
-from cil.configfile import explain
-from cil.errors import ConfigError, PluginError, nearest
+from cil.configfile import validated
+from cil.errors import PluginError, nearest
 
 if TYPE_CHECKING:
     from cil.learner import Learner, LearnerConfig
@@ -105,10 +105,5 @@ def configure(entry: LearnerEntry) -> tuple[type[Learner], LearnerConfig]:
         PluginError: See :func:`resolve`.
         ConfigError: A hyper-parameter is unknown, of the wrong type or out of range.
     """
-    from pydantic import ValidationError
-
     cls = resolve(entry.spec)
-    try:
-        return cls, cls.Config.model_validate(entry.parameters)
-    except ValidationError as error:
-        raise ConfigError(explain(error, cls.Config, prefix=f"learner {entry.title}: ")) from None
+    return cls, validated(cls.Config, entry.parameters, prefix=f"learner {entry.title}: ")

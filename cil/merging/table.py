@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from cil.config import Section
-from cil.configfile import explain
-from cil.errors import ConfigError
+from cil.config import Section, named
+from cil.configfile import validated
 from cil.merging.base import Rule
 from cil.merging.dare import DARE, DareTIES
 from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
@@ -27,10 +26,6 @@ from cil.merging.ties import TIES, ContinualTIES, Merge, Trim
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def _named(raw: Any) -> Any:
-    return {"name": raw} if isinstance(raw, str) else raw
 
 
 class NormMatchingConfig(Section):
@@ -60,7 +55,7 @@ class LiNeSConfig(Section):
 
 
 FinaliserSection = NormMatchingConfig | LiNeSConfig
-FinaliserConfig = Annotated[Annotated[FinaliserSection, Field(discriminator="name")], BeforeValidator(_named)]
+FinaliserConfig = Annotated[Annotated[FinaliserSection, Field(discriminator="name")], BeforeValidator(named)]
 
 
 class _Rule(Section):
@@ -194,7 +189,7 @@ RuleSection = (
     | IsoCConfig
     | OPCMConfig
 )
-RuleConfig = Annotated[Annotated[RuleSection, Field(discriminator="name")], BeforeValidator(_named)]
+RuleConfig = Annotated[Annotated[RuleSection, Field(discriminator="name")], BeforeValidator(named)]
 """A field of this type accepts a rule's bare name, or its name and hyper-parameters."""
 
 RULES: dict[str, type[Rule]] = {
@@ -225,10 +220,7 @@ def rule_config(config: RuleSection | str | dict[str, Any]) -> RuleSection:
     Raises:
         ConfigError: Unknown rule, finaliser or hyper-parameter, or a value out of range.
     """
-    try:
-        return _Choice.model_validate({"rule": config}).rule
-    except ValidationError as error:
-        raise ConfigError(explain(error, _Choice)) from None
+    return validated(_Choice, {"rule": config}).rule
 
 
 def build_rule(config: RuleSection | str | dict[str, Any]) -> Rule:

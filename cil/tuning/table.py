@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from cil.backbone import Backbone
-from cil.config import Section
-from cil.configfile import explain
-from cil.errors import ConfigError
+from cil.config import Section, named
+from cil.configfile import validated
 from cil.tuning.adapter import Activation, Adapter, Form
 from cil.tuning.lora_kv import KeyValueLora
 from cil.tuning.prefix import Init, Prefix
@@ -174,7 +173,7 @@ TunerSection = (
 
 TunerConfig = Annotated[
     Annotated[TunerSection, Field(discriminator="name")],
-    BeforeValidator(lambda raw: {"name": raw} if isinstance(raw, str) else raw),
+    BeforeValidator(named),
 ]
 """A field of this type accepts a tuner's bare name, or its name and hyper-parameters."""
 
@@ -194,10 +193,7 @@ def build_tuner(config: TunerSection | str | dict[str, Any], backbone: Backbone)
         ConfigError: Unknown tuner or hyper-parameter, or a value out of range.
         BackboneError: The tuner does not fit the backbone.
     """
-    try:
-        c = _Choice(tuner=config).tuner
-    except ValidationError as error:
-        raise ConfigError(explain(error, _Choice)) from None
+    c = validated(_Choice, {"tuner": config}).tuner
     if isinstance(c, AdapterConfig):
         return Adapter(backbone, **c.model_dump(exclude={"name"}))
     if isinstance(c, SSFConfig):
