@@ -85,13 +85,15 @@ class Merge(Learner):
             self.classifier.grow(len(task.seen))
 
     def learn(self, task: Task, ctx: Context) -> None:
-        before, _ = ctx.features(self, task.train)
+        carries = task.index > 0 and self.config.prototypes != "stale"
+        before = ctx.features(self, task.train)[0] if carries else None
         self.add(*self.train_task(task, ctx), task, ctx)
+        if self.config.head == "concat":
+            return
         after, labels = ctx.features(self, task.train)
-        if self.config.head != "concat":
-            if task.index:
-                self.carry(before, after)
-            self.classifier.partial_fit(after, labels)
+        if before is not None:
+            self.carry(before, after)
+        self.classifier.partial_fit(after, labels)
 
     def train_task(self, task: Task, ctx: Context) -> tuple[Tuner, CosineHead]:
         """θ_t from θ_0, with the task's own classes in the softmax."""
@@ -137,8 +139,8 @@ class Merge(Learner):
     def carry(self, before: Tensor, after: Tensor) -> None:
         """Statistics of old classes, from θ^(t−1) to θ^(t), by the current images' features [N, F] under both."""
         width = self.backbone.feature_dim
-        if self.config.prototypes == "stale" or not isinstance(self.classifier, NCM | LDA | Ridge):
-            return
+        if not isinstance(self.classifier, NCM | LDA | Ridge):
+            return  # heads have no statistics
         pair = before[:, -width:], after[:, -width:]
         translate = self.config.prototypes == "translate"
         drift = translation(*pair) if translate else ridge_map(*pair, self.config.map_shrinkage)
