@@ -1,0 +1,37 @@
+"""The command line. Nothing heavy is imported before a command needs it: ``cil --help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from cil.cli import benchmark, learners, models
+from cil.errors import CilError
+
+app = typer.Typer(
+    name="cil",
+    help="Class-incremental learning on frozen pre-trained vision transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(benchmark.run)
+app.command()(benchmark.compare)
+app.command("list")(learners.list_)
+app.command()(learners.check_learner)
+app.command()(models.merge)
+app.command()(models.predict)
+
+
+def main() -> NoReturn:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except CilError as error:
+        for line in str(error).splitlines() if benchmark.is_main_process() else ():
+            print(f"cil: {line}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
