@@ -10,22 +10,18 @@ import re
 import sys
 from pathlib import Path
 
-from cil import report, results
+from cil import report
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md")
+COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
 MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def markdown(folder: Path) -> str:
-    """The ranked table of the runs below ``folder``, as the terminal shows it."""
-    [runs] = report.by_protocol(results.find([folder]))
-    columns = ["learner", "runs", *[heading for _, heading, _, _ in report.COLUMNS[: report.NARROW]], "note"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for name, group in report.by_learner(runs).items():
-        cells = [name, str(len(group)), *report.cells(group)[: report.NARROW], report.marks(group)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """The ranked table of the runs below ``folder``."""
+    [compared] = report.load([folder])
+    return report.markdown(compared, report.chosen(COLUMNS))
 
 
 def render(page: Path) -> str:

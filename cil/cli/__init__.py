@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(benchmark.run)
 app.command()(benchmark.compare)
+app.command()(benchmark.tensorboard)
 app.command("list")(learners.list_)
 app.command()(learners.check_learner)
 app.command()(models.merge)
