@@ -28,16 +28,13 @@ def log_folder(paths: Sequence[Path], place: Path) -> Path:
             raise RunError(f"{path}: no such folder")
         if next(path.rglob(EVENTS), None) is None:
             raise RunError(f"{path}: no event file there; give folders that `cil run` wrote, or use cil compare")
-    places = list(dict.fromkeys(path.resolve() for path in paths))
-    if len(places) == 1:
-        return places[0]
-    common = Path(os.path.commonpath(places))
-    for one in places:
-        if one == common:  # holds all the others
-            return one
+    resolved = list(dict.fromkeys(path.resolve() for path in paths))
+    outermost = [one for one in resolved if not any(one != other and one.is_relative_to(other) for other in resolved)]
+    if len(outermost) == 1:
+        return outermost[0]
+    common = os.path.commonpath(outermost)
+    for one in outermost:
         link = place / one.relative_to(common)
-        if any(parent.is_symlink() for parent in link.parents):
-            continue  # below a folder that is linked already
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(one, target_is_directory=True)
     return place

@@ -112,16 +112,8 @@ def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
     return figure
 
 
-def paper(groups: dict[str, list[dict[str, Any]]], form: str) -> bytes:
-    """Accuracy and forgetting as wide as a page's text, without a title, the legend below.
-
-    Args:
-        groups: Title → runs, the legend in this order.
-        form: ``pdf``, ``svg`` or ``png``.
-
-    Returns:
-        The file; the same bytes for the same runs.
-    """
+def paper_figure(groups: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Accuracy and forgetting as wide as a page's text, untitled, the legend below in the order of ``groups``."""
     with rc_context(PAPER):
         columns = _columns(groups, PAPER_WIDTH, 7)
         figure = new_figure(PAPER_WIDTH, 2.5 + 0.15 * -(-len(groups) // columns))
@@ -131,7 +123,14 @@ def paper(groups: dict[str, list[dict[str, Any]]], form: str) -> bytes:
         figure.legend(
             handles, names, frameon=False, fontsize=7, ncols=columns, handlelength=3, loc="outside lower center"
         )
-        buffer = io.BytesIO()
-        undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    return figure
+
+
+def paper(groups: dict[str, list[dict[str, Any]]], form: str) -> bytes:
+    """The figure for a paper as ``pdf``, ``svg`` or ``png``; the same bytes for the same runs."""
+    buffer = io.BytesIO()
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    figure = paper_figure(groups)
+    with rc_context(PAPER):
         figure.savefig(buffer, format=form, dpi=300, metadata=undated.get(form))
     return buffer.getvalue()

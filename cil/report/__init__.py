@@ -15,10 +15,10 @@ from cil.report.columns import COLUMNS, NAMED, Column, chosen, named
 from cil.report.comparison import Comparison, Filters, load, rank
 from cil.report.export import TABLES, as_csv, check_suffixes, latex, markdown
 from cil.report.files import write
-from cil.report.page import page
 from cil.report.protocols import by_protocol, describe, protocol
-from cil.report.rows import Row, paired, rows
-from cil.report.table import cells, table
+from cil.report.row import Row, paired, rows
+from cil.report.terminal import cells, table
+from cil.report.webpage import page
 
 __all__ = [
     "COLUMNS",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cil.errors import RunError, nearest
-from cil.report.rows import Row, paired
+from cil.report.row import Row, paired
 
 UNKNOWN = "–"
 

@@ -11,7 +11,7 @@ from cil import results
 from cil.errors import RunError, nearest
 from cil.report.columns import NAMED, Column
 from cil.report.protocols import Run, by_protocol, describe, differences
-from cil.report.rows import Row, order_of, rows, seed_of
+from cil.report.row import Row, order_of, rows, seed_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def load(
         RunError: Nothing to compare, a damaged result, or a filter or baseline that matches nothing; names the
             nearest that is there.
     """
-    found = {str(Path(run["folder"]).resolve()): run for run in results.find(list(paths))}
+    found: dict[Path, Run] = {}
+    for run in results.find(list(paths)):
+        found.setdefault(Path(run["folder"]).resolve(), run)  # given twice, counted once
     groups = by_protocol(list(found.values()))
     apart = differences(groups)
     if filters.protocol is not None and not 1 <= filters.protocol <= len(groups):

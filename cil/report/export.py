@@ -13,8 +13,8 @@ from cil.errors import RunError
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
 from cil.report.protocols import Run
-from cil.report.rows import Row, order_of, seed_of
-from cil.report.table import cells
+from cil.report.row import Row, order_of, seed_of
+from cil.report.terminal import cells
 
 
 def markdown(compared: Comparison, columns: Sequence[Column] = COLUMNS) -> str:

@@ -31,7 +31,8 @@ function ticks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw * 0.999);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(+(i * step).toPrecision(12));
+  const last = high / step + 1e-9;
+  for (let i = Math.ceil(low / step - 1e-9); i <= last; i++) found.push(+(i * step).toPrecision(12));
   return found;
 }
 
@@ -41,7 +42,8 @@ class Chart {
     this.section = section;
     this.readout = html("div", { class: "readout", role: "status" });
     this.canvas = html("div");
-    this.plot = html("div", { class: "plot", tabindex: 0, role: "group", "aria-label": name }, this.canvas, this.readout);
+    const focusable = { class: "plot", tabindex: 0, role: "group", "aria-label": name };
+    this.plot = html("div", focusable, this.canvas, this.readout);
     this.figure = html("figure", {}, html("figcaption", {}, ...caption), this.plot);
     this.plot.addEventListener("pointermove", (event) => this.point(this.place(event)));
     this.plot.addEventListener("pointerdown", (event) => this.point(this.place(event)));
@@ -108,7 +110,9 @@ class Chart {
 class Curves extends Chart {
   constructor(section, metric) {
     const select = html("select", {});
-    for (const [key, name] of Object.entries(section.data.curves)) select.append(new Option(name, key, false, key === metric));
+    for (const [key, name] of Object.entries(section.data.curves)) {
+      select.append(new Option(name, key, false, key === metric));
+    }
     super(section, "Curves over stages; arrow keys read them out", [html("label", {}, select)]);
     select.setAttribute("aria-label", "What the curves show");
     select.addEventListener("change", () => this.show(select.value));
@@ -124,40 +128,54 @@ class Curves extends Chart {
   draw() {
     const rows = this.section.chosen();
     if (!this.start(rows, Math.round(Math.min(360, Math.max(240, this.canvas.clientWidth * 0.62))))) return;
-    const of = (row) => row.curves[this.metric];
-    this.stages = Math.max(...rows.map((row) => of(row).mean.length));
-    const ends = rows.flatMap((row) => of(row).mean.flatMap((v, i) => (v === null ? [] : [v - (of(row).std[i] || 0), v + (of(row).std[i] || 0)])));
-    let [low, high] = ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
-    if (low > 0 && low < 0.3 * high) low = 0;
-    const pad = 0.04 * (high - low || 1);
-    [low, high] = [low === 0 ? 0 : low - pad, high + pad];
+    const curves = rows.map((row) => row.curves[this.metric]);
+    this.stages = Math.max(...curves.map(({ mean }) => mean.length));
+    const [low, high] = this.range(curves);
     const { left, right, top, bottom } = this.box;
-    this.x = (stage) => (this.stages > 1 ? left + 8 + ((stage - 1) / (this.stages - 1)) * (right - left - 16) : (left + right) / 2);
+    const step = (right - left - 16) / (this.stages - 1);
+    this.x = (stage) => (this.stages > 1 ? left + 8 + (stage - 1) * step : (left + right) / 2);
     this.y = (value) => bottom - ((value - low) / (high - low)) * (bottom - top);
     const whole = ticks(1, this.stages, Math.max(2, this.width / 60)).filter(Number.isInteger);
     this.axes(whole.map((v) => [v, v]), ticks(low, high, 6).map((v) => [v, v]), this.x, this.y, "stage");
     this.cross = this.svg.appendChild(svg("line", { y1: top, y2: bottom, class: "cross", visibility: "hidden" }));
-    for (const row of [...rows].reverse()) this.svg.append(this.series(row, of(row)));
+    for (const row of [...rows].reverse()) this.svg.append(this.series(row, row.curves[this.metric]));
     this.section.highlight();
   }
 
+  /** Lowest and highest end of any band, and some room: at least two points, from zero where that is near. */
+  range(curves) {
+    const ends = curves.flatMap(({ mean, std }) =>
+      mean.flatMap((value, i) => (value === null ? [] : [value - (std[i] || 0), value + (std[i] || 0)])),
+    );
+    const [least, most] = ends.length ? [Math.min(...ends), Math.max(...ends)] : [0, 1];
+    const room = Math.max(0.04 * (most - least), 1 - (most - least) / 2);
+    const near = least >= 0 && least < 0.3 * most;
+    return [near ? 0 : least - room, most + room];
+  }
+
   series(row, { mean, std }) {
-    const known = mean.map((value, i) => ({ value, x: this.x(i + 1), spread: std[i] || 0 })).filter((p) => p.value !== null);
+    const known = mean
+      .map((value, i) => ({ value, x: this.x(i + 1), spread: std[i] || 0 }))
+      .filter(({ value }) => value !== null);
     const path = (at) => known.map((p) => `${p.x.toFixed(1)},${this.y(at(p)).toFixed(1)}`);
     const group = svg("g", { class: "series", style: colour(row), "data-title": row.title });
     if (known.some((p) => p.spread)) {
       const edge = [...path((p) => p.value + p.spread), ...path((p) => p.value - p.spread).reverse()];
       group.append(svg("polygon", { class: "band", points: edge.join(" ") }));
     }
-    group.append(svg("polyline", { class: "line", points: path((p) => p.value).join(" "), "stroke-dasharray": row.dash }));
-    if (this.stages <= 25) for (const p of known) group.append(svg("circle", { class: "dot", cx: p.x, cy: this.y(p.value), r: 3 }));
+    const points = path((p) => p.value).join(" ");
+    group.append(svg("polyline", { class: "line", points, "stroke-dasharray": row.dash }));
+    if (this.stages <= 25) {
+      for (const { x, value } of known) group.append(svg("circle", { class: "dot", cx: x, cy: this.y(value), r: 3 }));
+    }
     return group;
   }
 
   /** Learners with a value at a stage, highest first. */
   at(stage) {
     const value = (row) => row.curves[this.metric].mean[stage - 1] ?? null;
-    return this.section.chosen().filter((row) => value(row) !== null).map((row) => [row, value(row)]).sort((a, b) => b[1] - a[1]);
+    const rows = this.section.chosen().filter((row) => value(row) !== null);
+    return rows.map((row) => [row, value(row)]).sort((a, b) => b[1] - a[1]);
   }
 
   point([px, py]) {
@@ -175,10 +193,12 @@ class Curves extends Chart {
     this.mark(stage);
     const found = this.at(stage);
     const from = Math.max(0, Math.min(found.findIndex(([r]) => r === row) - (most >> 1), found.length - most));
-    const spread = (r) => r.curves[this.metric].std[stage - 1];
-    const lines = found.slice(from, from + most).map(([r, v]) => [r, number(v) + (r === row && spread(r) ? ` ± ${number(spread(r))}` : "")]);
-    const rest = found.length - lines.length;
-    this.tell(`stage ${stage}${found.length ? "" : ": undefined"}${rest ? ` · ${lines.length} of ${found.length} around the pointer` : ""}`, lines, this.x(stage));
+    const lines = found.slice(from, from + most).map(([r, value]) => {
+      const spread = r === row ? r.curves[this.metric].std[stage - 1] : null;
+      return [r, number(value) + (spread ? ` ± ${number(spread)}` : "")];
+    });
+    const some = lines.length < found.length ? ` · ${lines.length} of ${found.length}` : "";
+    this.tell(`stage ${stage}${found.length ? some : ": undefined"}`, lines, this.x(stage));
   }
 
   mark(stage) {
@@ -188,7 +208,8 @@ class Curves extends Chart {
   }
 
   key(event) {
-    const [along, across] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] || [];
+    const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    const [along, across] = arrows[event.key] || [];
     if (along === undefined || !this.section.chosen().length) return;
     event.preventDefault();
     const stage = Math.min(this.stages, Math.max(1, (this.stage || this.stages + 1) + along));

@@ -6,8 +6,7 @@ class Section {
     this.off = new Set(data.rows.filter((row) => !row.shown));
     this.active = null;
     this.legend = new Legend(this);
-    const keys = Object.keys(data.curves);
-    this.charts = ["accuracy/seen", "forgetting/mean"].filter((key) => keys.includes(key)).map((key) => new Curves(this, key));
+    this.charts = ["accuracy/seen", "forgetting/mean"].map((key) => new Curves(this, key));
     this.charts.push(new Scatter(this));
     const panels = html("div", { class: "panels" }, ...this.charts.map((chart) => chart.figure), matrices(this));
     root.querySelector(".charts").append(this.legend.root, panels);
@@ -63,7 +62,8 @@ class Legend {
     all.addEventListener("click", () => section.choose(rows, true));
     const none = html("button", { type: "button", class: "all" }, "none");
     none.addEventListener("click", () => section.choose(rows, false));
-    this.root = html("fieldset", { class: "legend" }, this.count, ...this.buttons.map(([, button]) => button), all, none);
+    const buttons = this.buttons.map(([, button]) => button);
+    this.root = html("fieldset", { class: "legend" }, this.count, ...buttons, all, none);
   }
 
   draw() {
@@ -72,7 +72,8 @@ class Legend {
   }
 }
 
-const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838"];
+// matplotlib's, which figures.matrix uses, at ninths
+const CIVIDIS = "#00224e #123570 #3b496c #575d6d #707173 #8a8678 #a59c74 #c3b369 #e1cc55 #fee838".split(" ");
 
 /** The colour of an accuracy in per cent, and black or white to write on it. */
 function shade(value) {
@@ -91,18 +92,22 @@ function matrices(section) {
   const runs = section.data.rows.flatMap((row) => row.runs.map((run) => [row, run]));
   const which = html("select", { "aria-label": "Run" });
   runs.forEach(([row, run], i) => which.append(new Option(`${row.title}, order ${run.order}, seed ${run.seed}`, i)));
-  const kind = html("select", { "aria-label": "Which accuracy" }, new Option("among all classes seen", "seen"), new Option("with the task given", "within"));
+  const kinds = [new Option("among all classes seen", "seen"), new Option("with the task given", "within")];
+  const kind = html("select", { "aria-label": "Which accuracy" }, ...kinds);
   const place = html("div", { class: "heat", tabindex: 0, role: "region", "aria-label": "Accuracy matrix" });
-  const scale = html("span", { class: "small" }, "0 ", html("span", { class: "scale", style: `background: linear-gradient(90deg, ${CIVIDIS.join()})` }), " 100 %");
+  const bar = html("span", { class: "scale", style: `background: linear-gradient(90deg, ${CIVIDIS.join()})` });
+  const scale = html("span", { class: "small" }, "0 ", bar, " 100 %");
   const draw = () => place.replaceChildren(matrix(runs[which.value][1][kind.value]));
   for (const select of [which, kind]) select.addEventListener("change", draw);
   draw();
-  const caption = html("figcaption", {}, html("h3", {}, "Accuracy on every task, %"), html("label", {}, which), html("label", {}, kind), scale);
+  const choices = [which, kind].map((select) => html("label", {}, select));
+  const caption = html("figcaption", {}, html("h3", {}, "Accuracy on every task, %"), ...choices, scale);
   return html("figure", { class: "tasks" }, caption, place);
 }
 
 function matrix(rows) {
-  const head = html("tr", {}, html("th", { scope: "col" }, "stage ╲ task"), ...rows.map((_, j) => html("th", { scope: "col" }, String(j + 1))));
+  const tasks = rows.map((_, j) => html("th", { scope: "col" }, String(j + 1)));
+  const head = html("tr", {}, html("th", { scope: "col" }, "stage ╲ task"), ...tasks);
   const body = rows.map((values, i) => {
     const cells = values.map((value, j) => {
       const [background, ink] = value === null ? ["transparent", "inherit"] : shade(value);
@@ -111,10 +116,11 @@ function matrix(rows) {
     });
     return html("tr", {}, html("th", { scope: "row" }, String(i + 1)), ...cells);
   });
-  return html("table", { class: "matrix" }, head, ...body);
+  const style = `max-width: ${6 + 3.2 * rows.length}rem`;
+  return html("table", { class: "matrix", style }, html("thead", {}, head), html("tbody", {}, ...body));
 }
 
-/** Headings that sort: first by the good end, then the other way; rows without a value, and unfinished ones, stay last. */
+/** Headings that sort: first by the good end, then the other way; what has no value or is unfinished stays last. */
 function sortable(table) {
   const headings = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];
@@ -140,4 +146,5 @@ function sortable(table) {
   });
 }
 
-const sections = JSON.parse(document.getElementById("data").textContent).map((data, i) => new Section(document.querySelectorAll("section")[i], data));
+const roots = document.querySelectorAll("section");
+const sections = JSON.parse(document.getElementById("data").textContent).map((data, i) => new Section(roots[i], data));

@@ -3,7 +3,8 @@ class Scatter extends Chart {
   constructor(section) {
     const select = html("select", {});
     for (const [key, name] of Object.entries(section.data.costs)) select.append(new Option(name, key));
-    super(section, "Cost against final accuracy; arrow keys read it out", [html("h3", {}, "A_last, %, against"), html("label", {}, select)]);
+    const caption = [html("h3", {}, "A_last, %, against"), html("label", {}, select)];
+    super(section, "Cost against final accuracy; arrow keys read it out", caption);
     select.setAttribute("aria-label", "Cost");
     select.addEventListener("change", () => this.show(select.value));
     this.cost = select.value;
@@ -34,7 +35,10 @@ class Scatter extends Chart {
     for (const row of [...rows].reverse()) {
       const [cx, cy] = [x(row.costs[this.cost]), y(row.accuracy)];
       const group = svg("g", { class: "series", style: colour(row), "data-title": row.title });
-      if (row.spread) group.append(svg("line", { class: "error", x1: cx, x2: cx, y1: y(row.accuracy - row.spread), y2: y(row.accuracy + row.spread) }));
+      if (row.spread) {
+        const [y1, y2] = [y(row.accuracy - row.spread), y(row.accuracy + row.spread)];
+        group.append(svg("line", { class: "error", x1: cx, x2: cx, y1, y2 }));
+      }
       group.append(svg("circle", { class: "dot", cx, cy, r: 5 }));
       this.svg.append(group);
       this.dots.push({ row, cx, cy });
@@ -44,24 +48,22 @@ class Scatter extends Chart {
     this.section.highlight();
   }
 
-  /** Logarithmic where costs span more than a factor of twenty; zeros then stand on a place of their own at the left. */
+  /** Logarithmic where costs span more than a factor of twenty; zeros then have a place of their own at the left. */
   scale(costs) {
     const { left, right } = this.box;
     const some = costs.filter((v) => v > 0);
     const [least, most] = [Math.min(...some), Math.max(...some)];
     if (!some.length || most / least <= 20) {
       const high = (some.length ? most : 1) * 1.08;
-      return [(v) => left + (v / high) * (right - left), ticks(0, high, Math.max(2, this.width / 90)).map((v) => [v, compact.format(v)]), false];
+      const marks = ticks(0, high, Math.max(2, this.width / 90)).map((v) => [v, compact.format(v)]);
+      return [(v) => left + (v / high) * (right - left), marks, false];
     }
     const start = some.length < costs.length ? left + 44 : left;
     const [a, b] = [Math.log10(least) - 0.1, Math.log10(most) + 0.1];
     const x = (v) => (v > 0 ? start + ((Math.log10(v) - a) / (b - a)) * (right - start) : left + 18);
-    const decades = (factors) => {
-      const found = [];
-      for (let power = Math.floor(a); power <= b; power++) for (const f of factors) if (Math.log10(f * 10 ** power) >= a && Math.log10(f * 10 ** power) <= b) found.push(+(f * 10 ** power).toPrecision(6));
-      return found;
-    };
-    let marks = b - a < 2.2 ? decades([1, 2, 5]) : decades([1]);
+    const powers = Array.from({ length: Math.floor(b) - Math.floor(a) + 1 }, (_, i) => 10 ** (Math.floor(a) + i));
+    let marks = powers.flatMap((power) => (b - a < 2.2 ? [1, 2, 5] : [1]).map((f) => +(f * power).toPrecision(6)));
+    marks = marks.filter((v) => Math.log10(v) >= a && Math.log10(v) <= b);
     while (marks.length > Math.max(2, this.width / 60)) marks = marks.filter((_, i) => i % 2 === 0);
     if (start > left) marks.unshift(0);
     return [x, marks.map((v) => [v, compact.format(v)]), true];
@@ -71,12 +73,17 @@ class Scatter extends Chart {
   label() {
     const { left, right, top, bottom } = this.box;
     const taken = this.dots.map(({ cx, cy }) => [cx - 5, cy - 5, cx + 5, cy + 5]);
-    const free = ([a, b, c, d]) => a >= left && c <= right && b >= top && d <= bottom && !taken.some(([e, f, g, h]) => a < g && e < c && b < h && f < d);
+    const inside = ([x1, y1, x2, y2]) => x1 >= left && x2 <= right && y1 >= top && y2 <= bottom;
+    const apart = (a, b) => a[2] <= b[0] || b[2] <= a[0] || a[3] <= b[1] || b[3] <= a[1];
     for (const { row, cx, cy } of this.dots) {
       const text = this.svg.appendChild(svg("text", { class: "label" }, row.title));
       const wide = text.getComputedTextLength();
-      const sides = [[8, 4], [-8 - wide, 4], [-wide / 2, -9], [-wide / 2, 17], [5, -8], [5, 16], [-5 - wide, -8], [-5 - wide, 16]];
-      const found = sides.map(([dx, dy]) => [cx + dx, cy + dy]).map(([x, y]) => ({ x, y, box: [x - 1, y - 10, x + wide + 1, y + 3] })).find(({ box }) => free(box));
+      const [beside, above, before] = [[8, 4], [-wide / 2, -9], [-8 - wide, 4]];
+      const corners = [[5, -8], [5, 16], [-5 - wide, -8], [-5 - wide, 16]];
+      const found = [beside, before, above, [-wide / 2, 17], ...corners]
+        .map(([dx, dy]) => [cx + dx, cy + dy])
+        .map(([x, y]) => ({ x, y, box: [x - 1, y - 10, x + wide + 1, y + 3] }))
+        .find(({ box }) => inside(box) && taken.every((other) => apart(box, other)));
       if (!found) {
         text.remove();
         continue;
@@ -96,7 +103,8 @@ class Scatter extends Chart {
   read({ row, cx }) {
     this.section.focus(row);
     const spread = row.spread === null ? "" : ` ± ${number(row.spread)}`;
-    this.tell(`${compact.format(row.costs[this.cost])} ${this.section.data.costs[this.cost]}`, [[row, `${number(row.accuracy)} %${spread}`]], cx);
+    const cost = `${compact.format(row.costs[this.cost])} ${this.section.data.costs[this.cost]}`;
+    this.tell(cost, [[row, `${number(row.accuracy)} %${spread}`]], cx);
   }
 
   mark() {}

@@ -17,8 +17,8 @@ from cil import figures
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
 from cil.report.protocols import Run, told
-from cil.report.rows import Row, order_of, seed_of
-from cil.report.table import cells
+from cil.report.row import Row, order_of, seed_of
+from cil.report.terminal import cells
 
 CURVES = {
     # key of the curves in metrics.json: what the page calls it
@@ -43,7 +43,9 @@ COSTS = {
     "passes_per_test_image": ("passes a test image", 1.0),
 }
 DASHES = {"-": "", "-.": "9 3 2 3", ":": "2 3", "--": "6 4"}
-# figures.CYCLE again, each lighter until it stands 4.5 : 1 against the dark paper; hues stay
+# figures.CYCLE for a screen: its hues, darkened until lines stand 3 : 1 against the light paper, lightened to 4.5 : 1
+# against the dark one
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#c977a4", "#c08500", "#4999c6", "#882255", "#959532", "#40a090", "#332288")
 DARK = ("#4aa8e0", "#ff8a3d", "#2fc796", "#e3a0c6", "#f0b429", "#8ccdf5", "#d3688f", "#c9c763", "#74d3c5", "#a095f2")
 DARK_BOUNDS = {"finetune": "#a3a3a3", "joint": "#f2f2f2"}
 MOST_AT_FIRST = 10  # lines a reader can tell apart before choosing any
@@ -71,9 +73,11 @@ def _asset(name: str) -> Markup:
 
 
 def _palette() -> Markup:
-    light = {**{str(i): c for i, c in enumerate(figures.CYCLE)}, **{k: c for k, (c, _) in figures.BOUNDS.items()}}
-    dark = {**{str(i): c for i, c in enumerate(DARK)}, **DARK_BOUNDS}
-    lines = ["".join(f"--line-{k}:{c};" for k, c in colours.items()) for colours in (light, dark)]
+    bounds = {name: colour for name, (colour, _) in figures.BOUNDS.items()}
+    lines = [
+        "".join(f"--line-{name}:{colour};" for name, colour in (*enumerate(cycle), *others.items()))
+        for cycle, others in ((LIGHT, bounds), (DARK, DARK_BOUNDS))
+    ]
     return Markup(f":root{{{lines[0]}}}\n@media (prefers-color-scheme: dark){{:root{{{lines[1]}}}}}\n")
 
 
