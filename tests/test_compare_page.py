@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -163,6 +164,8 @@ addEventListener("message", (e) => document.body.replaceChildren(Object.assign(d
 def in_chromium(text, place, width=1280, dark=False):
     """Open the page from disk in a frame of that width and bring back what the probe found."""
     if CHROMIUM is None:
+        if os.environ.get("CIL_REQUIRE_CHROMIUM"):
+            pytest.fail("no Chromium on PATH, and CIL_REQUIRE_CHROMIUM is set")
         pytest.skip("no chromium, chromium-browser or google-chrome on PATH: what a browser draws is not checked here")
     errors = "<script>const errors = []; addEventListener('error', (e) => errors.push(e.message));</script>"
     (place / "page.html").write_text(

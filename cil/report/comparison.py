@@ -11,7 +11,7 @@ from cil import results
 from cil.errors import RunError, nearest
 from cil.report.columns import NAMED, Column
 from cil.report.protocols import Run, by_protocol, describe, differences
-from cil.report.row import Row, order_of, rows, seed_of
+from cil.report.row import Row, order_of, paired, rows, seed_of
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,14 @@ class Comparison:
         number: Counts the protocols from 1, in the order of the folders given, before any is filtered out.
         rows: Best first.
         baseline: What the others' differences are to; its row need not be shown.
+        lacks: The baseline that was asked for and has no run of this protocol.
         differs: The facts that tell this protocol from the others, by name; empty if there is one.
     """
 
     number: int
     rows: tuple[Row, ...]
     baseline: Row | None = None
+    lacks: str = ""
     differs: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -60,6 +62,14 @@ class Comparison:
     def shown(self, columns: Sequence[Column]) -> list[Column]:
         """Those with something to say: no differences where nothing can be subtracted."""
         return [c for c in columns if not c.difference or any(c.values(row, self.baseline) for row in self._others)]
+
+    def why_no_differences(self) -> str:
+        """What to tell a reader who looks for them, if anything."""
+        if self.lacks:
+            return f"no differences: no run of {self.lacks} is here"
+        if self.baseline is None or not self._others or any(paired(row, self.baseline) for row in self._others):
+            return ""
+        return f"no differences: no other finished run shares a class order and seed with {self.baseline.title}"
 
     @property
     def _others(self) -> list[Row]:
@@ -109,8 +119,9 @@ def load(
     compared = []
     for one in _matching(pool, filters.learner):
         base = _baseline(baseline, everything[one.number], one.rows)
-        compared.append(replace(one, rows=rank(one.rows, sort, base), baseline=base))
-    if baseline not in (None, "none") and not any(one.baseline for one in compared):
+        lacks = baseline if baseline and baseline != "none" and base is None else ""
+        compared.append(replace(one, rows=rank(one.rows, sort, base), baseline=base, lacks=lacks))
+    if all(one.lacks for one in compared):
         titles = sorted({row.title for one in pool for row in one.rows})
         raise RunError(f"--baseline {baseline}: no such row{nearest(str(baseline), titles)}; {_there(titles)}, none")
     return compared

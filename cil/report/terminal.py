@@ -57,8 +57,8 @@ def table(
         shown.add_row(*map(Text, row if notes else row[:-1]))
     shown.title = Text(f"{compared.number}. {compared.title}" if numbered else compared.title)
     lines = [f"not to be ranked with the others: {told(compared.differs)}"] if compared.differs else []
-    if any(column.difference for column in columns) and not any(column.difference for column in wanted):
-        lines += _why_no_difference(compared)
+    if any(column.difference for column in columns) and compared.why_no_differences():
+        lines.append(compared.why_no_differences())
     if count < len(wanted):
         left = ", ".join(column.name for column in wanted[count:])
         lines.append(f"left out at {width} characters a line (--columns picks): {left}")
@@ -80,9 +80,3 @@ def _least(rows: Sequence[Sequence[str]]) -> int:
 
 def _longest_word(rows: Sequence[Sequence[str]]) -> int:
     return max((cell_len(word) for row in rows for word in row[-1].split()), default=0)
-
-
-def _why_no_difference(compared: Comparison) -> list[str]:
-    if compared.baseline is None or len(compared.rows) < 2:
-        return []
-    return [f"no differences to {compared.baseline.title}: no other finished run shares a class order and seed with it"]

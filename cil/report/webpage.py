@@ -97,6 +97,7 @@ def _section(compared: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
             for cells_, known, row in zip(body, values, compared.rows, strict=True)
         ],
         "baseline": compared.baseline.title if compared.baseline and any(c.difference for c in columns) else "",
+        "undiffered": compared.why_no_differences(),
         "runs": [_provenance(row, run) for row in compared.rows for run in (*row.runs, *row.left_out)],
         "backbone": compared.runs[0]["backbone"],
     }
