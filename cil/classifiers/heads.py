@@ -168,12 +168,14 @@ class LinearHead(Head):
 
 
 class CosineHead(Head):
-    """logits = σ · ⟨f/‖f‖, W_c/‖W_c‖⟩ with one learnable σ, 1 at the start (Hou et al., CVPR 2019; APER).
+    """logits = σ · ⟨f/‖f‖, W_c/‖W_c‖⟩ with one learnable σ (Hou et al., CVPR 2019; APER).
 
     New rows are drawn from U(−1/√F, 1/√F). Extending by another head keeps one's own σ.
 
     Args:
         feature_dim: Feature width F.
+        sigma: σ at the start, > 0: 1 in the published code. As the logits lie in ±σ, a σ that has little time to grow
+            keeps the softmax flat.
 
     Parameters:
         weight: [C, F]; sigma: scalar.
@@ -181,9 +183,9 @@ class CosineHead(Head):
 
     _penalised = "sigma"  # the length of a row of W has no effect
 
-    def __init__(self, feature_dim: int) -> None:
+    def __init__(self, feature_dim: int, sigma: float = 1.0) -> None:
         super().__init__(feature_dim)
-        self.sigma = nn.Parameter(torch.ones(()))
+        self.sigma = nn.Parameter(torch.tensor(float(sigma)))
 
     def _new_rows(self, new: int, generator: torch.Generator) -> dict[str, Tensor]:
         bound = self.feature_dim**-0.5

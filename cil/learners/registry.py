@@ -25,6 +25,7 @@ BUILTIN = {
     "aper": "cil.learners.aper:APER",
     "ranpac": "cil.learners.ranpac:RanPAC",
     "fecam": "cil.learners.fecam:FeCAM",
+    "slda": "cil.learners.slda:SLDA",
     "ease": "cil.learners.ease:EASE",
     "slca": "cil.learners.slca:SLCA",
     "lae": "cil.learners.lae:LAE",
