@@ -12,7 +12,6 @@ plain sum brought to the mean norm, which is OPCM without its projection.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
+from tables import ablation
 from torch import Tensor
 
 from cil import hardware, load_backbone, load_config, provenance
@@ -189,22 +189,11 @@ def main() -> None:
     entry = next(e for e in config.learners if e.title == args.learner)
     recipe = {k: v for k, v in entry.parameters.items() if k not in ("rule", "prototypes", "anchor", "head")}
     args.out.mkdir(parents=True, exist_ok=True)
-    files = [args.out / f"{args.learner}-order{number}.json" for number in args.orders]
-    for number, file in zip(args.orders, files, strict=True):
+    for number in args.orders:
+        file = args.out / f"{args.learner}-order{number}.json"
         if not file.exists():
             file.write_text(to_json(measure(config, recipe, number, args.tasks, args.rules)), encoding="utf-8")
-    Console(width=160).print(table([json.loads(file.read_text(encoding="utf-8"))["a_last"] for file in files]))
-
-
-def table(orders: list[dict[str, dict[str, float]]]) -> Table:
-    """Mean ± standard deviation over class orders; ``gap``: oracle less linear, what drift still costs."""
-    shown = Table("rule", *[column(choice) for choice in SHOWN], "gap")
-    for rule in orders[0]:
-        values = {column(c): np.array([order[rule][column(c)] for order in orders]) for c in SHOWN}
-        spread = [v.std(ddof=1) if len(v) > 1 else 0.0 for v in values.values()]
-        cells = [f"{v.mean():.1f} ± {s:.1f}" for v, s in zip(values.values(), spread, strict=True)]
-        shown.add_row(rule, *cells, f"{(values['lda oracle'] - values['lda linear']).mean():.1f}")
-    return shown
+    Console().print(Markdown(ablation(args.out / args.learner)))
 
 
 if __name__ == "__main__":
