@@ -22,6 +22,7 @@ app.command()(benchmark.run)
 app.command()(benchmark.compare)
 app.command("list")(learners.list_)
 app.command()(learners.check_learner)
+app.command()(learners.new_learner)
 app.command()(models.merge)
 app.command()(models.predict)
 
