@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cil import report, results
@@ -20,6 +21,11 @@ MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 def markdown(folder: Path) -> str:
     """The ranked table of the runs below ``folder``, as the terminal shows it."""
     [runs] = report.by_protocol(results.find([folder]))
+    return ranked(runs)
+
+
+def ranked(runs: Sequence[report.Run]) -> str:
+    """The ranked table of runs of one protocol, in Markdown."""
     columns = ["learner", "runs", *[heading for _, heading, _, _ in report.COLUMNS[: report.NARROW]], "note"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name, group in report.by_learner(runs).items():
