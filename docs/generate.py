@@ -83,13 +83,10 @@ def builtin() -> dict[str, type[Learner]]:
 
 
 def learners_page() -> str:
-    rows = [
-        [f"[`{name}`]({name}.md)", summary(cls), *facts(cls)]
-        for name, cls in builtin().items()
-    ]  # fmt: skip
+    rows = [[f"[`{name}`]({name}.md)", summary(cls), *facts(cls)] for name, cls in builtin().items()]
     return (
-        "# Learners\n\nEach page gives the method as its docstring has it, its equation, its cost, where it departs from "
-        "other implementations, its hyper-parameters, and its results.\n\n"
+        "# Learners\n\nEach page gives the method as its docstring has it, its equation, its cost, where it departs "
+        "from other implementations, its hyper-parameters, and its results.\n\n"
         + table(["learner", "what", "old images", "backbone's weights", "streams"], rows)
         + "\n[Your own learner](../your_own_learner.md) stands beside these in every table and figure.\n"
     )
@@ -137,16 +134,16 @@ def shipped_learners() -> dict[str, set[str]]:
 
 
 def reference_results(name: str, cls: type[Learner]) -> str:
-    """The rows of the reference results that this learner made, a table a benchmark, and the settings they belong to."""
+    """The rows of the reference results that a learner made, a table a benchmark, and the settings they belong to."""
     parts = []
     for folder in sorted((ROOT / "results" / "reference").iterdir()):
         runs = [run for run in results.find([folder]) if entry_of(run).name == name]
         for group in report.by_protocol(runs):
             parts += [f"{report.describe(group[0])}:", tables.ranked(group)]
-            settings = {run["learner"]: changed(cls.Config.model_validate(entry_of(run).parameters)) for run in group}
-            parts += [
-                "\n".join(f"- `{label}`: {flow(values) if values else 'the defaults'}" for label, values in settings.items())
-            ]  # fmt: skip
+            for run in {run["learner"]: run for run in group}.values():
+                values = changed(cls.Config.model_validate(entry_of(run).parameters))
+                settings = flow(values) if values else "the defaults"
+                parts += [f"- `{run['learner']}`: {settings}"]
     if parts:
         parts.append("What they mean beside the other learners': [results](../results.md).")
     return "\n\n".join(parts)
@@ -193,7 +190,7 @@ INTRODUCTIONS = {
     "[one of your own](your_own_tuner.md), `{class: file.py:Class}`.",
     "Rules": "What the learner `merge` takes as its `rule`, and `cil merge` as `--rule`: a name, `{name: …}` with "
     "hyper-parameters and `finalisers`, or [one of your own](your_own_rule.md), `{class: file.py:Class}`.",
-    "Finalisers": "What a rule's `finalisers` may hold, applied in this order to the merged update when it is read out.",
+    "Finalisers": "What a rule's `finalisers` may hold, applied in order to the merged update when it is read out.",
 }
 
 
