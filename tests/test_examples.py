@@ -28,7 +28,7 @@ from cil.plugins import load
 from cil.protocol import ClassIncremental
 from cil.runner import run, run_stages
 from cil.stream import Stream
-from cil.testing import check_learner, parametrize_learner
+from cil.testing import parametrize_learner
 from cil.testing.setting import Case, accelerator
 from cil.tuning.table import _Choice
 
@@ -57,10 +57,9 @@ def test_every_example_stands_on_its_page_and_is_short():
     assert len((EXAMPLES / "my_learner.py").read_text(encoding="utf-8").splitlines()) < 60
 
 
+# the learners by themselves: cil check-learner on their pages, executed by test_docs.py
 @parametrize_learner(
     [
-        (LEARNER, {}),
-        (BAYES, {}),
         (BAYES, {"tuner": {"class": TUNER}, "epochs": 1}),
         ("merge", {"rule": {"class": RULE}, "epochs": 1, "statistics": 4, "tuner": "bitfit"}),
     ]
@@ -361,10 +360,10 @@ def test_a_learner_that_cannot_be_built_says_why(backbone):
         learners.build_learner({"name": "ncm", "metrc": "cosine"}, backbone)
 
 
-# --- cil new-learner --------------------------------------------------------------------------------------------------
+# --- cil new-learner; its checks are on docs/your_own_learner.md, executed by test_docs.py ---
 
 
-def test_a_new_learner_passes_every_check(tmp_path, monkeypatch, capsys):
+def test_a_new_learner(tmp_path, monkeypatch, capsys):
     from cil.cli.learners import new_learner
 
     monkeypatch.chdir(tmp_path)
@@ -372,7 +371,6 @@ def test_a_new_learner_passes_every_check(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     spec = "my_first_method.py:MyFirstMethod"
     assert f"cil check-learner {spec}" in said and f'{{class: "{spec}"}}' in said
-    assert [(r.name, r.message) for r in check_learner(registry.resolve(spec)) if not r.passed] == []
     text = (tmp_path / "my_first_method.py").read_text(encoding="utf-8")
     assert "$" not in text and registry.resolve(spec).name == "my_first_method"
     with pytest.raises(ConfigError, match=r"my_first_method\.py exists already"):
@@ -416,4 +414,4 @@ def outputs(notebook):
 
 
 def said(notebook) -> str:
-    return "".join(out.text for out in outputs(notebook) if "text" in out)
+    return "".join(out.text for out in outputs(notebook) if out.get("name") == "stdout")
