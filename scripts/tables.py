@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cil import report
+from cil import report, results
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "docs" / "merging.md")
@@ -25,8 +26,12 @@ MARK = re.compile(r"(<!-- (table|ablation): (\S+) -->\n).*?(<!-- /table -->)", r
 
 def markdown(folder: Path) -> str:
     """The ranked table of the runs below ``folder``."""
-    [compared] = report.load([folder])
-    return report.markdown(compared, report.chosen(COLUMNS))
+    return ranked(results.find([folder]))
+
+
+def ranked(runs: Sequence[dict]) -> str:
+    """The ranked table of runs of one protocol."""
+    return report.markdown(report.Comparison(1, report.rank(report.rows(runs))), report.chosen(COLUMNS))
 
 
 def ablation(stem: Path) -> str:
