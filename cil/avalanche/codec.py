@@ -115,7 +115,9 @@ class Codec:
             places = self._together(node["pixels"], memory)
             found = self._images_at(places).eval()
             pixels = torch.stack([found[i][0] for i in range(len(found))])
-            self._known |= {_bytes(image): (task, row) for image, (task, row) in zip(pixels, places.tolist(), strict=True)}
+            self._known |= {
+                _bytes(image): (task, row) for image, (task, row) in zip(pixels, places.tolist(), strict=True)
+            }
             return pixels.to(self.device)
         if "dict" in node:
             return {key: self._together(inner, memory) for key, inner in node["dict"]}

@@ -112,7 +112,7 @@ def learn(
 
 
 def _build(section: StrategySection, model: Model, recipe: Recipe, ctx: Context, first: int) -> Any:
-    parameters = [p.requires_grad_() for p in model.parameters()]
+    parameters = list(model.requires_grad_().parameters())
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
     further: dict[str, Any] = section.model_dump(exclude={"name"})
     if isinstance(section, ICaRLConfig):
