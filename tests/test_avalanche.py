@@ -39,11 +39,10 @@ PLAIN = {"epochs": 2, "train_batch_size": 8, "optimizer": "sgd", "momentum": 0.0
 PLAIN |= {"schedule": "constant", "warmup": 0.0}
 STRATEGIES = [
     ("avalanche", {"name": "Naive"}),
-    ("avalanche", {"name": "EWC", "ewc_lambda": 0.05}),
-    ("avalanche", {"name": "EWC", "ewc_lambda": 0.05, "mode": "online", "decay_factor": 0.5}),
-    ("avalanche", {"name": "LwF", "alpha": [0, 1, 2], "temperature": 3}),
-    ("avalanche", {"name": "SynapticIntelligence", "si_lambda": 0.5, "eps": 0.01}),
-    ("avalanche", {"name": "MAS", "lambda_reg": 0.01}),
+    ("avalanche", {"name": "EWC", "ewc_lambda": 20}),
+    ("avalanche", {"name": "EWC", "ewc_lambda": 20, "mode": "online", "decay_factor": 0.5}),
+    ("avalanche", {"name": "LwF", "alpha": 2, "temperature": 3}),
+    ("avalanche", {"name": "MAS", "lambda_reg": 1}),
     ("avalanche_replay", {"name": "Replay", "mem_size": 10}),
     ("avalanche_replay", {"name": "ER_ACE", "mem_size": 10, "batch_size_mem": 4}),
     ("avalanche_replay", {"name": "AGEM", "patterns_per_exp": 5, "sample_size": 9}),
@@ -66,7 +65,7 @@ def test_common_checks(case, check):
     check(case)
 
 
-@pytest.mark.parametrize(("name", "strategy"), [*STRATEGIES[4:6], *STRATEGIES[7:], *OWN])
+@pytest.mark.parametrize(("name", "strategy"), [STRATEGIES[4], *STRATEGIES[6:], *OWN])
 def test_every_strategy_goes_on_after_an_interruption_as_if_there_had_been_none(name, strategy):
     CHECKS["resume"](Case(registry.resolve(name), {"strategy": strategy, **SMALL, "epochs": 2}))
 
@@ -224,10 +223,9 @@ def fisher_by_hand(vit, learner, tasks, parameters):
 def test_lwf_without_weight_is_naive():
     states = [
         Case(registry.resolve("avalanche"), {"strategy": strategy, **PLAIN}).run().learner.state_dict()
-        for strategy in ("Naive", {"name": "LwF", "alpha": 0}, {"name": "LwF", "alpha": [5, 0, 0]})
+        for strategy in ("Naive", {"name": "LwF", "alpha": 0})
     ]
-    for other in states[1:]:  # the first task has no old model
-        assert all(torch.equal(states[0][k], other[k]) for k in states[0] if not k.startswith("memory"))
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0] if not k.startswith("memory"))
 
 
 def test_a_local_loss_leaves_old_rows_alone():
@@ -255,6 +253,26 @@ def test_replay_keeps_as_many_images_as_it_may_and_no_more(mem_size):
         rows = places[:, 1].tolist()
         assert (places[:, 0] == j).all() and len(set(rows)) == len(rows)
         assert all(0 <= row < len(learner.tasks[j]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kept"),
+    [
+        ({"name": "DER", "mem_size": 3, "batch_size_mem": 2}, [3] * 8),  # five classes end without an image
+        ({"name": "AGEM", "patterns_per_exp": 2, "sample_size": 8}, [2, 4, 6, 8, 10, 11, 13, 15]),  # one class has one
+        ({"name": "AGEM", "sample_size": 4}, "stage 4: AGEM's sample_size is 4"),
+        ({"name": "ICaRL", "memory_size": 3}, [3, 4, 3, 4, 5, 6, 7, 8]),  # rounded up to whole images a class
+    ],
+)
+def test_memories_that_are_small_for_the_stream(strategy, kept):
+    vit = backbone()
+    learner = Case(registry.resolve("avalanche_replay"), {"strategy": strategy, **PLAIN, "epochs": 1}).learner(vit)
+    if isinstance(kept, str):
+        with pytest.raises(TrainingError, match=kept):
+            run_stages(learner, stream(vit, sizes=(1,) * 8), accelerator=accelerator())
+        return
+    rows = run_stages(learner, stream(vit, sizes=(1,) * 8), accelerator=accelerator())
+    assert [row["costs"]["exemplar_bytes"] / (3 * 32 * 32) for row in rows] == kept
 
 
 def test_der_holds_an_image_to_the_logits_it_had_and_to_no_others():
@@ -327,6 +345,15 @@ def test_icarl_wants_new_classes(image_set):
     assert len(run_stages(learner, Stream(*sets, DomainIncremental()), accelerator=accelerator())) == 2
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_synaptic_intelligence_is_naive_here_and_therefore_refused():
+    """If this fails, Avalanche has mended it: put it into the table."""
+    vit = backbone()
+    theirs = dict(plain_script("SynapticIntelligence", {"si_lambda": 1e4}, stream(vit), vit).vit.named_parameters())
+    for key, naive in naively_trained().items():
+        torch.testing.assert_close(naive, theirs[key], atol=2e-5, rtol=1e-4)
+
+
 def test_hyper_parameters_are_those_of_avalanches_constructors():
     everywhere = set(inspect.signature(supervised.Naive.__init__).parameters) | {"kwargs", "peval_mode"}
     ours = {"verbose", "buffer_transform", "feature_extractor", "classifier"}  # set here, not by the user
@@ -351,6 +378,7 @@ def test_hyper_parameters_are_those_of_avalanches_constructors():
         ({"strategy": "LWF"}, "unknown 'LWF'.*did you mean 'LwF'"),
         ({"strategy": "Replay"}, "Replay: it keeps old images; use the learner avalanche_replay"),
         ({"strategy": "GEM"}, "GEM: it keeps augmented pixels"),
+        ({"strategy": "SynapticIntelligence"}, "finds that none has moved, and is Naive"),
         ({"micro_batch_size": 2}, "takes a batch at once"),
         ({"name": "avalanche_replay", "strategy": "EWC"}, "EWC: it keeps no images; use the learner avalanche"),
         ({"name": "avalanche_replay", "strategy": "DER", "label_smoothing": 0.1}, "DER has a loss of its own"),

@@ -58,9 +58,11 @@ class Codec:
             weights = self._tensor(value._buffer_weights, f"{path}/weights")
             return {"reservoir": value.max_size, "weights": weights, "buffer": self._apart(value.buffer, path)}
         if isinstance(value, AvalancheDataset):
+            if not len(value):  # which may have lost its attributes
+                return {"images": self._places([], path), "logits": None}
             logits = getattr(value, "logits", None)
             rows = None if logits is None else self._tensor(torch.stack(list(logits)), f"{path}/logits")
-            return {"images": self._places(list(value.places) if len(value) else [], path), "logits": rows}
+            return {"images": self._places(list(value.places), path), "logits": rows}
         if isinstance(value, Tensor) and value.ndim == 4:
             return {"pixels": self._places([self._place(pixels) for pixels in value], path)}
         if isinstance(value, Tensor):

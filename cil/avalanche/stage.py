@@ -32,7 +32,7 @@ from cil.avalanche.codec import Codec
 from cil.avalanche.data import whole_task
 from cil.avalanche.memory import Memory
 from cil.avalanche.model import Model
-from cil.avalanche.table import ICaRLConfig, StrategySection
+from cil.avalanche.table import AGEMConfig, ICaRLConfig, StrategySection
 from cil.errors import TrainingError
 from cil.learner import Context
 from cil.randomness import isolated
@@ -43,10 +43,6 @@ KEPT: dict[str, tuple[str, ...]] = {
     "Naive": (),
     "EWC": ("EWCPlugin.saved_params", "EWCPlugin.importances"),
     "LwF": ("LwFPlugin.lwf.expcount", "LwFPlugin.lwf.prev_classes_by_task"),
-    "SynapticIntelligence": (
-        "SynapticIntelligencePlugin.ewc_data.1",
-        "SynapticIntelligencePlugin.syn_data.cum_trajectory",
-    ),
     "MAS": ("MASPlugin.params", "MASPlugin.importance"),
     "Replay": ("ReplayPlugin.storage_policy.buffer_groups", "ReplayPlugin.storage_policy._num_exps"),
     "DER": ("strategy.storage_policy.buffer_groups", "strategy.storage_policy.seen_classes"),
@@ -93,10 +89,16 @@ def learn(
         The strategy after training.
 
     Raises:
-        TrainingError: The loss is not finite, or the precision is one Avalanche's loop does not know.
+        TrainingError: The loss is not finite, the precision is one Avalanche's loop does not know, or AGEM's samples
+            are fewer than the tasks.
     """
     if ctx.accelerator.mixed_precision == "fp16":
         raise TrainingError("precision: fp16 needs scaled gradients, which Avalanche's loop does not know; use bf16")
+    if isinstance(section, AGEMConfig) and section.sample_size <= task.index:
+        raise TrainingError(
+            f"stage {task.index}: AGEM's sample_size is {section.sample_size}, which leaves tasks without an image a "
+            "step; give at least the number of tasks. Earlier stages are kept"
+        )
     seed = int(torch.randint(2**62, (), generator=ctx.generator))
     codec = Codec(data, len(task.seen), ctx.device)
     with isolated(seed), _without_its_own_warnings():  # Avalanche draws from the global states
@@ -141,9 +143,6 @@ def _criterion(recipe: Recipe, first: int) -> Callable[[Tensor, Tensor], Tensor]
 def _restore(strategy: Any, section: StrategySection, kept: Mapping[str, Any], past: int) -> None:
     """What the last task left behind."""
     strategy.clock.train_exp_counter = past
-    if section.name == "SynapticIntelligence":  # fills the dictionaries; all but two are overwritten by every task
-        plugin = _get(strategy, "SynapticIntelligencePlugin")
-        plugin.create_syn_data(strategy.model, plugin.ewc_data, plugin.syn_data, plugin.excluded_parameters)
     if section.name == "AGEM":  # whose loader over the memories is made by adding one
         for images in kept["AGEMPlugin.buffers"]:
             _get(strategy, "AGEMPlugin").update_memory(images)
@@ -221,11 +220,11 @@ class _Recipe(SupervisedPlugin):
 
 
 def _get(strategy: Any, path: str) -> Any:
-    """``Plugin.a.b``: attribute or entry b of attribute a of the plugin of that class, or of the strategy itself."""
-    owner, *rest = path.split(".")
+    """``Plugin.a.b``: attribute b of attribute a of the plugin of that class, or of the strategy itself."""
+    owner, *names = path.split(".")
     found = strategy if owner == "strategy" else next(p for p in strategy.plugins if type(p).__name__ == owner)
-    for name in rest:
-        found = found[name] if isinstance(found, dict) else found[int(name)] if name.isdigit() else getattr(found, name)
+    for name in names:
+        found = getattr(found, name)
     return found
 
 
@@ -248,8 +247,7 @@ def _padded(value: Any, shapes: Mapping[str, torch.Size], name: str = "") -> Any
     if isinstance(value, dict):
         return {key: _padded(inner, shapes, str(key)) for key, inner in value.items()}
     if isinstance(value, ParamData) and name in shapes:
-        shape = shapes[name] if value.data.ndim == len(shapes[name]) else torch.Size([shapes[name].numel()])
-        data = value.data.new_zeros(shape)
+        data = value.data.new_zeros(shapes[name])
         data[: len(value.data)] = value.data
         return ParamData(value.name, init_tensor=data, device=data.device)
     return value

@@ -42,7 +42,7 @@ class StrategyRecipe(Recipe):
 
 
 class AvalancheLearner(Learner):
-    """An Avalanche strategy that keeps no images: Naive, EWC, LwF, SynapticIntelligence or MAS."""
+    """An Avalanche strategy that keeps no images: Naive, EWC, LwF or MAS."""
 
     class Config(StrategyRecipe):
         strategy: StrategyConfig = Field(EWCConfig(), description="which, with its hyper-parameters")
