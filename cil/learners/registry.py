@@ -33,6 +33,9 @@ BUILTIN = {
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
     "merge": "cil.learners.merge:Merge",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
+    "avalanche": "cil.learners.avalanche:AvalancheLearner",
+    "avalanche_replay": "cil.learners.avalanche:AvalancheReplay",
+    "l2_sp": "cil.learners.l2_sp:L2SP",
 }
 
 
