@@ -59,8 +59,6 @@ class Backbone(nn.Module):
         """Where the frozen weights live."""
         return next(self.model.parameters()).device
 
-    # a compiled forward would see ``passes`` change with every call and compile anew; what it calls is compiled
-    @partial(torch.compiler.disable, recursive=False)
     def forward(self, images: Tensor, tuner: Tuner | None = None) -> Tensor:
         """Images float [B, 3, H, W], normalised → features [B, F], with ``tuner`` riding along.
 
@@ -70,6 +68,12 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: A token-level tuner on a family it does not fit.
         """
+        # an exported program counts nothing, and its batch has no size yet
+        return self._see(images, tuner) if torch.compiler.is_exporting() else self._counted(images, tuner)
+
+    # a compiled forward would see ``passes`` change with every call and compile anew; what it calls is compiled
+    @partial(torch.compiler.disable, recursive=False)
+    def _counted(self, images: Tensor, tuner: Tuner | None) -> Tensor:
         self.passes += len(images)
         return self._see(images, tuner)
 

@@ -38,6 +38,10 @@ class TrainingError(CilError):
     """Training cannot go on, for instance after a loss that is not finite."""
 
 
+class ExportError(CilError):
+    """A model cannot be written in the format asked for, or an exported one cannot be used."""
+
+
 class RunError(CilError):
     """A results folder cannot be used: another configuration, another process, a damaged or missing file."""
 

@@ -95,7 +95,7 @@ def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor, *,
 
     def over_heads(prefix: Tensor, own: Tensor) -> Tensor:
         heads = prefix.to(own.dtype).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(-3, -2)
-        return heads.expand(len(tokens), -1, -1, -1)
+        return heads.expand(tokens.shape[0], -1, -1, -1)  # len() would fix the batch of an exported program
 
     def attend(k: Tensor, v: Tensor) -> Tensor:
         if attention.fused_attn:

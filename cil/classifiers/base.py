@@ -115,7 +115,8 @@ class Classifier(nn.Module, ABC):
         if not x.is_floating_point():
             raise DataError(f"{name}: features are {x.dtype}; expected floating point numbers")
         x = x.to(self.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if not bool(torch.isfinite(x).all()):
+        # an exported program cannot branch on values
+        if not torch.compiler.is_exporting() and not bool(torch.isfinite(x).all()):
             raise DataError(f"{name}: some features are NaN or infinite")
         return x
 

@@ -70,9 +70,12 @@ class Mahalanobis(ClassMoments):
         """
         features = self.checked(features)
         u = self.transform(features.double())
-        distances = u.new_full((len(u), self.num_classes), float("inf"))
-        for c in self.counts.nonzero().flatten().tolist():
-            mean, precision = self.solved((c,), lambda c=c: self._solve(c))  # type: ignore[misc]
+        distances = u.new_full((u.shape[0], self.num_classes), float("inf"))
+        for c in range(self.num_classes):
+            solution = self.solved((c,), lambda c=c: self._solve(c))  # type: ignore[misc]
+            if solution is None:
+                continue
+            mean, precision = solution
             away = u - mean
             distances[:, c] = ((away @ precision) * away).sum(1)
         return distances.to(features.dtype)
@@ -80,9 +83,9 @@ class Mahalanobis(ClassMoments):
     def logits(self, features: Array) -> Tensor:
         return -self.distances(features)
 
-    def _solve(self, c: int) -> tuple[Tensor, Tensor]:
-        """Mean [F] and inverse covariance [F, F] of class c, float64."""
-        return self.means[c], symmetric_inverse(self.shrunk(c))
+    def _solve(self, c: int) -> tuple[Tensor, Tensor] | None:
+        """Mean [F] and inverse covariance [F, F] of class c, float64; None for a class without samples."""
+        return (self.means[c].clone(), symmetric_inverse(self.shrunk(c))) if self.counts[c] else None
 
     def shrunk(self, c: int) -> Tensor:
         """Σ̂ of class c, float64 [F, F]."""

@@ -166,7 +166,8 @@ class Merge(Learner):
         return {FROZEN: self.backbone, **merged} if self.config.anchor else merged
 
     def features(self, images: Tensor) -> Tensor:
-        return torch.cat([view(images) for view in self.views().values()], dim=1)
+        merged = self.merged(images)
+        return torch.cat([self.backbone(images), merged], dim=1) if self.config.anchor else merged
 
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier.logits(features)

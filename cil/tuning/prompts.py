@@ -57,7 +57,7 @@ class VisualPrompts(Tuner):
         return super().pool(vit, tokens if self.deep else tokens[:, : tokens.shape[1] - self.length])
 
     def _append(self, i: int, tokens: Tensor) -> Tensor:
-        prompts = self.prompts[i].to(tokens.dtype).expand(len(tokens), -1, -1)
+        prompts = self.prompts[i].to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         return torch.cat([tokens, prompts], dim=1)
 
 
