@@ -3,8 +3,9 @@
 import torch
 from pydantic import Field
 
-from cil.classifiers.base import StatisticsClassifier, statistics
+from cil.classifiers.base import StatisticsClassifier
 from cil.learners.adapt_once import AdaptOnce
+from cil.precision import exact
 
 
 class NaiveBayes(StatisticsClassifier):
@@ -24,7 +25,7 @@ class NaiveBayes(StatisticsClassifier):
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("squares", torch.zeros(0, feature_dim, dtype=torch.float64))
 
-    @statistics()
+    @exact()
     def partial_fit(self, features, labels):
         features, labels = self.taken(features, labels)  # checked, float64, and room made for the labels
         self.sums.index_add_(0, labels, features)

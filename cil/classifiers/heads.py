@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cil.classifiers.base import Array, Classifier, statistics, without_autocast
+from cil.classifiers.base import Array, Classifier
 from cil.errors import ConfigError, TrainingError
+from cil.precision import exact, without_autocast
 
 H = TypeVar("H", bound="Head")
 
@@ -78,7 +79,7 @@ class Head(Classifier):
         """Scores [B, C] of features [B, F] in full precision."""
         return self._scores(self.checked(features))
 
-    @statistics()
+    @exact()
     def partial_fit(self: H, features: Array, labels: Array, l2: float = 1.0, iterations: int = 1000) -> H:
         """Softmax regression from the current rows: argmin Σ_i CE(logits_i, y_i) + l2/2 · ‖penalised‖², by L-BFGS.
 
@@ -133,7 +134,7 @@ class Head(Classifier):
     @abstractmethod
     def _scores(self, features: Tensor) -> Tensor: ...
 
-    @statistics()
+    @exact()
     def _append(self, rows: dict[str, Tensor]) -> None:
         for name, new in rows.items():
             old = getattr(self, name)

@@ -16,10 +16,10 @@ from cil.avalanche.memory import Memory
 from cil.avalanche.model import Features, Model
 from cil.avalanche.table import EWCConfig, ICaRLConfig, ReplayConfig, StoringStrategyConfig, StrategyConfig
 from cil.backbone import FROZEN, Backbone
-from cil.classifiers.base import without_autocast
 from cil.classifiers.heads import LinearHead
 from cil.errors import StreamError
 from cil.learner import Context, Learner
+from cil.precision import without_autocast
 from cil.stream import Task, TaskData
 from cil.training import Optimizer, Recipe, Softmax
 from cil.tuning import TunerConfig, build_tuner
