@@ -23,6 +23,7 @@ app.command()(benchmark.compare)
 app.command("list")(learners.list_)
 app.command()(learners.check_learner)
 app.command()(models.merge)
+app.command()(models.export)
 app.command()(models.predict)
 
 
