@@ -110,9 +110,9 @@ class RunFolder:
                 save_file(predictions, temporary / "predictions.safetensors")
                 write_json(temporary / "stage.json", row)
                 for file in temporary.iterdir():
-                    _flush(file)
+                    flush(file)
                 temporary.rename(self.stage(index))
-                _flush(self.path)
+                flush(self.path)
         except RunError:
             shutil.rmtree(temporary, ignore_errors=True)  # the reason is already on its way to the user
             raise
@@ -161,7 +161,7 @@ class RunFolder:
         with self.reported():
             temporary = self.path / f".{name}"
             temporary.write_text(text, encoding="utf-8")
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(self.path / name)
 
 
@@ -198,7 +198,7 @@ def _system_error(error: SafetensorError) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make sure a file's or folder's content is on the disk before anything that depends on it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -51,16 +51,17 @@ class Display:
 
     def track(self, items: Iterable[Any], description: str, length: int) -> Iterator[Any]:
         """Iterate with a bar and the time left; the bar goes when the loop is over."""
-        if self._progress is None or length <= 1:
+        progress = self._progress  # which may be gone by the time a loop that failed is thrown away
+        if progress is None or length <= 1:
             yield from items
             return
-        bar = self._progress.add_task(description, total=length)
+        bar = progress.add_task(description, total=length)
         try:
             for item in items:
                 yield item
-                self._progress.advance(bar)
+                progress.advance(bar)
         finally:
-            self._progress.remove_task(bar)
+            progress.remove_task(bar)
 
     def stage(self, title: str, rows: list[dict[str, Any]], stages: int) -> None:
         """The line of a finished stage."""

@@ -25,6 +25,7 @@ app.command("list")(learners.list_)
 app.command()(learners.check_learner)
 app.command()(learners.new_learner)
 app.command()(models.merge)
+app.command()(models.export)
 app.command()(models.predict)
 
 

@@ -1,7 +1,8 @@
-"""Commands about finished models: merge checkpoints, predict with a run."""
+"""Commands about finished models: merge checkpoints, export a run, predict."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -54,14 +55,92 @@ def merge(
     typer.echo(f"{out}: {int(merged.count)} tasks, mean norm of an update {merged.mean_norm:.4g}")
 
 
-def predict(
+def export(
     run: Annotated[Path, typer.Argument(help="A run folder: results/<name>/<learner>/order…-seed…")],
-    images: Annotated[list[Path], typer.Argument(help="Image files")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes to print")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+    kind: Annotated[str, typer.Option("--format", help="safetensors, torch.export or onnx")] = "safetensors",
+    out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/export-FORMAT")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is already there")] = False,
 ) -> None:
-    """Load a run's last stage and print the top classes of images by name."""
-    from cil.prediction import predict as predict_images
+    """Write a run's last stage as one model with a model card, checked to give the same logits."""
+    from rich.console import Console
 
-    for path, ranked in predict_images(run, images, top, device):
-        typer.echo(f"{path}: " + ", ".join(f"{name} ({score:.3f})" for name, score in ranked))
+    with Console(stderr=True).status("exporting …"):
+        from cil.export import export as write
+        from cil.export.artifact import read_facts
+
+        folder = write(run, out, kind, force=force)
+    facts = read_facts(folder)
+    stages, difference = facts["stages"], facts["check"]["logits"]["max_relative_difference"]
+    typer.echo(
+        f"{folder}: {facts['learner']['title']} after stage {stages['finished']} of {stages['planned']} as {kind}, "
+        f"{len(facts['classes'])} classes; its logits differ from the learner's by {difference:.1e} of the largest"
+    )
+
+
+class OnError(str, Enum):
+    """What to do with a file that is no readable image."""
+
+    RAISE = "raise"
+    SKIP = "skip"
+
+
+def predict(
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, results/<name>/<learner>/order…-seed…, or an exported one")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders to search for them")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes an image")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass")] = 32,
+    out: Annotated[Path | None, typer.Option(help="FILE.json, .jsonl or .csv to write instead of printing")] = None,
+    on_error: Annotated[OnError, typer.Option(help="What to do with a file that is no readable image")] = OnError.RAISE,
+) -> None:
+    """The top classes of images by name, from a run's last stage or an exported model."""
+    import sys
+    from contextlib import nullcontext
+
+    from rich.console import Console
+
+    from cil.errors import DataError
+    from cil.predictions import check_output, written
+
+    if out is not None:
+        check_output(out)
+    console, stdout = Console(stderr=True), sys.stdout
+    with console.status("loading torch …"):
+        from cil.console import Display
+        from cil.export import is_artifact, load
+        from cil.prediction import find_images, open_run
+        from cil.prediction import predict as predict_images
+
+        model = load(run, device) if is_artifact(run) else open_run(run, device)
+        paths = find_images(images)
+
+    def say(path: Path, ranked: list[tuple[str, float]]) -> None:
+        typer.echo(f"{path}: " + ", ".join(f"{name} ({score:.3f})" for name, score in ranked), file=stdout)
+
+    skipped = 0
+
+    def skip(error: DataError) -> None:
+        nonlocal skipped
+        skipped += 1
+        typer.echo(f"skipped {error}", err=True)
+
+    # a bar would run through lines that are printed to the same terminal
+    bar = console if out is not None or not stdout.isatty() else None
+    target = nullcontext(say) if out is None else written(out, min(top, len(model.names)))
+    with Display(bar) as display, target as add:
+        for path, ranked in predict_images(
+            model,
+            paths,
+            top,
+            batch_size=batch_size,
+            on_broken=skip if on_error is OnError.SKIP else None,
+            track=display.track,
+        ):
+            add(path, ranked)
+        if skipped == len(paths):
+            raise DataError(f"none of the {skipped} images can be read")
+    if out is not None or skipped:
+        read = f"{len(paths) - skipped} of {len(paths)} images" if skipped else f"{len(paths)} images"
+        typer.echo(f"{out}: {read}" if out is not None else f"{read} could be read", err=out is None)

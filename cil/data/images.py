@@ -318,9 +318,10 @@ def read_image(path: Path, transforms: Transforms) -> torch.Tensor:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    source = ImageSource(
-        lambda i: Image.open(path).convert("RGB"), [0], ["image"], describe=lambda i: str(path), fingerprint=""
-    )
+    try:
+        picture = Image.open(path).convert("RGB")
+    except sources.UNREADABLE as error:
+        raise DataError(f"{path}: not a readable image ({type(error).__name__})") from None
     with isolated():
-        pixels = torch.from_numpy(np.asarray(transforms.evaluate(source.read(0))))
+        pixels = torch.from_numpy(np.asarray(transforms.evaluate(picture)))
     return transforms.normalize(pixels[None])

@@ -21,6 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from cil.errors import DataError, nearest
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "eval")}
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
+"""What PIL raises on files that are no images, or broken ones; SyntaxError on PNG chunks."""
 TORCHVISION = (
     "cifar10",
     "cifar100",
@@ -74,7 +76,7 @@ class ImageSource:
         """
         try:
             return self._read(index)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL raises SyntaxError on broken PNG chunks
+        except UNREADABLE as error:
             raise DataError(
                 f"{self.describe(index)}: not a readable image ({type(error).__name__}); "
                 "repair or remove it, or set data.on_error=skip"

@@ -1,0 +1,206 @@
+"""From a run to a checked artifact on disk: written whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cil import results
+from cil.checkpoint import RunFolder, flush, split_state, write_json
+from cil.errors import ExportError, nearest
+from cil.export import program
+from cil.export.artifact import BACKBONE, FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load, sha256
+from cil.export.card import card, licence
+from cil.prediction import Model, Trained, open_run
+from cil.provenance import versions
+
+BATCHES = (1, 5)
+TOLERANCE = 1e-4
+
+
+def export(run: str | Path, out: str | Path | None = None, format: str = "safetensors", *, force: bool = False) -> Path:
+    """Write a run's learner, as it was after its last finished stage, as one artifact.
+
+    The artifact is opened again and must give the learner's own logits and features, for batches of 1 and 5 images:
+    max |Δ| ≤ 10⁻⁴ · max |value|. What was found stands in ``model.json``.
+
+    Args:
+        run: A run folder.
+        out: The folder to write; ``<run>/export-<format>`` by default.
+        format: ``safetensors``, ``torch.export`` or ``onnx``.
+        force: Replace an exported model that is already there; another folder is never replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: Unknown format, the target is there, a learner that the format cannot express, logits that differ,
+            or the disk is full; nothing is left behind then.
+        RunError: The run cannot be loaded.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format {format!r} is unknown{nearest(format, FORMATS)}; known: {', '.join(FORMATS)}")
+    if format == "onnx":
+        program.require_onnx()
+    run = Path(run)
+    out = Path(out) if out is not None else run / f"export-{format}"
+    require_free(out, force)
+    model = open_run(run)
+    header, rows = results.load(run), RunFolder(run).rows()
+    run_facts = results.assemble(header, rows, len(header["tasks"]))
+    temporary = out.parent / f".{out.name}.{os.getpid()}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        expected = answers(model)
+        facts = describe(model, run_facts, format, features=expected[0][1].shape[1])
+        facts |= write_model(model, facts, temporary)
+        facts["files"] = {
+            file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in sorted(temporary.iterdir())
+        }
+        write_json(temporary / FACTS, facts)
+        facts["check"] = compare(expected, answers(load(temporary)), f"learner {header['learner']} as {format}")
+        write_json(temporary / FACTS, facts)
+        (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+        for file in temporary.iterdir():
+            flush(file)
+        put(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there only if something went wrong, which is on its way up
+    return out
+
+
+def require_free(out: Path, force: bool) -> None:
+    """Refuse a target before any work is done.
+
+    Raises:
+        ExportError: It is there and may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not is_artifact(out):
+        raise ExportError(f"{out}: is there and holds no exported model; give another --out, or remove it")
+    if not force:
+        raise ExportError(f"{out}: is there already; give another --out, or --force to replace it")
+
+
+def put(temporary: Path, out: Path) -> None:
+    """Rename into place; what was there is removed only then."""
+    old = out.with_name(f".{out.name}.old.{os.getpid()}")
+    if not out.exists():
+        temporary.rename(out)
+        return
+    out.rename(old)
+    try:
+        temporary.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def describe(model: Trained, run: dict[str, Any], format: str, features: int) -> Facts:
+    """Everything a reader or a program must know, but for the files and the check."""
+    config, backbone, learner = run["config"], model.backbone, model.learner
+    stages, packages = run["stages"], program.ONNX_PACKAGES if format == "onnx" else ()
+    return {
+        "schema": SCHEMA,
+        "format": format,
+        "classes": list(model.names),
+        "input": {"name": program.INPUT, "dtype": "float32", "shape": ["batch", 3, *[model.transforms.size] * 2]},
+        "outputs": {"logits": ["batch", len(model.names)], "features": ["batch", features]},
+        "preprocessing": {key: value for key, value in model.transforms.card.items() if key != "augment"},
+        "learner": {
+            "title": run["learner"],
+            "paper": run["paper"],
+            "parameters": learner.config.model_dump(mode="json"),
+            "stores_images": run["stores_images"],
+            "trains_backbone": run["trains_backbone"],
+            "entry": config["learners"][0],
+            "state": split_state(learner.state_dict())[1],
+        },
+        "backbone": {
+            "name": backbone.name,
+            "sha256": backbone.fingerprint,
+            "config": {key: config["backbone"][key] for key in ("name", "options")},
+            "licence": licence(backbone, config["backbone"]["weights"]),
+        },
+        "protocol": {
+            "benchmark": config["name"],
+            "dataset": config["data"]["dataset"],
+            "data": {split: {k: run["data"][split][k] for k in ("sha256", "images")} for split in ("train", "test")},
+            "stream": config["stream"],
+            "order": config["orders"][0],
+            "seed": config["seeds"][0],
+            "tested_on": run["tested_on"],
+            "chosen_by": run["chosen_by"],
+        },
+        "tasks": run["tasks"][: learner.stages],
+        "stages": {"finished": len(stages), "planned": len(run["tasks"])},
+        "summary": run["summary"],
+        "curves": run["curves"],
+        "versions": {"trained": run["versions"], "exported": versions() | {name: version(name) for name in packages}},
+    }
+
+
+def write_model(model: Trained, facts: Facts, folder: Path) -> Facts:
+    """The model's file in its format; what else to record.
+
+    Raises:
+        ExportError: The format cannot express the learner.
+    """
+    file = folder / FORMATS[facts["format"]]
+    title = f"learner {facts['learner']['title']}"
+    if facts["format"] == "safetensors":
+        tensors = {BACKBONE + key: value for key, value in split_state(model.backbone.model.state_dict())[0].items()}
+        tensors |= {LEARNER + key: value for key, value in split_state(model.learner.state_dict())[0].items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        return {}
+    graph = program.trace(model, title)
+    if facts["format"] == "torch.export":
+        return program.save_program(graph, file)
+    return program.save_onnx(graph, file, program.example(model), title)
+
+
+def answers(model: Model) -> list[tuple[Tensor, Tensor]]:
+    """Logits and features of the same images, in batches of every size of :data:`BATCHES`."""
+    generator, size = torch.Generator().manual_seed(0), model.transforms.size
+    coarse, fine = (torch.randn(max(BATCHES), 3, side, side, generator=generator) for side in (4, size))
+    # patches of colour under noise: images unlike one another, or all would choose the same prompts
+    images = F.interpolate(coarse, size=(size, size)) + 0.1 * fine
+    with torch.no_grad():
+        return [model(images[:count]) for count in BATCHES]
+
+
+def compare(expected: list[tuple[Tensor, Tensor]], found: list[tuple[Tensor, Tensor]], what: str) -> Facts:
+    """The largest differences, absolute and as a share of the largest value.
+
+    Raises:
+        ExportError: One is above the tolerance, or a shape or an infinite value differs.
+    """
+    noted: Facts = {"batch_sizes": list(BATCHES), "tolerance": TOLERANCE}
+    for i, name in enumerate(program.OUTPUTS):
+        mine, theirs = (torch.cat([pair[i] for pair in side]) for side in (expected, found))
+        finite = mine.isfinite()
+        if mine.shape != theirs.shape or not torch.equal(mine[~finite], theirs[~finite]):
+            raise ExportError(f"{what} gives {name} of another shape, or infinite ones, where the learner does not")
+        absolute = max((mine - theirs)[finite].abs().tolist(), default=0.0)
+        relative = absolute / (max(mine[finite].abs().tolist(), default=0.0) or 1.0)
+        if not relative <= TOLERANCE:
+            raise ExportError(
+                f"{what} gives other {name} than the learner: they differ by {relative:.1e} of the largest (allowed: "
+                f"{TOLERANCE:.0e}); nothing was written. Does the learner draw random numbers when it predicts?"
+            )
+        noted[name] = {"max_absolute_difference": absolute, "max_relative_difference": relative}
+    return noted
