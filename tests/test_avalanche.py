@@ -6,7 +6,9 @@ import copy
 import inspect
 import io
 import random
+import runpy
 from functools import lru_cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -569,7 +571,7 @@ def _note(names, name, value):
 
 def test_what_does_not_fit_a_script_is_refused():
     from avalanche.benchmarks import benchmark_from_datasets
-    from avalanche.benchmarks.utils import as_classification_dataset
+    from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
 
     vit = backbone()
     again = on_digits(vit, sizes=(10,)).to_avalanche().train_stream[0]
@@ -582,7 +584,20 @@ def test_what_does_not_fit_a_script_is_refused():
     tasks = benchmark_from_datasets(train=[as_classification_dataset(wrong)])
     with pytest.raises(StreamError, match=r"torch.float32 \[3, 8, 8\]; the backbone wants float \[3, 32, 32\]"):
         as_strategy("ncm", backbone=vit, evaluator=None).train(tasks.train_stream[0], eval_streams=[])
+    bare = benchmark_from_datasets(train=[AvalancheDataset([wrong])])
+    with pytest.raises(StreamError, match="experience 0 has no images, or its data set no attribute targets"):
+        as_strategy("ncm", backbone=vit, evaluator=None).train(bare.train_stream[0], eval_streams=[])
     with pytest.raises(ConfigError, match="unknown key metrik"):
         as_strategy({"name": "ncm", "metrik": 1}, backbone=vit)
     with pytest.raises(BackboneError, match="timm knows no"):
         as_strategy("ncm", backbone="vit_tiny_patch8_65")
+
+
+@pytest.mark.slow
+def test_the_example_runs(capsys):
+    """An ordinary Avalanche script, on real digits with the shipped backbone."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "avalanche_script.py"))
+    found = script["main"]()
+    assert found["Top1_Acc_Stream/eval_phase/test_stream"] > 0.6
+    assert "StreamForgetting/eval_phase/test_stream" in found
+    assert "Top1_Acc_Stream/eval_phase/test_stream = 0." in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
 Avalanche is imported in this package and nowhere else, and only when asked for: it takes seconds. Its own class
 splitting and its checkpoints are not used: given a number of experiences that does not divide the classes it drops the
-rest without a word, and what it pickles does not always unpickle. It is handed finished tasks, and what its strategies
-keep between tasks is kept for them (:mod:`cil.avalanche.memory`).
+rest without a word, and checkpoints are pickles. It is handed finished tasks, and what its strategies keep from task to
+task is kept for them (:mod:`cil.avalanche.memory`).
 """
 
 from __future__ import annotations

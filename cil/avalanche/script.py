@@ -123,7 +123,9 @@ class LearnerStrategy(SupervisedTemplate):
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         learner, index = self.learner, self.learner.stages
-        targets = [int(label) for label in self.adapted_dataset.targets]
+        targets = [int(label) for label in getattr(self.adapted_dataset, "targets", ())]
+        if not targets:
+            raise StreamError(f"experience {index} has no images, or its data set no attribute targets")
         shown = sorted(set(targets))
         self.labels += [label for label in shown if label not in self.labels]
         column = {label: i for i, label in enumerate(self.labels)}

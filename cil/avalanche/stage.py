@@ -160,8 +160,6 @@ def _experience(task: Task, sizes: Sequence[int]) -> Any:
     experience: Any = DatasetExperience(dataset=images, current_experience=task.index)
     experience.classes_in_this_experience = set(task.classes)
     experience.classes_seen_so_far = set(task.seen)
-    experience.previous_classes = set(range(sum(sizes[:-1])))
-    experience.future_classes = set()
     # iCaRL reads these of its experience's benchmark, where no other strategy looks and Avalanche puts them no more
     experience.benchmark = SimpleNamespace(n_classes_per_exp=list(sizes), classes_order=list(task.seen))
     return experience

@@ -42,7 +42,27 @@ class StrategyRecipe(Recipe):
 
 
 class AvalancheLearner(Learner):
-    """An Avalanche strategy that keeps no images: Naive, EWC, LwF or MAS."""
+    """An Avalanche strategy that keeps no images: Naive, EWC, LwF or MAS.
+
+    Avalanche's own loop and plugins minimise L = CE(f_θ(x) Wᵀ + b, y) + penalty over θ, any tuner on the frozen
+    backbone (``full``: all its weights), and a head W, b that grows with the classes; no task ids anywhere.
+
+    * Naive: no penalty.
+    * EWC: λ Σ_{s<t} Σ_i F_i^s (θ_i − θ_i^s)². Keeps F and θ of every task; with ``mode: online`` of the last one, and
+      F ← γ F + F^t. One more pass a task, with gradients.
+    * LwF: α KL(softmax(z_old / τ) ‖ softmax(z / τ)) over the old classes, z_old from the model before the task. Keeps
+      nothing but the weights. From the second task on two passes an epoch.
+    * MAS: λ Σ_i Ω_i (θ_i − θ*_i)², Ω_i ← a Ω_i + (1 − a) |∂‖z‖²/∂θ_i|. Keeps Ω and θ*. One more pass a task, with
+      gradients.
+
+    As Avalanche has it, F is the mean over batches of the squared gradient of a batch's mean loss on the true labels:
+    it falls with ``train_batch_size``, so λ belongs to one batch size. New rows of the head are not held back.
+
+    Departures from an Avalanche script: optimiser and schedule start anew at every task, and batch size, warm-up,
+    clipping and label smoothing are the recipe's. A strategy is built anew for every task and given what it kept, as
+    tensors and JSON; with plain SGD it ends at the weights of one that lived through the stream, which is tested.
+    ``loss: local`` (the task's classes only in the softmax) is ours. Under several processes each trains on everything.
+    """
 
     class Config(StrategyRecipe):
         strategy: StrategyConfig = Field(EWCConfig(), description="which, with its hyper-parameters")
@@ -90,7 +110,24 @@ class AvalancheLearner(Learner):
 
 
 class AvalancheReplay(AvalancheLearner):
-    """An Avalanche strategy that keeps old images: Replay, DER, ER_ACE, AGEM or ICaRL."""
+    """An Avalanche strategy that keeps old images: Replay, DER, ER_ACE, AGEM or ICaRL.
+
+    As ``avalanche``, with a memory of exemplars (``stores_images``). What is kept are their places in the data, and
+    they are read again when they are trained on; the bytes counted are those of the images.
+
+    * Replay: every batch of new images is joined by as many kept ones, random, in equal parts from the tasks.
+    * DER: CE on new images, α MSE to the logits stored with kept ones and β CE on their labels (DER++); random, in
+      equal parts from the classes.
+    * ER_ACE: the mean of CE on kept images and of CE on new ones with only the batch's classes in the softmax.
+    * AGEM: g ← g − (g·r / r·r) r where g·r < 0, r being the gradient on kept images, as many of every task.
+    * ICaRL: sigmoid cross-entropy on new and kept images, with the old model's outputs as the old classes' targets;
+      exemplars by herding. The nearest mean of exemplars decides (of them and their mirror images, all of length 1),
+      for the others the head.
+
+    Passes an epoch: two for Replay and DER, three to four for ICaRL (kept and new images, old and new model), else one
+    and the kept images of a step. Where Avalanche needs a head as wide as the last task's (DER, ICaRL) it grows here,
+    too: a class that came after an exemplar was stored has no logit to be held to, and is left out of DER's MSE.
+    """
 
     class Config(StrategyRecipe):
         strategy: StoringStrategyConfig = Field(ReplayConfig(), description="which, with its hyper-parameters")
