@@ -9,11 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cil import learners
     from cil.backbone import Backbone, load_backbone
     from cil.config import Config
     from cil.configfile import load as load_config
+    from cil.data.images import load_images
     from cil.errors import CilError
     from cil.learner import Context, Learner, LearnerConfig
+    from cil.learners.registry import build_learner
     from cil.merging import build_rule
     from cil.protocol import ClassIncremental, DomainIncremental
     from cil.runner import run, run_stages
@@ -36,11 +39,13 @@ _WHERE = {
     "Stream": "cil.stream",
     "Task": "cil.stream",
     "Tuner": "cil.vit",
+    "build_learner": "cil.learners.registry",
     "build_rule": "cil.merging",
     "build_tuner": "cil.tuning",
     "fit": "cil.training",
     "load_backbone": "cil.backbone",
     "load_config": "cil.configfile:load",
+    "load_images": "cil.data.images",
     "run": "cil.runner",
     "run_stages": "cil.runner",
 }
@@ -59,18 +64,27 @@ __all__ = [
     "Stream",
     "Task",
     "Tuner",
+    "build_learner",
     "build_rule",
     "build_tuner",
     "fit",
+    "learners",
     "load_backbone",
     "load_config",
+    "load_images",
     "run",
     "run_stages",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "learners":
+        return import_module("cil.learners")
     if name not in _WHERE:
         raise AttributeError(f"module 'cil' has no attribute {name!r}")
     module, _, attribute = _WHERE[name].partition(":")
     return getattr(import_module(module), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -49,6 +49,7 @@ def _sections(title: str, sections: Iterable[type[Section]]) -> Table:
         fields = {key: field.get_default() for key, field in section.model_fields.items() if key != "finalisers"}
         summary = (inspect.getdoc(section) or "").split(";")[0].removesuffix(".")
         table.add_row(fields.pop("name"), summary, ", ".join(f"{key}: {value}" for key, value in fields.items()))
+    table.add_row("class: file.py:Class", "one of your own", "the arguments of its constructor")
     return table
 
 
@@ -62,6 +63,7 @@ def datasets(pattern: str = "") -> Table:
     table.add_row("hfds/<org>/<set>", "a Hugging Face dataset (pip install 'cil\\[hf]')")
     for name in TORCHVISION:
         table.add_row(f"torch/{name}", "torchvision; lies in or is fetched to data.root")
+    table.add_row("file.py:function", "a function of your own, from train or test to images")
     return table
 
 

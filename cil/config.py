@@ -16,8 +16,9 @@ Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 
 
 def named(raw: Any) -> Any:
-    """A bare name as the section that has only that name: ``adapter`` is ``{name: adapter}``."""
-    return {"name": raw} if isinstance(raw, str) else raw
+    """A bare name as the section that has only that name: ``adapter`` is ``{name: adapter}``, and ``mine.py:Mine`` is
+    ``{class: mine.py:Mine}``."""
+    return {"class" if ":" in raw else "name": raw} if isinstance(raw, str) else raw
 
 
 class Section(BaseModel):
@@ -64,7 +65,11 @@ class TransformConfig(Section):
 class DataConfig(Section):
     """A dataset by name and where its splits lie."""
 
-    dataset: str = Field("digits", description="digits, folder (class folders or tars), torch/<set>, hfds/<org>/<set>")
+    dataset: str = Field(
+        "digits",
+        description="digits, folder (class folders or tars), torch/<set>, hfds/<org>/<set>, or a function of your own: "
+        "pkg.module:function or path/file.py:function",
+    )
     root: Path | None = Field(None, description="folder that holds the splits; where downloads go")
     train: str | None = Field(None, description="training split: a path below root, or a split name for hfds")
     test: str | None = Field(None, description="test split, as train")
@@ -74,6 +79,7 @@ class DataConfig(Section):
     label_key: str | None = Field(None, description="hfds: column of the labels (default label)")
     on_error: Literal["raise", "skip"] = Field("raise", description="what to do with a file that is no readable image")
     per_class: PositiveInt | None = Field(None, description="use only the first so many training images of each class")
+    options: dict[str, Any] = Field({}, description="further arguments of a function of your own")
 
 
 class StreamConfig(Section):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cil.config import Config
+from cil.config import Config, named
 from cil.errors import ConfigError, nearest
 
 M = TypeVar("M", bound=BaseModel)
@@ -134,13 +134,11 @@ def _descend(raw: dict[str, Any], path: list[str], assignment: str) -> dict[str,
                     f"{assignment!r}: no learner {part!r}{nearest(part, titles)}; there are {', '.join(titles)}"
                 )
             position = titles.index(part)
-            if isinstance(here[position], str):
-                here[position] = {"name": here[position]}
-            here = here[position]
+            here[position] = here = named(here[position])
             continue
         child = here.get(part)
         if isinstance(child, str) and part == "learner":
-            child = here[part] = {"name": child}
+            child = here[part] = named(child)
         if child is None:
             child = here[part] = {}
         if not isinstance(child, (dict, list)):
@@ -150,6 +148,7 @@ def _descend(raw: dict[str, Any], path: list[str], assignment: str) -> dict[str,
 
 
 def _title(item: Any) -> str:
+    item = named(item)
     if isinstance(item, dict):
         return str(item.get("label") or item.get("name") or str(item.get("class", "")).rsplit(":", 1)[-1])
     return str(item)
@@ -205,11 +204,13 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
             lines.append(f"{prefix}{key}.{item['ctx']['discriminator'].strip(chr(39))} is missing")
         elif item["type"] == "union_tag_invalid":
             tag, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "").split(", ")
-            lines.append(f"{prefix}{key}: unknown {tag!r}{nearest(tag, tags)}; known here: {', '.join(tags)}")
+            own = ", or class: file.py:Class" if "class" in tags else ""
+            tags = [known for known in tags if known != "class"]
+            lines.append(f"{prefix}{key}: unknown {tag!r}{nearest(tag, tags)}; known here: {', '.join(tags)}{own}")
         else:
             message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
             got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
-            lines.append(f"{prefix}{key + ': ' if key else ''}{message}{got}")
+            lines += [f"{prefix}{key + ': ' if key else ''}{line}{got}" for line in message.splitlines()]
     return "\n".join(dict.fromkeys(lines))
 
 

@@ -31,7 +31,7 @@ class BackboneError(CilError):
 
 
 class PluginError(CilError):
-    """A learner named in a configuration cannot be found or does not keep the contract."""
+    """A learner, tuner, rule or dataset named in a configuration cannot be found or does not keep the contract."""
 
 
 class TrainingError(CilError):

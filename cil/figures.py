@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -47,31 +49,88 @@ def matrix(r: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
+PANELS = (("accuracy/seen", "accuracy over all classes seen, %"), ("forgetting/mean", "forgetting, points"))
+PAPER: Any = {
+    # fonts embedded as such (42: TrueType), not as outlines per glyph: journals ask for it; sizes of a 10-point page
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "cil",
+    "font.size": 8,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 2.2,
+}
+PAPER_WIDTH = 6.75  # inches: the text width of a two-column page
+
+
+def band(runs: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation of a curve over runs, in per cent; each [stages of the shortest].
+
+    The deviation of a single run is NaN; so is everything where the curve is undefined.
+    """
+    shortest = min(len(run["curves"][key]) for run in runs)
+    values = 100 * np.array([run["curves"][key][:shortest] for run in runs], dtype=float)
+    spread = values.std(0, ddof=1) if len(runs) > 1 else np.full(shortest, np.nan)
+    return values.mean(0), spread
+
+
+def _draw(axes: Sequence[Any], groups: dict[str, list[dict[str, Any]]]) -> None:
     """Accuracy and forgetting over stages, a line a learner: mean over its runs, band ± one standard deviation."""
-    rows = -(-len(groups) // 6) if len(groups) > 8 else 0  # of a legend too long to stand inside
-    figure = new_figure(10, 4.2 + 0.25 * rows)
-    axes = figure.subplots(1, 2)
     style = styles(list(groups))
-    panels = [("accuracy/seen", "accuracy over all classes seen, %"), ("forgetting/mean", "forgetting, points")]
-    for ax, (key, label) in zip(axes, panels, strict=True):
+    for ax, (key, label) in zip(axes, PANELS, strict=True):
         for name, runs in groups.items():
-            shortest = min(len(run["curves"][key]) for run in runs)
-            values = 100 * np.array([run["curves"][key][:shortest] for run in runs], dtype=float)
-            mean, spread = values.mean(0), values.std(0)
-            stages = np.arange(1, shortest + 1)
+            mean, spread = band(runs, key)
+            stages = np.arange(1, len(mean) + 1)
             colour, line = style[name]
-            ax.plot(stages, mean, line, color=colour, marker="o", markersize=3, label=name)
+            ax.plot(stages, mean, line, color=colour, marker="o", label=name)
             if len(runs) > 1:
                 ax.fill_between(stages, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         ax.set(xlabel="stage", ylabel=label)
         ax.grid(alpha=0.25)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylim(0, 102)
+
+
+def _columns(names: Iterable[str], width: float, size: float) -> int:
+    """How many columns of a legend fit ``width`` inches at a font size in points: 0.6 em a letter, 4 em a line."""
+    return max(1, int(width * 72 / (size * (4 + 0.6 * max(map(len, names))))))
+
+
+def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
+    """Accuracy and forgetting for the screen."""
+    columns = min(6, _columns(groups, 10, 8))
+    rows = -(-len(groups) // columns) if len(groups) > 8 else 0  # of a legend too long to stand inside
+    figure = new_figure(10, 4.2 + 0.25 * rows)
+    axes = figure.subplots(1, 2)
+    with rc_context({"lines.markersize": 3}):
+        _draw(axes, groups)
     if rows:
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, frameon=False, fontsize=8, ncols=6, loc="outside lower center")
+        figure.legend(handles, names, frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
     else:
         axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def paper_figure(groups: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Accuracy and forgetting as wide as a page's text, untitled, the legend below in the order of ``groups``."""
+    with rc_context(PAPER):
+        columns = _columns(groups, PAPER_WIDTH, 7)
+        figure = new_figure(PAPER_WIDTH, 2.5 + 0.15 * -(-len(groups) // columns))
+        axes = figure.subplots(1, 2)
+        _draw(axes, groups)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, names, frameon=False, fontsize=7, ncols=columns, handlelength=3, loc="outside lower center"
+        )
+    return figure
+
+
+def paper(groups: dict[str, list[dict[str, Any]]], form: str) -> bytes:
+    """The figure for a paper as ``pdf``, ``svg`` or ``png``; the same bytes for the same runs."""
+    buffer = io.BytesIO()
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    figure = paper_figure(groups)
+    with rc_context(PAPER):
+        figure.savefig(buffer, format=form, dpi=300, metadata=undated.get(form))
+    return buffer.getvalue()

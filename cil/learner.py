@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from cil import hardware
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers.base import match_saved_shapes
 from cil.config import Section
@@ -32,9 +33,11 @@ class LearnerConfig(Section):
 class Context:
     """What a learner is given to learn with: a device, a generator, features, and somewhere to report to.
 
+    The runner makes one for every stage; ``Context(stage=task.index)`` is enough to use a learner without it.
+
     Args:
-        accelerator: Device, mixed precision and processes.
-        cache: Feature cache of the run.
+        accelerator: Device, mixed precision and processes; by default the CPU in float32.
+        cache: Feature cache of the run; by default one of its own.
         seed: The run's training seed.
         stage: The current stage; with ``seed`` it decides everything that is random in it.
         log: Receives (name, value); what arrives ends in TensorBoard under ``train/``, with a step of its own per name.
@@ -43,15 +46,16 @@ class Context:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        cache: FeatureCache,
+        accelerator: Accelerator | None = None,
+        cache: FeatureCache | None = None,
         *,
         seed: int = 0,
         stage: int = 0,
         log: Callable[[str, float], None] | None = None,
         track: Callable[[Iterable[Any], str, int], Iterable[Any]] | None = None,
     ) -> None:
-        self.accelerator, self.cache, self.stage = accelerator, cache, stage
+        self.accelerator = accelerator or hardware.accelerator("cpu")
+        self.cache, self.stage = cache or FeatureCache(self.accelerator), stage
         self.generator = generator(seed, stage)
         self.trainable_parameters = 0
         self.histograms: dict[str, list[float]] = {}

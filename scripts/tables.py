@@ -1,36 +1,61 @@
 #!/usr/bin/env python
-"""Write the tables of README.md and results/README.md from the results they name; --check only compares.
+"""Write the tables of README.md, results/README.md and docs/ from the results they name; --check only compares.
 
-A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``.
+A table stands between ``<!-- table: FOLDER -->``, or ``<!-- ablation: FOLDER/LABEL -->`` for what ablate_merging.py
+found, and ``<!-- /table -->``.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from cil import report, results
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "results" / "README.md")
-MARK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "docs" / "merging.md")
+COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
+TREATMENTS = ("lda stale", "lda translate", "lda linear", "lda oracle", "lda linear + anchor", "lda oracle + anchor")
+MARK = re.compile(r"(<!-- (table|ablation): (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def markdown(folder: Path) -> str:
-    """The ranked table of the runs below ``folder``, as the terminal shows it."""
-    [runs] = report.by_protocol(results.find([folder]))
-    columns = ["learner", "runs", *[heading for _, heading, _, _ in report.COLUMNS[: report.NARROW]], "note"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for name, group in report.by_learner(runs).items():
-        cells = [name, str(len(group)), *report.cells(group)[: report.NARROW], report.marks(group)]
-        lines.append("| " + " | ".join(cells) + " |")
+    """The ranked table of the runs below ``folder``."""
+    return ranked(results.find([folder]))
+
+
+def ranked(runs: Sequence[dict]) -> str:
+    """The ranked table of runs of one protocol."""
+    return report.markdown(report.Comparison(1, report.rank(report.rows(runs))), report.chosen(COLUMNS))
+
+
+def ablation(stem: Path) -> str:
+    """What ablate_merging.py wrote to ``stem``-order*.json: mean ± standard deviation of A_last over class orders.
+
+    ``gap``: oracle less linear, both without the anchor: what drift still costs.
+    """
+    files = sorted(stem.parent.glob(f"{stem.name}-order*.json"))
+    orders = [json.loads(file.read_text(encoding="utf-8"))["a_last"] for file in files]
+    lines = [f"| rule | {' | '.join(t.removeprefix('lda ') for t in TREATMENTS)} | gap |"]
+    lines.append("|" + "---|" * (len(TREATMENTS) + 2))
+    for rule in orders[0]:
+        found = np.array([[order[rule][treatment] for treatment in TREATMENTS] for order in orders])
+        spread = [f" ± {s:.1f}" for s in found.std(0, ddof=1)] if len(orders) > 1 else [""] * len(TREATMENTS)
+        cells = [f"{mean:.1f}{s}" for mean, s in zip(found.mean(0), spread, strict=True)]
+        gap = (found[:, TREATMENTS.index("lda oracle")] - found[:, TREATMENTS.index("lda linear")]).mean()
+        lines.append(f"| {rule} | {' | '.join(cells)} | {gap:.1f} |")
     return "\n".join(lines) + "\n"
 
 
 def render(page: Path) -> str:
     """The page with its tables made anew."""
-    return MARK.sub(lambda found: found[1] + markdown(ROOT / found[2]) + found[3], page.read_text(encoding="utf-8"))
+    kinds = {"table": markdown, "ablation": ablation}
+    return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
 
 
 def main() -> int:

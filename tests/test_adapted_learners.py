@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge as SklearnRidge
 
 from cil.backbone import Backbone
@@ -19,6 +20,7 @@ from cil.learners.fecam import FeCAM
 from cil.learners.ncm import NCMLearner
 from cil.learners.ranpac import RanPAC
 from cil.learners.slca import SLCA
+from cil.learners.slda import SLDA
 from cil.runner import require_fit, run_stages
 from cil.testing import Case
 from cil.testing.setting import SIZES, accelerator, backbone, context, pictures, probe_images, stream
@@ -137,6 +139,18 @@ def test_fecam_by_numpy():
         cov /= np.sqrt(np.outer(np.diag(cov), np.diag(cov)))
         d = q - u[labels == c].mean(0)
         np.testing.assert_allclose(ours[:, c], np.einsum("nd,de,ne->n", d, np.linalg.pinv(cov), d), rtol=1e-3)
+
+
+def test_slda_by_scikit_learn():
+    vit = backbone()
+    learner = Case(SLDA, {"shrinkage": 0.1, "priors": "counts"}).run(vit=vit).learner
+    features, labels = (x.double().numpy() for x in all_features(vit, vit))
+    reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(features, labels)
+    with torch.inference_mode():
+        queries = learner.features(probe_images())
+        ours = learner.logits(queries).double().numpy()
+    theirs = reference.decision_function(queries.double().numpy())
+    np.testing.assert_allclose(ours - ours[:, :1], theirs - theirs[:, :1], rtol=1e-3, atol=1e-3)
 
 
 # --- EASE

@@ -70,7 +70,9 @@ def test_errors_reach_the_shell(tmp_path):
     assert found.stderr.startswith("cil: no_such_config: no such file") and len(found.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "list", "check-learner", "merge", "predict"])
+@pytest.mark.parametrize(
+    "command", ["run", "compare", "tensorboard", "list", "check-learner", "new-learner", "merge", "predict"]
+)
 def test_every_command_has_help(cil, command):
     assert cil(command, "--help").returncode == 0
 

@@ -34,6 +34,7 @@ TUNERS = ("adapter", "ssf", "vpt_shallow", "vpt_deep", "lora", "full")
         ("ranpac", {"projection": 100, "tuner": "adapter", "epochs": 3, "lr": 0.1, "strength": "loo"}),
         ("ranpac", {"projection": None, "decision": "cosine"}),
         ("fecam", {}),
+        ("slda", {}),
         ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8, "init_ptm": True, "beta": 0.5}),

@@ -1,4 +1,4 @@
-"""What README and results/ say is what the files say."""
+"""What README and results/ say is what the files say. Commands, and the learner in the README: ``test_docs.py``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,6 @@ ROOT = Path(__file__).parent.parent
 def test_tables_come_from_results():
     found = subprocess.run([sys.executable, "scripts/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
-
-
-def test_the_learner_in_the_readme_passes_every_check(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if block.startswith("# mine.py"))
-    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
-    from cil.learners import registry
-    from cil.testing import check_learner
-
-    results = list(check_learner(registry.resolve(f"{tmp_path / 'mine.py'}:Mine")))
-    assert [(r.name, r.message) for r in results if not r.passed] == []
 
 
 def test_the_yaml_in_the_readme_is_valid(tmp_path):

@@ -1,19 +1,17 @@
-"""TensorBoard read back through its own reader; figures, tables and pages over results."""
+"""TensorBoard read back through its own reader; figures over results."""
 
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from test_runner import settings
 
 import cil.runner as runner
-from cil import report, results
+from cil import results
 from cil.errors import RunError
 from cil.runner import run
 from cil.tracking import Tracker
@@ -83,43 +81,6 @@ def test_a_resumed_run_draws_the_same_curves(runs, tmp_path, monkeypatch):
     for tag in one.Tags()["scalars"]:
         if "second" not in tag and "memory" not in tag:
             assert [(e.step, e.value) for e in one.Scalars(tag)] == [(e.step, e.value) for e in two.Scalars(tag)], tag
-
-
-def test_table_ranks_and_averages(runs):
-    root, _ = runs
-    tables, written = report.compare([root], width=200)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(tables[0])
-    text = console.export_text()
-    assert text.index("ncm") < text.index("linear_probe")
-    values = [results.load(f)["summary"]["accuracy_last"] * 100 for f in runs[1][2:]]
-    assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
-    assert [p.name for p in written] == ["compare.png", "compare.html"]
-    assert written[0].read_bytes()[:4] == b"\x89PNG" and written[0].stat().st_size > 10_000
-
-
-def test_page_is_self_contained(runs):
-    root, _ = runs
-    text = report.page(report.by_protocol(results.find([root])))
-    assert text.count("<svg") == 3 and "prefers-color-scheme: dark" in text
-    assert not re.search(r"(src|href)=\"(?!#|data:)", text)  # nothing is fetched
-    assert "linear_probe" in text and "sha256" in text
-
-
-def test_other_streams_are_not_ranked_together(runs, tmp_path):
-    root, _ = runs
-    other = run(settings(stream={"increment": 5}, orders=[1]), tmp_path)
-    groups = report.by_protocol(results.find([root, *other]))
-    assert sorted(len(g) for g in groups) == [1, 4]
-    tables, written = report.compare([root, *other], tmp_path)
-    assert len(tables) == 2 and {p.name for p in written} == {"compare-1.png", "compare-2.png", "compare.html"}
-
-
-def test_exemplar_methods_and_unfinished_runs_are_marked(runs):
-    found = results.find([runs[0]])[0]
-    assert report.marks([found]) == ""
-    marked = report.marks([{**found, "stores_images": True, "complete": False, "chosen_by": "paper"}])
-    assert marked == "keeps old images, 1 unfinished, tuned: paper"
 
 
 def test_nothing_to_compare_is_said(tmp_path):

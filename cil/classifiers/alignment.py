@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cil.classifiers.base import Array, statistics, without_autocast
+from cil.classifiers.base import Array
 from cil.classifiers.moments import ClassMoments
 from cil.errors import ConfigError, DataError
+from cil.precision import exact, without_autocast
 
 
 class Gaussians(ClassMoments):
@@ -36,7 +37,7 @@ class Gaussians(ClassMoments):
             raise ConfigError(f"Gaussians: ridge is {ridge}; it must be positive and finite")
         self.ridge = ridge
 
-    @statistics()
+    @exact()
     def sample(self, labels: Tensor, generator: torch.Generator, scale: Tensor | None = None) -> Tensor:
         """One feature of class labels[i] per row: scale_i · μ + L z, z ~ N(0, I), L Lᵀ = Σ.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -12,27 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from cil.errors import ConfigError, DataError
+from cil.precision import exact
 
 Array = Tensor | np.ndarray
 T = TypeVar("T")
 C = TypeVar("C", bound="Classifier")
-
-
-@contextmanager
-def without_autocast() -> Iterator[None]:
-    """Full precision inside: a mean or an inverse computed in bfloat16 is another classifier."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-@contextmanager
-def statistics() -> Iterator[None]:
-    """For sums and solves: full precision, no gradients, and ordinary tensors even within ``torch.inference_mode``."""
-    with torch.inference_mode(False), torch.no_grad(), without_autocast():
-        yield
 
 
 def match_saved_shapes(
@@ -141,7 +124,7 @@ class Classifier(nn.Module, ABC):
     def solved(self, key: Hashable, solve: Callable[[], T]) -> T:
         """What ``solve`` gives for the current statistics, computed once."""
         if key not in self._solved:
-            with statistics():
+            with exact():
                 self._solved[key] = solve()
         found: T = self._solved[key]
         return found
@@ -181,7 +164,7 @@ class StatisticsClassifier(Classifier):
     def num_classes(self) -> int:
         return len(self.counts)
 
-    @statistics()
+    @exact()
     def grow(self, classes: int) -> None:
         new = classes - self.num_classes
         if new > 0:

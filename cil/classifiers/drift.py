@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cil.classifiers.base import statistics
 from cil.classifiers.linalg import add_gram_, ridge_solve
 from cil.errors import DataError
+from cil.precision import exact
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class AffineMap:
         return AffineMap(matrix, torch.cat([self.offset.new_zeros(unchanged), self.offset]))
 
 
-@statistics()
+@exact()
 def translation(before: Tensor, after: Tensor) -> AffineMap:
     """b = mean of φ_new(x) − φ_old(x), A = I: one shift for all classes, as ACMap has it (unweighted SDC).
 
@@ -69,7 +69,7 @@ def translation(before: Tensor, after: Tensor) -> AffineMap:
     return AffineMap(eye, (after - before).mean(0))
 
 
-@statistics()
+@exact()
 def ridge_map(before: Tensor, after: Tensor, shrinkage: float = 0.05) -> AffineMap:
     """argmin_M Σ_x ‖φ_new(x) − M [φ_old(x); 1]‖² + γ ‖M − [I 0]‖², γ = shrinkage · tr(G)/(F + 1).
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cil.classifiers.base import Array, Classifier, statistics, without_autocast
+from cil.classifiers.base import Array, Classifier
 from cil.errors import ConfigError, TrainingError
+from cil.precision import exact, without_autocast
 
 H = TypeVar("H", bound="Head")
 
@@ -78,7 +79,7 @@ class Head(Classifier):
         """Scores [B, C] of features [B, F] in full precision."""
         return self._scores(self.checked(features))
 
-    @statistics()
+    @exact()
     def partial_fit(self: H, features: Array, labels: Array, l2: float = 1.0, iterations: int = 1000) -> H:
         """Softmax regression from the current rows: argmin Σ_i CE(logits_i, y_i) + l2/2 · ‖penalised‖², by L-BFGS.
 
@@ -133,7 +134,7 @@ class Head(Classifier):
     @abstractmethod
     def _scores(self, features: Tensor) -> Tensor: ...
 
-    @statistics()
+    @exact()
     def _append(self, rows: dict[str, Tensor]) -> None:
         for name, new in rows.items():
             old = getattr(self, name)
@@ -168,12 +169,14 @@ class LinearHead(Head):
 
 
 class CosineHead(Head):
-    """logits = σ · ⟨f/‖f‖, W_c/‖W_c‖⟩ with one learnable σ, 1 at the start (Hou et al., CVPR 2019; APER).
+    """logits = σ · ⟨f/‖f‖, W_c/‖W_c‖⟩ with one learnable σ (Hou et al., CVPR 2019; APER).
 
     New rows are drawn from U(−1/√F, 1/√F). Extending by another head keeps one's own σ.
 
     Args:
         feature_dim: Feature width F.
+        sigma: σ at the start, > 0: 1 in the published code. As the logits lie in ±σ, a σ that has little time to grow
+            keeps the softmax flat.
 
     Parameters:
         weight: [C, F]; sigma: scalar.
@@ -181,9 +184,9 @@ class CosineHead(Head):
 
     _penalised = "sigma"  # the length of a row of W has no effect
 
-    def __init__(self, feature_dim: int) -> None:
+    def __init__(self, feature_dim: int, sigma: float = 1.0) -> None:
         super().__init__(feature_dim)
-        self.sigma = nn.Parameter(torch.ones(()))
+        self.sigma = nn.Parameter(torch.tensor(float(sigma)))
 
     def _new_rows(self, new: int, generator: torch.Generator) -> dict[str, Tensor]:
         bound = self.feature_dim**-0.5

@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.linalg import BLOCK, add_gram_, symmetric_inverse
 from cil.errors import ConfigError
+from cil.precision import exact, without_autocast
 
 Priors = Literal["counts", "uniform"]
 
@@ -52,7 +53,7 @@ class LDA(StatisticsClassifier):
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
 
-    @statistics()
+    @exact()
     def partial_fit(self, features: Array, labels: Array) -> LDA:
         features, labels = self.taken(features, labels)
         self.sums.index_add_(0, labels, features)
@@ -61,7 +62,7 @@ class LDA(StatisticsClassifier):
             add_gram_(self.outer, x)
         return self
 
-    @statistics()
+    @exact()
     def transport(self, drift: AffineMap) -> LDA:
         """Carry means and covariance to where the features have moved."""
         self.outer = drift.outer(self.outer, self.sums.sum(0), self.counts.sum())

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cil.classifiers.base import Array, without_autocast
+from cil.classifiers.base import Array
 from cil.classifiers.linalg import symmetric_inverse
 from cil.classifiers.moments import ClassMoments
 from cil.errors import ConfigError
+from cil.precision import without_autocast
 
 
 class Mahalanobis(ClassMoments):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cil.classifiers.base import Array, StatisticsClassifier, statistics
+from cil.classifiers.base import Array, StatisticsClassifier
+from cil.precision import exact
 
 CONSTANT = 1e-12
 """A variance below this share of the mean square is the rounding of a sum of squares: the feature is constant."""
@@ -27,7 +28,7 @@ class ClassMoments(StatisticsClassifier):
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outers", torch.zeros(0, feature_dim, feature_dim, dtype=torch.float64))
 
-    @statistics()
+    @exact()
     def partial_fit(self, features: Array, labels: Array) -> ClassMoments:
         features, labels = self.taken(features, labels)
         features = self.transform(features)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
+from cil.precision import exact, without_autocast
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -34,14 +35,14 @@ class NCM(StatisticsClassifier):
         self.metric = metric
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
 
-    @statistics()
+    @exact()
     def partial_fit(self, features: Array, labels: Array) -> NCM:
         features, labels = self.taken(features, labels)
         self.sums.index_add_(0, labels, features)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         return self
 
-    @statistics()
+    @exact()
     def transport(self, drift: AffineMap) -> NCM:
         """Carry the means to where the features have moved."""
         self.sums = drift.sums(self.sums, self.counts)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cil.classifiers.base import Array, StatisticsClassifier, statistics, without_autocast
+from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.linalg import BLOCK, add_gram_, eigh_, ridge_solve
 from cil.errors import ConfigError
+from cil.precision import exact, without_autocast
 
 Decision = Literal["linear", "cosine"]
 Strength = float | Literal["holdout", "loo"]
@@ -85,7 +86,7 @@ class Ridge(StatisticsClassifier):
         initial = 1.0 if isinstance(strength, str) else strength
         self.register_buffer("strength_", torch.tensor(initial, dtype=torch.float64))
 
-    @statistics()
+    @exact()
     def draw(self, generator: torch.Generator) -> Ridge:
         """Draw the random projection; it is kept for ever. Nothing happens without a projection.
 
@@ -100,7 +101,7 @@ class Ridge(StatisticsClassifier):
             self._forget()
         return self
 
-    @statistics()
+    @exact()
     def transport(self, drift: AffineMap) -> Ridge:
         """Carry G and Q to where the features have moved.
 
@@ -114,7 +115,7 @@ class Ridge(StatisticsClassifier):
         self._forget()
         return self
 
-    @statistics()
+    @exact()
     def partial_fit(self, features: Array, labels: Array, generator: torch.Generator | None = None) -> Ridge:
         """Add features [N, F] with labels [N], and choose λ.
 

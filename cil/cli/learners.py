@@ -1,4 +1,4 @@
-"""Commands about what a configuration can name: list it, check a learner of one's own."""
+"""Commands about what a configuration can name: list it; start and check a learner of one's own."""
 
 from __future__ import annotations
 
@@ -54,3 +54,34 @@ def check_learner(
             console.print(f"       {result.message}", markup=False, highlight=False, soft_wrap=True)
     console.print("all checks passed" if not failed else f"{failed} checks failed")
     raise typer.Exit(1 if failed else 0)
+
+
+def new_learner(
+    name: Annotated[str, typer.Argument(help="What it is called, e.g. my_method: NAME.py with a class MyMethod.")],
+) -> None:
+    """Write NAME.py here: a learner to start from, which passes the checks."""
+    import importlib.util
+    import keyword
+    from importlib.resources import files
+    from pathlib import Path
+    from string import Template
+
+    from cil.errors import ConfigError
+
+    path = Path(f"{name}.py")
+    cls = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    if not (name.isidentifier() and cls.isidentifier()) or keyword.iskeyword(name):
+        raise ConfigError(f"cil new-learner: {name!r} is no name for a module; use letters, digits and _, as my_method")
+    if not path.exists() and importlib.util.find_spec(name) is not None:
+        raise ConfigError(f"cil new-learner: {name} is a module of Python or of an installed package; choose another")
+    text = (files("cil") / "templates" / "learner.py.txt").read_text(encoding="utf-8")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(Template(text).substitute(Class=cls, name=name))
+    except FileExistsError:
+        raise ConfigError(f"cil new-learner: {path} exists already; choose another name, or remove it") from None
+    except OSError as error:
+        raise ConfigError(f"cil new-learner: {path} cannot be written ({error.strerror})") from None
+    typer.echo(f"{path}: class {cls}")
+    typer.echo(f"check it:  cil check-learner {path}:{cls}")
+    typer.echo(f"run it:    cil run quickstart 'learners=[ncm, {{class: \"{path}:{cls}\"}}]'")

@@ -13,7 +13,7 @@ def merge(
     tasks: Annotated[list[Path], typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).")],
     base: Annotated[Path, typer.Option(help="The pre-trained checkpoint: a file, an index, or a folder with either.")],
     out: Annotated[Path, typer.Option(help="The merged checkpoint: one FILE.safetensors, or a folder like the base.")],
-    rule: Annotated[str, typer.Option(help="Which rule (see: cil list rules).")],
+    rule: Annotated[str, typer.Option(help="Which rule (see: cil list rules), or file.py:Class.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value hyper-parameter, e.g. --set alpha=0.3; repeatable.")
     ] = None,
@@ -33,6 +33,7 @@ def merge(
     """Merge fine-tuned checkpoints into one, a tensor at a time: models need not fit into memory."""
     from rich.console import Console
 
+    from cil.config import named
     from cil.configfile import override
 
     console = Console(stderr=True)
@@ -42,7 +43,7 @@ def merge(
         from cil.merging.stream import merge_files
     with Display(console) as display:
         merged = merge_files(
-            override({"name": rule}, settings or []),
+            override(named(rule), settings or []),
             base,
             tasks,
             out,

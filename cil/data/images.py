@@ -6,19 +6,23 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from cil.config import DataConfig, HardwareConfig
+from cil.config import DataConfig, HardwareConfig, TransformConfig
 from cil.data import sources
 from cil.data.sources import ImageSource
 from cil.data.transforms import Transforms
-from cil.errors import DataError, nearest
+from cil.errors import ConfigError, DataError, PluginError, nearest
+from cil.plugins import arguments, load
 from cil.randomness import isolated, seed_everything
+
+if TYPE_CHECKING:
+    from cil.backbone import Backbone
 
 GIB = 2**30
 
@@ -213,6 +217,8 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
         DataError: Unknown dataset, nothing at the path, an empty class, a missing package or network.
     """
     name = config.dataset
+    if ":" in name:
+        return _own_source(config, split)
     given = config.train if split == "train" else config.test
     if name == "digits":
         return sources.digits(split)
@@ -235,8 +241,32 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
     known = ["digits", "folder", "torch/cifar100", "hfds/uoft-cs/cifar100"]
     raise DataError(
         f"data.dataset: unknown dataset {name!r}{nearest(name, known)}; "
-        "allowed: digits, folder, torch/<set>, hfds/<org>/<set>"
+        "allowed: digits, folder, torch/<set>, hfds/<org>/<set>, file.py:function"
     )
+
+
+def _own_source(config: DataConfig, split: str) -> ImageSource:
+    """The source that a function of the user's own gives: ``function(split, **options)``, and ``root`` where it is set.
+
+    Raises:
+        PluginError: No such function, or what it gives is no source.
+        ConfigError: ``data.options`` does not fit its arguments.
+    """
+    name = config.dataset
+    function = load(name, "dataset")
+    root = {} if config.root is None else {"root": config.root.expanduser()}
+    try:
+        source = function(split, **arguments(function, {**config.options, **root}, given=("split",)))
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"data.options: {line}" for line in str(error).splitlines())) from None
+    except PluginError as error:
+        raise PluginError(f"dataset {name!r}: {error}") from None
+    if not isinstance(source, ImageSource):
+        raise PluginError(
+            f"dataset {name!r} gave {type(source).__name__} for {split}; it must give an ImageSource "
+            "(cil.data.sources.from_arrays and folder make one)"
+        )
+    return source
 
 
 class LoadedSplit:
@@ -257,6 +287,27 @@ class LoadedSplit:
         return ImageSet(
             self.source, transforms, in_memory=self.in_memory, memory_bytes=self._memory, workers=self._workers
         )
+
+
+def load_images(
+    data: DataConfig | ImageSource | str, split: str, backbone: Backbone, transform: TransformConfig | None = None
+) -> ImageSet:
+    """One split as a backbone sees it; two of them and the rules of the tasks make a ``Stream``.
+
+    Args:
+        data: A dataset as ``data.dataset`` names it, the full configuration, or a source of one's own.
+        split: ``train`` or ``test``.
+        backbone: Whose transforms are used.
+        transform: Overrides of them.
+
+    Raises:
+        DataError: See :func:`open_source`; a file that is no readable image.
+    """
+    transforms = Transforms(backbone.data_config, transform)
+    if isinstance(data, ImageSource):
+        return ImageSet(data, transforms)
+    config = DataConfig(dataset=data) if isinstance(data, str) else data
+    return LoadedSplit(config, split, HardwareConfig()).images(transforms)
 
 
 def read_image(path: Path, transforms: Transforms) -> torch.Tensor:

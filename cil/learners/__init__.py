@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cil.learners.registry import BUILTIN, resolve
+from cil.learners.registry import BUILTIN, build_learner, resolve
 
 if TYPE_CHECKING:
     from cil.learner import Learner
+
+
+__all__ = ["BUILTIN", "build_learner", "resolve"]
 
 
 def __getattr__(name: str) -> type[Learner]:
@@ -15,3 +18,7 @@ def __getattr__(name: str) -> type[Learner]:
         if path.endswith(f":{name}"):
             return resolve(learner)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(path.rsplit(":", 1)[1] for path in BUILTIN.values())})

@@ -10,9 +10,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.classifiers.base import without_autocast
 from cil.learner import Context
 from cil.learners.prompting import PromptLearner, PromptRecipe
+from cil.precision import without_autocast
 from cil.stream import Task
 from cil.training import Per, Schedule
 from cil.tuning import GivenPrefix

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers import NCM, CosineHead
-from cil.classifiers.base import without_autocast
 from cil.features import View
 from cil.learner import Context, Learner
+from cil.precision import without_autocast
 from cil.stream import Task
 from cil.training import Group, Recipe, fit, local_cross_entropy
 from cil.tuning import Adapter

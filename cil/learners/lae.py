@@ -14,9 +14,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cil.backbone import Backbone
 from cil.classifiers import LinearHead
-from cil.classifiers.base import without_autocast
 from cil.features import View
 from cil.learner import Context, Learner
+from cil.precision import without_autocast
 from cil.stream import Task
 from cil.training import Group, Optimizer, Recipe, Schedule, cross_entropy, fit
 from cil.tuning import Tuner, TunerConfig, build_tuner

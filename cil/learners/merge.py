@@ -44,6 +44,8 @@ class Merge(Learner):
         )
         optimizer: Optimizer = Field("adamw", description="SGD with momentum, Adam or AdamW")
         lr: float = Field(1e-3, gt=0, description="peak learning rate")
+        head_lr: float = Field(10.0, gt=0, description="factor on it for the head a task is trained with")
+        sigma: float = Field(16.0, gt=0, description="scale of that head's cosine logits at the start")
         prototypes: Literal["stale", "translate", "linear"] = Field(
             "linear", description="old classes' statistics: as they were, shifted, or mapped with a ridge regression"
         )
@@ -99,11 +101,17 @@ class Merge(Learner):
         """θ_t from θ_0, with the task's own classes in the softmax."""
         tuner = build_tuner(self.config.tuner, self.backbone)
         tuner.reset(ctx.generator)
-        head = CosineHead(self.backbone.feature_dim)
+        head = CosineHead(self.backbone.feature_dim, self.config.sigma)
         head.grow(len(task.classes), ctx.generator)
         head.to(ctx.device)
         loss = local_cross_entropy(lambda images: head(self.backbone(images, tuner)), self.config, task.classes[0])
-        fit(loss, [Group([*tuner.parameters(), *head.parameters()])], task.train, self.config, ctx)
+        fit(
+            loss,
+            [Group(tuner.parameters()), Group(head.parameters(), lr=self.config.head_lr)],
+            task.train,
+            self.config,
+            ctx,
+        )
         return tuner, head
 
     def add(self, tuner: Tuner, head: CosineHead, task: Task, ctx: Context) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cil.backbone import Backbone
 from cil.batches import WithRows
 from cil.classifiers import LinearHead
-from cil.classifiers.base import without_autocast
 from cil.learner import Context, Learner
+from cil.precision import without_autocast
 from cil.stream import Task
 from cil.training import Group, Optimizer, Recipe, Schedule, fit
 from cil.vit import Tuner

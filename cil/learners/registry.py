@@ -4,17 +4,16 @@ entry point of the group ``cil.learners``. Imports nothing heavy until a class i
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cil.config import LearnerEntry
+from cil.config import LearnerEntry, named
 from cil.configfile import validated
 from cil.errors import PluginError, nearest
+from cil.plugins import load
 
 if TYPE_CHECKING:
+    from cil.backbone import Backbone
     from cil.learner import Learner, LearnerConfig
 
 BUILTIN = {
@@ -25,6 +24,7 @@ BUILTIN = {
     "aper": "cil.learners.aper:APER",
     "ranpac": "cil.learners.ranpac:RanPAC",
     "fecam": "cil.learners.fecam:FeCAM",
+    "slda": "cil.learners.slda:SLDA",
     "ease": "cil.learners.ease:EASE",
     "slca": "cil.learners.slca:SLCA",
     "lae": "cil.learners.lae:LAE",
@@ -33,6 +33,9 @@ BUILTIN = {
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
     "merge": "cil.learners.merge:Merge",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
+    "avalanche": "cil.learners.avalanche:AvalancheLearner",
+    "avalanche_replay": "cil.learners.avalanche:AvalancheReplay",
+    "l2_sp": "cil.learners.l2_sp:L2SP",
 }
 
 
@@ -51,7 +54,7 @@ def resolve(spec: str) -> type[Learner]:
         module, _, attribute = BUILTIN[spec].partition(":")
         return getattr(importlib.import_module(module), attribute)
     if ":" in spec:
-        found = _import(spec)
+        found = load(spec, "learner")
     elif spec in installed():
         try:
             found = installed()[spec].load()
@@ -71,33 +74,6 @@ def resolve(spec: str) -> type[Learner]:
     return found
 
 
-def _import(spec: str) -> Any:
-    place, _, attribute = spec.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser()
-            if not path.is_file():
-                raise PluginError(f"learner {spec!r}: no such file {path}")
-            found = importlib.util.spec_from_file_location(path.stem, path)
-            if found is None or found.loader is None:
-                raise PluginError(f"learner {spec!r}: {path} cannot be imported")
-            module = importlib.util.module_from_spec(found)
-            sys.modules[found.name] = module  # pydantic and pickling-free dataclasses look their module up there
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except PluginError:
-        raise
-    except Exception as error:  # the user's own code may fail in any way
-        raise PluginError(f"learner {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
-    if not hasattr(module, attribute):
-        classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
-        raise PluginError(
-            f"learner {spec!r}: {place} has no {attribute!r}{nearest(attribute, classes)}; it defines {classes}"
-        )
-    return getattr(module, attribute)
-
-
 def configure(entry: LearnerEntry) -> tuple[type[Learner], LearnerConfig]:
     """The class of a configuration entry and its validated hyper-parameters.
 
@@ -107,3 +83,19 @@ def configure(entry: LearnerEntry) -> tuple[type[Learner], LearnerConfig]:
     """
     cls = resolve(entry.spec)
     return cls, validated(cls.Config, entry.parameters, prefix=f"learner {entry.title}: ")
+
+
+def build_learner(config: LearnerEntry | str | dict[str, Any], backbone: Backbone) -> Learner:
+    """A fresh learner on a backbone, for use without the runner.
+
+    Args:
+        config: As in a configuration: ``"ranpac"``, ``"mine.py:Mine"``, ``{"name": "ranpac", "projection": 2000}``.
+        backbone: The frozen backbone.
+
+    Raises:
+        PluginError: See :func:`resolve`.
+        ConfigError: A hyper-parameter is unknown, of the wrong type or out of range.
+        BackboneError: The learner does not fit the backbone.
+    """
+    cls, parameters = configure(validated(LearnerEntry, named(config)))
+    return cls(parameters, backbone)

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from cil.errors import BackboneError, ConfigError, DataError, nearest
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import HEADS, Entry, Layout, check_names, layout, source
-from cil.merging.numerics import exact, norm
+from cil.merging.numerics import norm
 from cil.merging.store import Buffers, Slots, State, Store
+from cil.precision import exact
 
 R = TypeVar("R", bound="Rule")
 Task = dict[str, float]

@@ -1,27 +1,14 @@
-"""Full precision, norms, and an order statistic of a model's weights that needs no copy of the model."""
+"""Norms, and an order statistic of a model's weights that needs no copy of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 _CHUNK = 1 << 22
 _DIGIT = 16
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Full precision, no gradients, ordinary tensors: a merge computed in bfloat16 is another merge."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def norm(tensor: Tensor) -> float:

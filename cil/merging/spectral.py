@@ -19,14 +19,14 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, q], σ [q] descending, V [n, q] with matrix = U diag(σ) Vᵀ, q = min(m, n).
 
     Always of the tall orientation: LAPACK takes about one and a half times as long for a wide one. A float32 matrix
-    much taller than wide goes through the eigenvectors of its Gram matrix in float64, which is faster. Directions up to
-    :func:`rank` are as good as those of an SVD in float32; the others are arbitrary in either.
+    goes through the eigenvectors of its Gram matrix in float64, which is faster. Directions up to :func:`rank` are as
+    good as those of an SVD in float32; the others are arbitrary in either.
     """
     m, n = matrix.shape
     if m < n:
         v, sigma, u = thin_svd(matrix.T)
         return u, sigma, v
-    if matrix.dtype == torch.float32 and 2 * m > 3 * n:
+    if matrix.dtype == torch.float32:
         double = matrix.double()
         values, vectors = torch.linalg.eigh(double.T @ double)
         sigma = values.flip(0).clamp(min=0).sqrt().to(matrix)

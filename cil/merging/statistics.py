@@ -19,8 +19,8 @@ from torch.func import functional_call
 
 from cil.errors import ConfigError, DataError, nearest
 from cil.merging.files import Checkpoint
-from cil.merging.numerics import exact
 from cil.merging.regmean import blocks
+from cil.precision import exact
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cil.merging.files import INDEX, Checkpoint, TensorWriter, as_bytes
 from cil.merging.layout import HEADS, Entry, check_names, layout
 from cil.merging.statistics import Statistics
 from cil.merging.store import Slots, State, slot_name
-from cil.merging.table import RuleSection, build_rule, rule_config
+from cil.merging.table import OwnRule, RuleSection, build_rule, rule_config
 
 FORMAT = "cil merge state 1"
 COPIED = (".json", ".txt", ".model")
@@ -33,7 +33,7 @@ _SCALARS: Slots = {"count": ((), torch.int64), "norm_sum": ((), torch.float64)}
 
 
 def merge_files(
-    rule: RuleSection | str | dict[str, Any],
+    rule: RuleSection | OwnRule | str | dict[str, Any],
     base: str | Path,
     tasks: Sequence[str | Path],
     out: str | Path,
@@ -75,12 +75,12 @@ def merge_files(
     if not tasks:
         raise ConfigError("merge: no task given; name at least one fine-tuned checkpoint")
     pretrained, found = Checkpoint(base), [Checkpoint(task) for task in tasks]
-    merger = build_rule(config)
+    merger, name = build_rule(config), config.cls if isinstance(config, OwnRule) else config.name
     if stats and not merger.needs:
-        raise ConfigError(f"merge: {config.name} uses no statistics; leave --stats out")
+        raise ConfigError(f"merge: {name} uses no statistics; leave --stats out")
     if merger.needs and len(stats) != len(tasks):
         raise ConfigError(
-            f"merge: {config.name} needs statistics of every task (--stats once a task, in order): {len(tasks)} tasks, "
+            f"merge: {name} needs statistics of every task (--stats once a task, in order): {len(tasks)} tasks, "
             f"{len(stats)} files; cil.merging.statistics computes them"
         )
     statistics: list[Statistics | None] = [Statistics.load(file) for file in stats]

@@ -1,7 +1,7 @@
 """Every rule and finaliser by name: hyper-parameters with ranges and meanings, and how it is built.
 
 ``rule: opcm`` and ``rule: {name: opcm, alpha: 0.3, finalisers: [{name: lines, alpha: 0.5}]}`` are both a
-:data:`RuleConfig`.
+:data:`RuleConfig`, and so is one of the user's own, ``rule: {class: "mine.py:Mine", scale: 0.5}``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cil.merging.opcm import OPCM, Variant
 from cil.merging.regmean import GramMerge, RegMean
 from cil.merging.spectral import IsoC
 from cil.merging.ties import TIES, ContinualTIES, Merge, Trim
+from cil.plugins import Own, own
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -189,8 +190,24 @@ RuleSection = (
     | IsoCConfig
     | OPCMConfig
 )
-RuleConfig = Annotated[Annotated[RuleSection, Field(discriminator="name")], BeforeValidator(named)]
-"""A field of this type accepts a rule's bare name, or its name and hyper-parameters."""
+
+
+class OwnRule(Own):
+    """A :class:`cil.merging.Rule` from a file or package, constructed as ``Mine(**arguments)``."""
+
+    what = "rule"
+    skip = ("finalisers",)
+    finalisers: list[FinaliserConfig] = Field([], description="applied to the merged update when it is read out")
+
+    @classmethod
+    def kind(cls) -> type:
+        return Rule
+
+
+RuleConfig = Annotated[
+    Annotated[RuleSection | OwnRule, Field(discriminator="name")], BeforeValidator(lambda raw: own(named(raw)))
+]
+"""A field of this type accepts a rule's bare name, its name and hyper-parameters, or a class of the user's own."""
 
 RULES: dict[str, type[Rule]] = {
     "average": Average,
@@ -214,24 +231,28 @@ class _Choice(Section):
     rule: RuleConfig
 
 
-def rule_config(config: RuleSection | str | dict[str, Any]) -> RuleSection:
+def rule_config(config: RuleSection | OwnRule | str | dict[str, Any]) -> RuleSection | OwnRule:
     """The validated configuration of a rule.
 
     Raises:
-        ConfigError: Unknown rule, finaliser or hyper-parameter, or a value out of range.
+        ConfigError: Unknown rule, finaliser or hyper-parameter, a value out of range, or a class that cannot be loaded.
     """
     return validated(_Choice, {"rule": config}).rule
 
 
-def build_rule(config: RuleSection | str | dict[str, Any]) -> Rule:
+def build_rule(config: RuleSection | OwnRule | str | dict[str, Any]) -> Rule:
     """The rule a configuration names, not started.
 
     Args:
         config: A configuration, or what one can be made from: the bare name, or name and hyper-parameters.
 
     Raises:
-        ConfigError: Unknown rule, finaliser or hyper-parameter, or a value out of range.
+        ConfigError: Unknown rule, finaliser or hyper-parameter, a value out of range, or a class that cannot be loaded.
     """
     c = rule_config(config)
     finalisers = [FINALISERS[f.name](**f.model_dump(exclude={"name"})) for f in c.finalisers]
+    if isinstance(c, OwnRule):
+        rule: Rule = c.build()
+        rule.finalisers = tuple(finalisers)
+        return rule
     return RULES[c.name](**c.model_dump(exclude={"name", "finalisers"}), finalisers=finalisers)

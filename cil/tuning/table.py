@@ -1,6 +1,7 @@
 """Every tuner by name: its hyper-parameters with ranges and meanings, and how it is built.
 
-``tuner: adapter`` and ``tuner: {name: adapter, bottleneck: 16}`` are both a :data:`TunerConfig`.
+``tuner: adapter`` and ``tuner: {name: adapter, bottleneck: 16}`` are both a :data:`TunerConfig`, and so is one of the
+user's own, ``tuner: {class: "mine.py:Mine", width: 3}``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from cil.backbone import Backbone
 from cil.config import Section, named
 from cil.configfile import validated
+from cil.plugins import Own, own
 from cil.tuning.adapter import Activation, Adapter, Form
 from cil.tuning.lora_kv import KeyValueLora
 from cil.tuning.prefix import Init, Prefix
@@ -171,18 +173,30 @@ TunerSection = (
     | OSFConfig
 )
 
+
+class OwnTuner(Own):
+    """A :class:`cil.Tuner` from a file or package, constructed as ``Mine(backbone, **arguments)``."""
+
+    what = "tuner"
+    given = ("backbone",)
+
+    @classmethod
+    def kind(cls) -> type:
+        return Tuner
+
+
 TunerConfig = Annotated[
-    Annotated[TunerSection, Field(discriminator="name")],
-    BeforeValidator(named),
+    Annotated[TunerSection | OwnTuner, Field(discriminator="name")],
+    BeforeValidator(lambda raw: own(named(raw))),
 ]
-"""A field of this type accepts a tuner's bare name, or its name and hyper-parameters."""
+"""A field of this type accepts a tuner's bare name, its name and hyper-parameters, or a class of the user's own."""
 
 
 class _Choice(Section):
     tuner: TunerConfig
 
 
-def build_tuner(config: TunerSection | str | dict[str, Any], backbone: Backbone) -> Tuner:
+def build_tuner(config: TunerSection | OwnTuner | str | dict[str, Any], backbone: Backbone) -> Tuner:
     """The tuner a configuration names, on the backbone's device, with initial values from seed 0.
 
     Args:
@@ -190,10 +204,12 @@ def build_tuner(config: TunerSection | str | dict[str, Any], backbone: Backbone)
         backbone: The frozen backbone it will ride along.
 
     Raises:
-        ConfigError: Unknown tuner or hyper-parameter, or a value out of range.
+        ConfigError: Unknown tuner or hyper-parameter, a value out of range, or a class that cannot be loaded.
         BackboneError: The tuner does not fit the backbone.
     """
     c = validated(_Choice, {"tuner": config}).tuner
+    if isinstance(c, OwnTuner):
+        return c.build(backbone).to(backbone.device)
     if isinstance(c, AdapterConfig):
         return Adapter(backbone, **c.model_dump(exclude={"name"}))
     if isinstance(c, SSFConfig):

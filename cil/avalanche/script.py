@@ -1,0 +1,234 @@
+"""Our learners as strategies in Avalanche scripts: ``train(experience)``, ``eval(stream)``, its metrics and loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+
+from cil import hardware
+from cil.backbone import EMBEDDED, Backbone, load_backbone
+from cil.config import LearnerEntry, named
+from cil.configfile import validated
+from cil.data.images import ImageSet
+from cil.errors import StreamError
+from cil.features import FeatureCache
+from cil.learner import Context, Learner
+from cil.learners import registry
+from cil.randomness import isolated
+from cil.stream import Task, TaskData
+
+
+def as_strategy(
+    learner: Learner | str | Mapping[str, Any],
+    *,
+    backbone: Backbone | str = EMBEDDED,
+    seed: int = 0,
+    device: str = "cpu",
+    eval_mb_size: int = 128,
+    plugins: Sequence[Any] | None = None,
+    evaluator: Any = default_evaluator,
+    eval_every: int = -1,
+    log: Callable[[str, float], None] | None = None,
+) -> LearnerStrategy:
+    """A learner as an Avalanche strategy.
+
+    An experience is one task: the learner trains on it whole, by its own recipe (epochs and batch size are the
+    learner's), and Avalanche's callbacks around experiences, not those within one, are called. Evaluation is
+    Avalanche's own loop, without task labels. Labels may be any integers in any order: the learner sees them in order
+    of appearance, Avalanche's metrics see its own. A label the learner has not been shown scores −∞.
+
+    Args:
+        learner: A registered name, a configuration entry (``{"name": "ranpac", "projection": 1000}``, or with
+            ``"class"`` as in a YAML file), or a fresh learner.
+        backbone: A frozen backbone or its name; not used with a ready learner, which has one.
+        seed: Training seed; (seed, number of the experience) decides everything random in it.
+        device: As ``hardware.device``.
+        eval_mb_size: Images a forward pass.
+        plugins: Avalanche's plugins.
+        evaluator: Avalanche's ``EvaluationPlugin``, or a function that makes one.
+        eval_every: −1: evaluate when told to; 0: before the first and after every experience.
+        log: Receives what the learner logs while it trains: (name, value).
+
+    Raises:
+        CilError: Unknown learner or hyper-parameter, or a backbone that does not fit.
+    """
+    if not isinstance(learner, Learner):
+        raw = learner if isinstance(learner, str) else dict(learner)
+        cls, config = registry.configure(validated(LearnerEntry, named(raw), prefix="learner: "))
+        found = load_backbone(backbone) if isinstance(backbone, str) else backbone
+        with isolated(0):
+            learner = cls(config, found)
+    return LearnerStrategy(
+        learner=learner,
+        seed=seed,
+        device=device,
+        eval_mb_size=eval_mb_size,
+        plugins=plugins,
+        evaluator=evaluator,
+        eval_every=eval_every,
+        log=log,
+    )
+
+
+class LearnerStrategy(SupervisedTemplate):
+    """What :func:`as_strategy` gives.
+
+    Attributes:
+        learner: The learner.
+        labels: Avalanche's label of each of the learner's columns, in order of appearance.
+    """
+
+    def __init__(
+        self,
+        *,
+        learner: Learner,
+        seed: int,
+        device: str,
+        eval_mb_size: int,
+        plugins: Sequence[Any] | None,
+        evaluator: Any,
+        eval_every: int,
+        log: Callable[[str, float], None] | None,
+    ) -> None:
+        self.accelerator = hardware.accelerator(device)
+        super().__init__(
+            model=_Scores(learner),
+            optimizer=None,
+            eval_mb_size=eval_mb_size,
+            device=self.accelerator.device,
+            plugins=plugins,
+            evaluator=evaluator,
+            eval_every=eval_every,
+        )
+        learner.backbone.to(self.accelerator.device)
+        self.learner, self.seed, self.labels = learner, seed, [] if learner.seen == 0 else list(range(learner.seen))
+        self._log = log
+        self._images = _ExperienceImages(learner.backbone.data_config["input_size"])
+
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Nothing: the learner grows by itself, and makes an optimiser of its own where it needs one."""
+
+    def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
+        """Nothing: evaluating must not change the learner."""
+        return self.model
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Nothing: the learner passes over the data as it likes."""
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        learner, index = self.learner, self.learner.stages
+        targets = [int(label) for label in self.adapted_dataset.targets]
+        shown = sorted(set(targets))
+        self.labels += [label for label in shown if label not in self.labels]
+        column = {label: i for i, label in enumerate(self.labels)}
+        classes = tuple(sorted(column[label] for label in shown))
+        if learner.needs_new_classes and classes[0] < learner.seen:
+            raise StreamError(
+                f"{learner.name or type(learner).__name__} is defined for tasks of new classes only; experience "
+                f"{index} shows label {self.labels[classes[0]]} again"
+            )
+        added = self._images.add(self.adapted_dataset)
+        data = TaskData(self._images, added, np.array([column[label] for label in targets]))
+        seen = tuple(range(len(self.labels)))
+        task = Task(index, classes, seen, tuple(map(str, self.labels)), data)
+        # a new cache each time: old images are nobody's to see again, and the set of images has grown
+        cache = FeatureCache(self.accelerator, self.eval_mb_size)
+        ctx = Context(self.accelerator, cache, seed=self.seed, stage=index, log=self._log)
+        learner.begin(task, ctx)
+        learner.to(self.accelerator.device)
+        learner.train()
+        learner.learn(task, ctx)
+        learner.eval()
+        if not learner.stores_images:
+            task.close()
+
+    def forward(self) -> Tensor:
+        """Scores [B, 1 + the largest label known or asked for], in Avalanche's labels; −∞ for those not shown yet."""
+        width = 1 + max([*self.labels, *self.mb_y.tolist()])
+        if not self.labels:  # nothing learned: an answer that is no label, so that no accuracy comes for nothing
+            blank = torch.zeros(len(self.mb_x), width + 1, device=self.device)
+            blank[:, width] = 1
+            return blank
+        ours = self.model(self.mb_x)
+        scores = ours.new_full((len(ours), width), float("-inf"))
+        scores[:, self.labels] = ours
+        return scores
+
+
+class _Scores(nn.Module):
+    """A learner as a model: images → logits in its own columns."""
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__()
+        self.learner = learner
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.learner.logits(self.learner.features(images).float()).float()
+
+
+class _ExperienceImages(ImageSet):
+    """The images of all experiences so far, as their data sets' own transforms give them."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        self._items: list[tuple[Any, Any, int]] = []  # (data set as tested, as trained, position in it)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, dataset: Any) -> np.ndarray:
+        """Append a data set; the positions of its images here."""
+        start = len(self)
+        plain, augmented = dataset.eval(), dataset.train()
+        self._items += [(plain, augmented, i) for i in range(len(dataset))]
+        self._checked(plain[0][0])
+        return np.arange(start, len(self))
+
+    def batches(
+        self,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As ``TaskData.batches``: ``augment`` takes the data set's training transform, seeded image by image."""
+        if augment and generator is None:
+            raise ValueError("augmented batches need a generator: they may not draw from the global random state")
+        order, seeds = np.arange(len(indices)), None
+        if generator is not None:
+            order = torch.randperm(len(indices), generator=generator).numpy()
+            # beside the generator, not from it: whether a data set augments cannot be known here
+            beside = generator.clone_state()
+            seeds = torch.randint(2**62, (len(indices),), generator=beside).tolist() if augment else None
+        rank, processes = part
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size][rank::processes]
+            pixels = [self._read(int(indices[p]), None if seeds is None else seeds[p]) for p in chunk]
+            whole = torch.stack(pixels) if pixels else torch.empty(0, *self.shape)
+            yield whole.to(device), torch.as_tensor(labels[chunk]).to(device)
+
+    def _read(self, position: int, seed: int | None) -> Tensor:
+        plain, augmented, i = self._items[position]
+        with isolated(seed):
+            return self._checked((plain if seed is None else augmented)[i][0])
+
+    def _checked(self, image: Any) -> Tensor:
+        if not isinstance(image, Tensor) or not image.is_floating_point() or tuple(image.shape) != self.shape:
+            got = f"a {type(image).__name__}"
+            if isinstance(image, Tensor):
+                got = f"{image.dtype} {list(image.shape)}"
+            raise StreamError(
+                f"experience: an image is {got}; the backbone wants float {list(self.shape)}. End the data set's "
+                "transform there, e.g. with timm.data.create_transform(**backbone.data_config)"
+            )
+        return image

@@ -1,0 +1,263 @@
+"""One task learned by one of Avalanche's strategies.
+
+The strategy is built anew for every task, is given what it kept of the earlier ones, trains, and hands over what it
+keeps: so a run that was interrupted goes on as if it had not been. Its loop is Avalanche's own; optimiser, schedule,
+clipping and logging are those of :mod:`cil.training`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import avalanche
+import torch
+import torch.nn.functional as F
+from avalanche.benchmarks.scenarios.dataset_scenario import DatasetExperience
+from avalanche.training import supervised
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.utils import ParamData
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+
+from cil.avalanche.codec import Codec
+from cil.avalanche.data import whole_task
+from cil.avalanche.memory import Memory
+from cil.avalanche.model import Model
+from cil.avalanche.table import AGEMConfig, ICaRLConfig, StrategySection
+from cil.errors import TrainingError
+from cil.learner import Context
+from cil.randomness import isolated
+from cil.stream import Task, TaskData
+from cil.training import Group, Recipe, _optimizer, _schedule
+
+KEPT: dict[str, tuple[str, ...]] = {
+    "Naive": (),
+    "EWC": ("EWCPlugin.saved_params", "EWCPlugin.importances"),
+    "LwF": ("LwFPlugin.lwf.expcount", "LwFPlugin.lwf.prev_classes_by_task"),
+    "MAS": ("MASPlugin.params", "MASPlugin.importance"),
+    "Replay": ("ReplayPlugin.storage_policy.buffer_groups", "ReplayPlugin.storage_policy._num_exps"),
+    "DER": ("strategy.storage_policy.buffer_groups", "strategy.storage_policy.seen_classes"),
+    "ER_ACE": ("strategy.storage_policy.buffer_groups", "strategy.storage_policy.seen_classes"),
+    "AGEM": ("AGEMPlugin.buffers",),
+    "ICaRL": (
+        "_ICaRLPlugin.x_memory",
+        "_ICaRLPlugin.y_memory",
+        "_ICaRLPlugin.order",
+        "_ICaRLPlugin.observed_classes",
+        "ICaRLLossPlugin.old_classes",
+    ),
+}
+"""What each strategy carries from task to task: attributes of its plugins, or of itself."""
+TEACHER = {"LwF": "LwFPlugin.lwf.prev_model", "ICaRL": "ICaRLLossPlugin.old_model"}
+"""The model as it was after the last task, which is as it is before this one: nothing to keep."""
+
+
+def learn(
+    section: StrategySection,
+    model: Model,
+    recipe: Recipe,
+    task: Task,
+    data: Mapping[int, TaskData],
+    sizes: Sequence[int],
+    memory: Memory,
+    ctx: Context,
+    first: int = 0,
+) -> Any:
+    """Train ``model`` on ``task`` with a strategy; it ends frozen and without gradients.
+
+    Args:
+        section: The strategy and its hyper-parameters.
+        model: What to train; its head has a row for every class seen.
+        recipe: Epochs, batch size, optimiser, schedule, clipping, label smoothing.
+        task: The task.
+        data: The tasks that may be read: this one, and for a strategy that keeps images the old ones.
+        sizes: Classes each task brought, this one included.
+        memory: What the strategy kept, and will keep.
+        ctx: Device, generator, log.
+        first: The first class in the softmax: 0 for all seen, the task's first for a local loss. ICaRL has none.
+
+    Returns:
+        The strategy after training.
+
+    Raises:
+        TrainingError: The loss is not finite, the precision is one Avalanche's loop does not know, or AGEM's samples
+            are fewer than the tasks.
+    """
+    if ctx.accelerator.mixed_precision == "fp16":
+        raise TrainingError("precision: fp16 needs scaled gradients, which Avalanche's loop does not know; use bf16")
+    if isinstance(section, AGEMConfig) and section.sample_size <= task.index:
+        raise TrainingError(
+            f"stage {task.index}: AGEM's sample_size is {section.sample_size}, which leaves tasks without an image a "
+            "step; give at least the number of tasks. Earlier stages are kept"
+        )
+    seed = int(torch.randint(2**62, (), generator=ctx.generator))
+    codec = Codec(data, len(task.seen), ctx.device)
+    with isolated(seed), _without_its_own_warnings():  # Avalanche draws from the global states
+        strategy = _build(section, model, recipe, ctx, first)
+        if task.index:
+            _restore(strategy, section, codec.load(memory), task.index)
+        strategy.train(_experience(task, sizes), eval_streams=[])
+        codec.save({path: _get(strategy, path) for path in KEPT[section.name]}, memory)
+    for p in strategy.model.parameters():
+        p.grad = None
+        p.requires_grad_(False)
+    return strategy
+
+
+def _build(section: StrategySection, model: Model, recipe: Recipe, ctx: Context, first: int) -> Any:
+    parameters = list(model.requires_grad_().parameters())
+    ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
+    further: dict[str, Any] = section.model_dump(exclude={"name"})
+    if isinstance(section, ICaRLConfig):
+        further |= {"feature_extractor": model.features, "classifier": model.head, "buffer_transform": None}
+    else:
+        further |= {"model": model, "criterion": _criterion(recipe, first)}
+    return getattr(supervised, section.name)(
+        optimizer=_optimizer([Group(parameters)], recipe),
+        train_mb_size=recipe.train_batch_size,
+        train_epochs=recipe.epochs,
+        eval_mb_size=ctx.cache.batch_size,
+        device=ctx.device,
+        plugins=[_Recipe(recipe, ctx)],
+        evaluator=EvaluationPlugin(),
+        **further,
+    )
+
+
+def _criterion(recipe: Recipe, first: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, first:], labels - first, label_smoothing=recipe.label_smoothing)
+
+    return mean_loss
+
+
+def _restore(strategy: Any, section: StrategySection, kept: Mapping[str, Any], past: int) -> None:
+    """What the last task left behind."""
+    strategy.clock.train_exp_counter = past
+    if section.name == "AGEM":  # whose loader over the memories is made by adding one
+        for images in kept["AGEMPlugin.buffers"]:
+            _get(strategy, "AGEMPlugin").update_memory(images)
+        return
+    shapes = {name: p.shape for name, p in strategy.model.named_parameters()}
+    for path, value in kept.items():
+        _set(strategy, path, _padded(value, shapes))
+    if section.name in TEACHER:
+        _set(strategy, TEACHER[section.name], copy.deepcopy(strategy.model).train())
+
+
+def _experience(task: Task, sizes: Sequence[int]) -> Any:
+    """The task as an Avalanche experience that knows of no other."""
+    images = whole_task(task.index, task.train.source, task.train.labels)
+    experience: Any = DatasetExperience(dataset=images, current_experience=task.index)
+    experience.classes_in_this_experience = set(task.classes)
+    experience.classes_seen_so_far = set(task.seen)
+    experience.previous_classes = set(range(sum(sizes[:-1])))
+    experience.future_classes = set()
+    # iCaRL reads these of its experience's benchmark, where no other strategy looks and Avalanche puts them no more
+    experience.benchmark = SimpleNamespace(n_classes_per_exp=list(sizes), classes_order=list(task.seen))
+    return experience
+
+
+class _Recipe(SupervisedPlugin):
+    """The rest of a :class:`Recipe` in Avalanche's loop: schedule, clipping, a finite loss, and what is logged."""
+
+    def __init__(self, recipe: Recipe, ctx: Context) -> None:
+        super().__init__()
+        self.recipe, self.ctx = recipe, ctx
+        self.schedule: LambdaLR | None = None
+        self.epochs: Iterator[int] = ctx.track(range(recipe.epochs), "training", recipe.epochs)
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        if self.schedule is None:  # by now the loader, and with it the number of steps, is settled
+            self.schedule = LambdaLR(strategy.optimizer, _schedule(self.recipe, len(strategy.dataloader)))
+        next(self.epochs, None)
+        self.loss, self.correct, self.count, self.started = 0.0, 0, 0, time.perf_counter()
+
+    def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+        stored = getattr(strategy, "batch_logits", None)
+        if stored is not None and strategy.replay_loader is not None:
+            # DER: a class that came after an image was stored has no logit to be held to
+            now = strategy.mb_output[: len(stored)].detach()
+            strategy.batch_logits = torch.where(stored.isinf(), now, stored)
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        value, size = strategy.loss.item(), len(strategy.mb_y)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"stage {self.ctx.stage}: the training loss is {value}; lower the learner's lr ({self.recipe.lr:g}), "
+                "set its clip, or weaken the strategy's penalty. Earlier stages are kept"
+            )
+        if self.recipe.clip is not None:
+            clip_grad_norm_(strategy.model.parameters(), self.recipe.clip)
+        self.loss, self.count = self.loss + value * size, self.count + size
+        self.correct += int((strategy.mb_output.argmax(1) == strategy.mb_y).sum())
+
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        assert self.schedule is not None  # made before the first step
+        self.schedule.step()
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        assert self.schedule is not None
+        self.ctx.log("loss", self.loss / self.count)
+        self.ctx.log("accuracy", self.correct / self.count)
+        self.ctx.log("learning_rate", float(self.schedule.get_last_lr()[0]))
+        self.ctx.log("images_per_second", self.count / (time.perf_counter() - self.started))
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        next(self.epochs, None)
+        if strategy.model is not None and hasattr(strategy._criterion, "old_model"):
+            # iCaRL would load the new head into the old one, which has fewer rows; it starts from a copy instead
+            strategy._criterion.old_model = None
+
+
+def _get(strategy: Any, path: str) -> Any:
+    """``Plugin.a.b``: attribute b of attribute a of the plugin of that class, or of the strategy itself."""
+    owner, *names = path.split(".")
+    found = strategy if owner == "strategy" else next(p for p in strategy.plugins if type(p).__name__ == owner)
+    for name in names:
+        found = getattr(found, name)
+    return found
+
+
+def _set(strategy: Any, path: str, value: Any) -> None:
+    """Dictionaries are filled, not replaced: Avalanche's may have defaults."""
+    old = _get(strategy, path)
+    if isinstance(old, dict) and isinstance(value, dict):
+        old.clear()
+        old.update(value)
+        return
+    owner, _, name = path.rpartition(".")
+    setattr(_get(strategy, owner), name, value)
+
+
+def _padded(value: Any, shapes: Mapping[str, torch.Size], name: str = "") -> Any:
+    """What is kept per parameter, with zeros for the rows the head has gained.
+
+    Avalanche would do that itself, with an indexing that torch has announced to understand otherwise.
+    """
+    if isinstance(value, dict):
+        return {key: _padded(inner, shapes, str(key)) for key, inner in value.items()}
+    if isinstance(value, ParamData) and name in shapes:
+        data = value.data.new_zeros(shapes[name])
+        data[: len(value.data)] = value.data
+        return ParamData(value.name, init_tensor=data, device=data.device)
+    return value
+
+
+@contextmanager
+def _without_its_own_warnings() -> Iterator[None]:
+    """Drop warnings about Avalanche's own code (it switches them on at every call), and let others through."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for one in caught:
+        if not Path(one.filename).is_relative_to(Path(avalanche.__file__).parent):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

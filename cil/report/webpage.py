@@ -1,0 +1,162 @@
+"""The page: one HTML file with its data, style and script inside, which opens from disk and fetches nothing.
+
+The ranked table is in the HTML itself; the script adds curves, cost against accuracy, and accuracy matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from cil import figures
+from cil.report.columns import COLUMNS, Column
+from cil.report.comparison import Comparison
+from cil.report.protocols import Run, told
+from cil.report.row import Row, order_of, seed_of
+from cil.report.terminal import cells
+
+CURVES = {
+    # key of the curves in metrics.json: what the page calls it
+    "accuracy/seen": "accuracy over all classes seen, %",
+    "accuracy/seen_task_mean": "accuracy, mean over tasks, %",
+    "accuracy/seen_class_mean": "accuracy, mean over classes, %",
+    "accuracy/seen_top5": "top-5 accuracy, %",
+    "accuracy/new": "accuracy on the newest task, %",
+    "accuracy/old": "accuracy on older tasks, %",
+    "forgetting/mean": "forgetting, points",
+    "forgetting/within_task": "forgetting with the task given, points",
+    "bwt": "backward transfer, points",
+    "task_id_accuracy": "task-id accuracy, %",
+    "within_task_accuracy": "accuracy with the task given, %",
+}
+COSTS = {
+    # key of the summary: what the page calls it, and the factor to that unit
+    "seconds": ("minutes of learning and testing", 1 / 60),
+    "kept_bytes": ("MiB kept", 2**-20),
+    "trainable_parameters": ("trained parameters", 1.0),
+    "passes_per_train_image": ("passes a training image", 1.0),
+    "passes_per_test_image": ("passes a test image", 1.0),
+}
+DASHES = {"-": "", "-.": "9 3 2 3", ":": "2 3", "--": "6 4"}
+# figures.CYCLE for a screen: its hues, darkened until lines stand 3 : 1 against the light paper, lightened to 4.5 : 1
+# against the dark one
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#c977a4", "#c08500", "#4999c6", "#882255", "#959532", "#40a090", "#332288")
+DARK = ("#4aa8e0", "#ff8a3d", "#2fc796", "#e3a0c6", "#f0b429", "#8ccdf5", "#d3688f", "#c9c763", "#74d3c5", "#a095f2")
+DARK_BOUNDS = {"finetune": "#a3a3a3", "joint": "#f2f2f2"}
+MOST_AT_FIRST = 10  # lines a reader can tell apart before choosing any
+
+
+def page(compared: Sequence[Comparison], columns: Sequence[Column] = COLUMNS) -> str:
+    """A self-contained HTML page, a section a protocol.
+
+    Args:
+        compared: What to show.
+        columns: Columns of its tables.
+    """
+    environment = Environment(loader=PackageLoader("cil.report", "assets"), autoescape=True, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the page lists things in our order
+    return environment.get_template("page.html").render(
+        sections=[_section(one, one.shown(columns)) for one in compared],
+        data=[_data(one) for one in compared],
+        style=_palette() + _asset("page.css"),
+        script=_asset("charts.js") + _asset("scatter.js") + _asset("page.js"),
+    )
+
+
+def _asset(name: str) -> Markup:
+    return Markup((files("cil.report") / "assets" / name).read_text(encoding="utf-8"))  # our own, not a user's text
+
+
+def _palette() -> Markup:
+    bounds = {name: colour for name, (colour, _) in figures.BOUNDS.items()}
+    lines = [
+        "".join(f"--line-{name}:{colour};" for name, colour in (*enumerate(cycle), *others.items()))
+        for cycle, others in ((LIGHT, bounds), (DARK, DARK_BOUNDS))
+    ]
+    return Markup(f":root{{{lines[0]}}}\n@media (prefers-color-scheme: dark){{:root{{{lines[1]}}}}}\n")
+
+
+def _section(compared: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
+    """What the template shows of a protocol."""
+    head, *body = cells(compared, columns)
+    values = [[column.mean(row, compared.baseline) for column in columns] for row in compared.rows]
+    meanings = ["", "class orders and seeds", *(column.meaning for column in columns), ""]
+    firsts = ["ascending", "descending", *("ascending" if c.ascending else "descending" for c in columns), ""]
+    return {
+        "number": compared.number,
+        "title": compared.title,
+        "differs": told(compared.differs),
+        "head": list(zip(head, meanings, firsts, strict=True)),
+        "body": [
+            (list(zip(cells_, ["", len(row.runs), *known, ""], strict=True)), row.finished)
+            for cells_, known, row in zip(body, values, compared.rows, strict=True)
+        ],
+        "baseline": compared.baseline.title if compared.baseline and any(c.difference for c in columns) else "",
+        "undiffered": compared.why_no_differences(),
+        "runs": [_provenance(row, run) for row in compared.rows for run in (*row.runs, *row.left_out)],
+        "backbone": compared.runs[0]["backbone"],
+    }
+
+
+def _provenance(row: Row, run: Run) -> list[str]:
+    versions = run["versions"]
+    return [
+        row.title,
+        order_of(run),
+        str(seed_of(run)),
+        f"{len(run['stages'])} of {len(run['tasks'])}",
+        f"{100 * run['summary']['accuracy_last']:.2f}",
+        f"{versions['cil']} {versions.get('commit', '')[:10]}".strip(),
+        f"torch {versions['torch']}, {run['machine']['device']}",
+        run["folder"],
+    ]
+
+
+def _data(compared: Comparison) -> dict[str, Any]:
+    """What the script draws of a protocol; per cent and points, undefined values null."""
+    style = figures.styles([row.title for row in compared.rows])
+    keys = [key for key in CURVES if all(key in run["curves"] for run in compared.runs)]
+    found = []
+    for i, row in enumerate(compared.rows):
+        colour, line = style[row.title]
+        bound = row.title in figures.BOUNDS
+        bands = {key: figures.band(row.runs, key) for key in keys}
+        accuracy = 100 * np.array(row.values("accuracy_last"))
+        costs = {key: row.values(key) for key in COSTS}
+        found.append(
+            {
+                "title": row.title,
+                "colour": row.title if bound else str(figures.CYCLE.index(colour)),
+                "dash": DASHES[line],
+                "shown": len(compared.rows) <= MOST_AT_FIRST or i < MOST_AT_FIRST - 2 or bound,
+                "finished": row.finished,
+                "note": row.note(),
+                "curves": {key: {"mean": _plain(mean), "std": _plain(std)} for key, (mean, std) in bands.items()},
+                "accuracy": round(float(accuracy.mean()), 3),
+                "spread": round(float(accuracy.std(ddof=1)), 3) if len(accuracy) > 1 else None,
+                "costs": {k: COSTS[k][1] * float(np.mean(v)) if v else None for k, v in costs.items()},
+                "runs": [_matrices(run) for run in (*row.runs, *row.left_out)],
+            }
+        )
+    return {
+        "rows": found,
+        "curves": {key: CURVES[key] for key in keys},
+        "costs": {key: name for key, (name, _) in COSTS.items()},
+    }
+
+
+def _matrices(run: Run) -> dict[str, Any]:
+    kinds = {"seen": run["accuracy_matrix"], "within": run["accuracy_matrix_within_task"]}
+    rows = {
+        kind: [_plain(100 * np.array(r[: i + 1], dtype=float)) for i, r in enumerate(m)] for kind, m in kinds.items()
+    }
+    return {"order": order_of(run), "seed": seed_of(run), **rows}
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 3) for value in values]

@@ -1,0 +1,322 @@
+"""Every command in README, docs and results/README is executed; the site builds strictly, from local files alone.
+
+A block without a language or with ``sh`` holds commands, one a line, and so does inline code that starts with a
+program's name and says more than a command's name. All commands of a page run in order in one folder, which holds what
+a reader would have by then (:func:`place`). The digits are few here. What would still take long or needs a network is
+shortened by :data:`SHORTENED` and :data:`REPLACED`, and what another part of CI executes is named in :data:`ELSEWHERE`;
+anything not listed there runs as it is written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.main import get_command
+
+from cil.cli import app, main
+from cil.config import Config
+from cil.data import sources
+from cil.data.images import subset
+from cil.learners import registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAMS = ("cil", "python", "accelerate", "tensorboard", ".venv/bin/cil", ".venv/bin/tensorboard")
+
+REPLACED = {
+    r"^\.venv/bin/": "",
+    r"^git clone ADDRESS ": f"git clone --quiet --depth 1 file://{ROOT} ",
+    r"^python scripts/": f"python {ROOT}/scripts/",
+    r"results/reference/<name>": "results/reference/quickstart",
+    r"^tensorboard ": "tensorboard --inspect ",  # a server that ends by itself
+}
+"""Pattern → what stands in its place."""
+
+FEW_DIGITS = "data.dataset=digits data.root=null data.train=null data.test=null stream.increment=5 'orders=[1993]'"
+EMBEDDED = "backbone.name=vit_tiny_patch8_64.tinyimagenet100 transform.resize=null"
+SHORTENED = {
+    r"^cil run quickstart$": "'orders=[1993]'",
+    r"^cil run quickstart .*\branpac\b": "learners.ranpac.projection=64",
+    r"^cil run my_benchmark.yaml": "learners.ranpac.projection=64 'orders=[1993]'",
+    r"^cil run my\.yaml": f"{FEW_DIGITS} {EMBEDDED} 'seeds=[0]'",
+    r"^cil run cifar100/ranpac_b0_inc10": f"{FEW_DIGITS} {EMBEDDED} 'learners=[{{name: ranpac, projection: 64}}]'",
+    r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
+    r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64",
+    r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",
+    r"^python \S*/bench_l2p.py": "--rounds 1 --per-class 2",
+}
+"""Pattern → arguments that are added; every pattern that matches counts."""
+
+ELSEWHERE = {
+    r"^python3 -m venv \.venv$": (".ci/run", "python3 -m venv"),
+    r"^(\.venv/bin/)?pip install": (".ci/run", ".venv/bin/pip install"),
+    r"^(\.venv/bin/)?python -m pytest -q$": (".ci/run", "README.md holds no test line"),
+    r"^\. \.venv/bin/activate$": (".ci/run", ".venv/bin/cil"),
+    r"^accelerate launch ": ("tests/test_processes.py", "accelerate.commands.launch"),
+}
+"""Pattern → the file that executes such a command, and a text in it."""
+
+
+class Command(NamedTuple):
+    page: Path
+    text: str
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """(language, title, content) of a page's fenced blocks; a text between two of them is ("inline", "", text)."""
+    found, text, fence = [], [], None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("```"):
+            text.append(line)
+            continue
+        language, title = fence or ("inline", "")
+        found.append((language, title, "\n".join(text)))
+        info = re.match(r'```(\w*)(?: title="(.*)")?$', line)
+        assert info, f"{page}: {line}"
+        text, fence = [], None if fence else (info[1], info[2] or "")
+    assert fence is None, f"{page}: a block does not end"
+    return [*found, ("inline", "", "\n".join(text))]
+
+
+def commands_in(language: str, content: str) -> list[str]:
+    if language == "inline":
+        spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", content)]
+        return [span for span in spans if span.split(" ")[0] in PROGRAMS and not is_name(span)]
+    if language not in ("", "sh"):
+        return []
+    lines = [shlex.join(shlex.split(line, comments=True)) for line in content.splitlines()]
+    return [part for line in lines if line for part in line.split(" '&&' ")]
+
+
+def is_name(span: str) -> bool:
+    """``cil run`` is the name of a command, not one to give; and so is a program's."""
+    words = span.split(" ")
+    return len(words) == 1 or words == ["accelerate", "launch"] or (words[0] == "cil" and len(words) == 2)
+
+
+EVERY = [
+    Command(page, text)
+    for page in PAGES
+    for language, _, content in blocks(page)
+    for text in commands_in(language, content)
+]
+
+
+def changed(text: str) -> tuple[str | None, list[str]]:
+    """The command as it is run here, None if it is run elsewhere; and the patterns that made it so."""
+    used = [pattern for pattern in ELSEWHERE if re.search(pattern, text)]
+    if used:
+        return None, used
+    for pattern, new in REPLACED.items():
+        if re.search(pattern, text):
+            used.append(pattern)
+            text = re.sub(pattern, new, text)
+    longer = [pattern for pattern in SHORTENED if re.search(pattern, text)]
+    return " ".join([text, *(SHORTENED[pattern] for pattern in longer)]), used + longer
+
+
+def executed(text: str) -> str | None:
+    return changed(text)[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits():
+    """Three training images and two test images of each digit."""
+    whole = sources.digits
+
+    def few(split):
+        source = whole(split)
+        first = sources.rank_in_class(source.labels) < (3 if split == "train" else 2)
+        return subset(source, np.flatnonzero(first), "few")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "digits", few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, few_digits):
+    """What a reader of the pages has at hand: a photo, pictures in class folders and lists, checkpoints, and what the
+    one line at the top of the README has left in ``results/``."""
+    place = tmp_path_factory.mktemp("reader")
+    rng = np.random.RandomState(0)
+
+    def picture(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.randint(0, 256, (40, 50, 3)).astype(np.uint8)).save(path)
+
+    picture(place / "photo.png")
+    for split, listed in (("train", "train"), ("val", "test")):
+        rows = [(f"{split}/{name}/{i}.png", name) for name in ("ant", "bee", "cat", "dog") for i in range(4)]
+        for file, _ in rows:
+            picture(place / "pictures" / file)
+        (place / "pictures" / f"{listed}.csv").write_text("".join(f"{file},{name}\n" for file, name in rows))
+    names = [f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("attn.proj", "mlp.fc1")]
+    base = {name: torch.randn(4, 4) for name in names}
+    models = {"base": base, **{f"task{t}": {k: v + torch.randn(4, 4) for k, v in base.items()} for t in (1, 2)}}
+    for name, weights in models.items():
+        save_file(weights, place / f"{name}.safetensors")
+        shelf = place / ("vit" if name == "base" else name)
+        shelf.mkdir()
+        save_file(weights, shelf / "model.safetensors")
+    shutil.copytree(ROOT / "results" / "reference" / "quickstart", place / "results" / "reference" / "quickstart")
+    [yaml] = [content for language, _, content in blocks(ROOT / "README.md") if language == "yaml"]
+    (place / "my.yaml").write_text(yaml, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run(executed("cil run quickstart") or "", patch)
+    return place
+
+
+@pytest.fixture
+def place(folder, tmp_path, monkeypatch):
+    """A copy of the reader's folder to work in."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known, path = set(sys.modules), list(sys.path)
+    yield tmp_path
+    sys.path[:] = path
+    for name in set(sys.modules) - known:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def run(command: str, monkeypatch) -> None:
+    program, *arguments = shlex.split(command)
+    if program == "cil":
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, command
+    elif program == "python":
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+    else:
+        start = [sys.executable, "-m", "tensorboard.main"] if program == "tensorboard" else [program]
+        subprocess.run([*start, *arguments], check=True, timeout=300)
+
+
+def with_commands() -> list[Path]:
+    return [page for page in PAGES if any(command.page == page and executed(command.text) for command in EVERY)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", with_commands(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_runs(page, place, monkeypatch):
+    for language, title, content in blocks(page):
+        if title:
+            (place / title).write_text(content + "\n", encoding="utf-8")
+        if page.name == "README.md" and content.startswith("# mine.py"):
+            (place / "mine.py").write_text(content, encoding="utf-8")
+        for text in commands_in(language, content):
+            command = executed(text)
+            if command is not None:
+                print(f"$ {command}")
+                run(command, monkeypatch)
+
+
+def test_the_lists_of_exceptions_are_not_stale():
+    used = {pattern for command in EVERY for pattern in changed(command.text)[1]}
+    assert used == {*REPLACED, *SHORTENED, *ELSEWHERE}
+    for place, needle in ELSEWHERE.values():
+        assert needle in (ROOT / place).read_text(encoding="utf-8"), (place, needle)
+
+
+def test_commands_are_found_where_they_stand():
+    """The collector itself: blocks, chains, comments, inline code over two lines, and names that are no commands."""
+    pages = {page: [command.text for command in EVERY if command.page == page] for page in PAGES}
+    readme = pages[ROOT / "README.md"]
+    assert ".venv/bin/cil run quickstart" in readme and "cil run cifar100/ranpac_b0_inc10" in readme
+    assert "cil predict results/quickstart/ncm/order1993-seed0 photo.png" in readme
+    assert "cil run" not in readme and "cil merge" not in readme
+    assert any("orders=[1993, natural]" in text for text in pages[ROOT / "results" / "README.md"])
+    assert len(EVERY) > 40
+
+
+def test_names_of_commands_exist():
+    known = set(get_command(app).commands)
+    for page in PAGES:
+        for _, _, content in blocks(page):
+            for name in re.findall(r"(?<![\w./-])cil ([a-z][a-z-]+)", content):
+                if re.search(rf"`cil {name}\b", content):
+                    assert name in known, f"{page.name}: cil {name}"
+
+
+PYTHON = [page for page in PAGES if page.parent == ROOT / "docs" and any(b[:2] == ("python", "") for b in blocks(page))]
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_python_on_a_page_runs(page, place):
+    """Blocks without a title, one after the other in one namespace; with a title they are files."""
+    scope = {"__name__": page.stem}
+    for language, title, content in blocks(page):
+        if title:
+            (place / title).write_text(content + "\n", encoding="utf-8")
+        elif language == "python":
+            exec(compile(content, page.name, "exec"), scope)  # noqa: S102
+    if page.name == "your_own_rule.md":
+        torch.testing.assert_close(scope["merged"], torch.tensor([[0.8, 0.8], [0, 0]]) / 2**0.5)
+    if page.name == "your_own_tuner.md":
+        assert scope["features"].requires_grad
+    if page.name == "your_own_classifier.md":
+        assert (scope["predicted"].numpy() == scope["labels"]).mean() > 0.8
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_every_learner_has_a_whole_page(site):
+    for name, cls in ((name, registry.resolve(name)) for name in registry.BUILTIN):
+        html = (site / "learners" / f"{name}.html").read_text(encoding="utf-8")
+        for part in ("equation", "cost", "departures-from-other-implementations", "hyper-parameters"):
+            assert f'id="{part}"' in html, (name, part)
+        missing = [key for key in cls.Config.model_fields if f"<code>{key}</code>" not in html]
+        assert not missing, (name, missing)
+
+
+@pytest.mark.slow
+def test_every_reference_run_is_on_its_learners_page(site):
+    from cil import results
+
+    for run in results.find([ROOT / "results" / "reference"]):
+        html = (site / "learners" / f"{run['config']['learners'][0]['name']}.html").read_text(encoding="utf-8")
+        assert f"<td>{run['learner']}</td>" in html, run["learner"]
+
+
+@pytest.mark.slow
+def test_reference_pages_name_every_command_and_key(site):
+    commands, keys = ((site / page).read_text(encoding="utf-8") for page in ("cli.html", "configuration.html"))
+    assert all(f"<code>cil {name}</code>" in commands for name in get_command(app).commands)
+    assert all(f"<code>{key}</code>" in keys for key in Config.model_fields)
+
+
+@pytest.mark.slow
+def test_the_site_fetches_nothing(site):
+    """No script, style, font or picture from another host; links for people are another matter."""
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        fetched = re.findall(r'<(?:script|img|link|iframe)[^>]*?(?:src|href)="((?:https?:)?//[^"]*)"', html)
+        assert not fetched, (page.name, fetched)
