@@ -190,6 +190,7 @@ def test_the_facts_say_what_was_trained(ncm, tmp_path):
     assert facts["summary"]["accuracy_last"] == results.load(ncm)["summary"]["accuracy_last"]
     assert facts["files"]["model.safetensors"]["bytes"] == (tmp_path / "m" / "model.safetensors").stat().st_size
     assert str(tmp_path) not in json.dumps(facts)
+    assert len({p.stat().st_mode for p in (tmp_path / "m").iterdir()}) == 1
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

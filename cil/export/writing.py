@@ -71,7 +71,9 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
         facts["check"] = compare(expected, answers(load(temporary)), f"learner {header['learner']} as {format}")
         write_json(temporary / FACTS, facts)
         (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+        mode = (temporary / "README.md").stat().st_mode
         for file in temporary.iterdir():
+            file.chmod(mode)  # safetensors lets nobody else read its files
             flush(file)
         put(temporary, out)
     except (OSError, SafetensorError) as error:
