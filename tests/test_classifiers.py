@@ -29,9 +29,9 @@ from cil.classifiers import (
     mean_scales,
     normalized_cross_entropy,
 )
-from cil.classifiers.linalg import add_gram_, eigh_, ridge_solve, symmetric_inverse
 from cil.classifiers.ridge import STRENGTHS
 from cil.errors import ConfigError, DataError
+from cil.linalg import add_gram_, eigh_, ridge_solve, symmetric_inverse
 from cil.randomness import generator
 
 FROM_SUMS = {
@@ -750,7 +750,7 @@ def test_processes_share_the_batches_of_sampled_features():
 
 
 def test_matrices_larger_than_a_block(monkeypatch):
-    monkeypatch.setattr("cil.classifiers.linalg.BLOCK", 8)
+    monkeypatch.setattr("cil.linalg.BLOCK", 8)
     rows = torch.randn(40, 27, generator=generator(0), dtype=torch.float64)
     gram = torch.zeros(27, 27, dtype=torch.float64)
     add_gram_(gram, rows)
@@ -773,7 +773,7 @@ def test_ridge_on_more_rows_and_columns_than_a_block(monkeypatch):
         ridge = Ridge(12, projection=30, strength=strength).partial_fit(x, y, generator(0))
         wide = Ridge(12, projection=130).partial_fit(x, y, generator(0))
         expected[strength] = ridge.logits(x), wide.logits(x), ridge.strength_, wide.strength_
-    monkeypatch.setattr("cil.classifiers.linalg.BLOCK", 7)
+    monkeypatch.setattr("cil.linalg.BLOCK", 7)
     monkeypatch.setattr("cil.classifiers.ridge.BLOCK", 7)
     for strength in ("holdout", "loo"):
         ridge = Ridge(12, projection=30, strength=strength).partial_fit(x, y, generator(0))

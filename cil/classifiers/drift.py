@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cil.classifiers.linalg import add_gram_, ridge_solve
 from cil.errors import DataError
+from cil.linalg import add_gram_, ridge_solve
 from cil.precision import exact
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
-from cil.classifiers.linalg import BLOCK, add_gram_, symmetric_inverse
 from cil.errors import ConfigError
+from cil.linalg import BLOCK, add_gram_, symmetric_inverse
 from cil.precision import exact, without_autocast
 
 Priors = Literal["counts", "uniform"]

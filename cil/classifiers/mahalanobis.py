@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cil.classifiers.base import Array
-from cil.classifiers.linalg import symmetric_inverse
 from cil.classifiers.moments import ClassMoments
 from cil.errors import ConfigError
+from cil.linalg import symmetric_inverse
 from cil.precision import without_autocast
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
-from cil.classifiers.linalg import BLOCK, add_gram_, eigh_, ridge_solve
 from cil.errors import ConfigError
+from cil.linalg import BLOCK, add_gram_, eigh_, ridge_solve
 from cil.precision import exact, without_autocast
 
 Decision = Literal["linear", "cosine"]

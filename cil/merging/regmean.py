@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cil.errors import ConfigError, DataError
+from cil.linalg import ridge_solve
 from cil.merging.base import Rule, Task, TaskStatistics
 from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
 from cil.merging.layout import Entry
@@ -119,7 +120,7 @@ class RegMean(Rule):
         if strength == 0:  # no input so far was anything but zero
             return torch.zeros_like(state["product"])
         right = state["product"].reshape(-1, k, width).permute(1, 2, 0)  # [k, in/k, out]
-        return torch.cholesky_solve(right, _factor(state["gram"], strength)).permute(2, 0, 1).reshape(entry.shape)
+        return ridge_solve(state["gram"], right, strength).permute(2, 0, 1).reshape(entry.shape)
 
     def _blocked(self, entry: Entry, gram: Tensor) -> Tensor:
         """The Gram matrix as the blocks kept here [k, w, w]."""
@@ -179,14 +180,3 @@ def _times(left: Tensor, gram: Tensor) -> Tensor:
     k, width, _ = gram.shape
     parts = left.reshape(-1, k, width).transpose(0, 1) @ gram  # [k, out, in/k]
     return parts.transpose(0, 1).reshape(left.shape)
-
-
-def _factor(gram: Tensor, strength: float) -> Tensor:
-    """Cholesky factors of gram + strength · I, the strength raised until there are any."""
-    while True:
-        shifted = gram.clone()
-        shifted.diagonal(dim1=1, dim2=2).add_(strength)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not bool(failed.any()):
-            return factor
-        strength *= 10

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cil.errors import ConfigError
+from cil.linalg import add_gram_
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
 from cil.merging.linear import SumRule
@@ -27,8 +28,9 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v, sigma, u = thin_svd(matrix.T)
         return u, sigma, v
     if matrix.dtype == torch.float32:
-        double = matrix.double()
-        values, vectors = torch.linalg.eigh(double.T @ double)
+        gram = matrix.new_zeros(n, n, dtype=torch.float64)
+        add_gram_(gram, matrix.double(), block=192)
+        values, vectors = torch.linalg.eigh(gram)
         sigma = values.flip(0).clamp(min=0).sqrt().to(matrix)
         v = vectors.flip(1).to(matrix)
         return matrix @ v / sigma.clamp(min=torch.finfo(sigma.dtype).tiny), sigma, v

@@ -26,7 +26,7 @@ def symmetric_inverse(matrix: Tensor) -> Tensor:
 
 
 def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """Solve (gram + strength·I) W = targets by Cholesky, [M, M] and [M, C] → [M, C].
+    """Solve (gram + strength·I) W = targets by Cholesky, [(…,) M, M] and [(…,) M, C] → [(…,) M, C].
 
     A strength below float64's resolution of ``gram`` (their sum is then not numerically positive definite) is raised
     tenfold until it counts: the solution is the one of the smallest strength that can be told from zero.
@@ -36,7 +36,7 @@ def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
     """
     while strength < math.inf:
         factor, failed = torch.linalg.cholesky_ex(_shifted(gram, strength))  # the shifted copy is freed at once
-        if not int(failed):
+        if not bool(failed.any()):
             return torch.cholesky_solve(targets, factor)
         strength *= 10
     raise TrainingError("the features are too large: their squares are not finite in float64")
@@ -44,17 +44,21 @@ def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
 
 def _shifted(gram: Tensor, strength: float) -> Tensor:
     shifted = gram.clone()
-    shifted.diagonal().add_(strength)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(strength)
     return shifted
 
 
-def add_gram_(gram: Tensor, rows: Tensor) -> None:
-    """gram += rowsᵀ rows in place, [M, M] and [n, M]: half the products, and symmetric to the bit."""
-    blocks = rows.split(BLOCK, dim=1)
+def add_gram_(gram: Tensor, rows: Tensor, block: int = BLOCK) -> None:
+    """gram += rowsᵀ rows in place, [M, M] and [n, M]: half the products, and symmetric to the bit.
+
+    Args:
+        block: Columns at once; smaller ones save more of the products, larger ones are faster where all are needed.
+    """
+    blocks = rows.split(block, dim=1)
     for i, left in enumerate(blocks):
-        below = slice(i * BLOCK, i * BLOCK + left.shape[1])
+        below = slice(i * block, i * block + left.shape[1])
         for j, right in enumerate(blocks[: i + 1]):
-            beside = slice(j * BLOCK, j * BLOCK + right.shape[1])
+            beside = slice(j * block, j * block + right.shape[1])
             product = left.T @ right
             if i == j:
                 gram[below, below] += (product + product.T) / 2
