@@ -262,7 +262,7 @@ def commands_page() -> str:
 
 
 def results_page() -> str:
-    """``results/README.md``; its links stay valid because what they lead to is copied beside it."""
+    """``results/README.md``; what its links lead to is copied beside it."""
     return (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 
 

@@ -51,7 +51,7 @@ SHORTENED = {
     r"^cil run quickstart$": "'orders=[1993]'",
     r"^cil run quickstart .*\branpac\b": "learners.ranpac.projection=64",
     r"^cil run my_benchmark.yaml": "learners.ranpac.projection=64 'orders=[1993]'",
-    r"^cil run my\.yaml": f"{FEW_DIGITS} {EMBEDDED} 'seeds=[0]'",
+    r"^cil run my\.yaml": f"{FEW_DIGITS} {EMBEDDED} 'seeds=[0]' learners.finetune.epochs=1 learners.joint.epochs=1",
     r"^cil run cifar100/ranpac_b0_inc10": f"{FEW_DIGITS} {EMBEDDED} 'learners=[{{name: ranpac, projection: 64}}]'",
     r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64",
@@ -149,8 +149,8 @@ def few_digits():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, few_digits):
-    """What a reader of the pages has at hand: a photo, pictures in class folders and lists, checkpoints, and what the
-    one line at the top of the README has left in ``results/``."""
+    """What a reader of all pages has at hand: their files, a photo, pictures in class folders and lists, checkpoints,
+    and what the one line at the top of the README has left in ``results/``."""
     place = tmp_path_factory.mktemp("reader")
     rng = np.random.RandomState(0)
 
@@ -175,6 +175,8 @@ def folder(tmp_path_factory, few_digits):
     shutil.copytree(ROOT / "results" / "reference" / "quickstart", place / "results" / "reference" / "quickstart")
     [yaml] = [content for language, _, content in blocks(ROOT / "README.md") if language == "yaml"]
     (place / "my.yaml").write_text(yaml, encoding="utf-8")
+    for title, content in ((title, content) for page in PAGES for _, title, content in blocks(page) if title):
+        (place / title).write_text(content + "\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         run(executed("cil run quickstart") or "", patch)
@@ -217,6 +219,9 @@ def with_commands() -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", with_commands(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_runs(page, place, monkeypatch):
+    for _, title, _ in blocks(page):
+        if title:  # what this page makes is not there before it does
+            (place / title).unlink()
     for language, title, content in blocks(page):
         if title:
             (place / title).write_text(content + "\n", encoding="utf-8")
@@ -264,9 +269,7 @@ def test_python_on_a_page_runs(page, place):
     """Blocks without a title, one after the other in one namespace; with a title they are files."""
     scope = {"__name__": page.stem}
     for language, title, content in blocks(page):
-        if title:
-            (place / title).write_text(content + "\n", encoding="utf-8")
-        elif language == "python":
+        if language == "python" and not title:
             exec(compile(content, page.name, "exec"), scope)  # noqa: S102
     if page.name == "your_own_rule.md":
         torch.testing.assert_close(scope["merged"], torch.tensor([[0.8, 0.8], [0, 0]]) / 2**0.5)
