@@ -294,6 +294,8 @@ def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
 
 def flow(value: Any) -> str:
     """A value as it would stand in a configuration, on one line."""
+    if isinstance(value, BaseModel):
+        value = changed(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {flow(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, (list, tuple)):

@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="only so many")
     parser.add_argument("--rules", nargs="+", default=[FROZEN_BACKBONE, FIRST_TASK, *RULES])
     parser.add_argument("--out", type=Path, required=True, help="folder for a JSON file an order; one there is kept")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     config = load_config(args.config, args.overrides)
     entry = next(e for e in config.learners if e.title == args.learner)

@@ -57,6 +57,8 @@ SHORTENED = {
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64",
     r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",
     r"^python \S*/bench_l2p.py": "--rounds 1 --per-class 2",
+    r"^python \S*/bench_merge.py": "--small --tasks 2 --repeats 1 --out bench",
+    r"^python \S*/ablate_merging.py": f"{FEW_DIGITS} learners.merge.epochs=1 --orders 1993 --rules average opcm",
 }
 """Pattern → arguments that are added; every pattern that matches counts."""
 
@@ -65,6 +67,7 @@ ELSEWHERE = {
     r"^(\.venv/bin/)?pip install": (".ci/run", ".venv/bin/pip install"),
     r"^(\.venv/bin/)?python -m pytest -q$": (".ci/run", "README.md holds no test line"),
     r"^\. \.venv/bin/activate$": (".ci/run", ".venv/bin/cil"),
+    r"^(\.venv/bin/)?cil tensorboard ": ("tests/test_board.py", "def test_it_serves_and_stops"),
     r"^accelerate launch ": ("tests/test_processes.py", "accelerate.commands.launch"),
 }
 """Pattern → the file that executes such a command, and a text in it."""
@@ -173,7 +176,7 @@ def folder(tmp_path_factory, few_digits):
         shelf.mkdir()
         save_file(weights, shelf / "model.safetensors")
     shutil.copytree(ROOT / "results" / "reference" / "quickstart", place / "results" / "reference" / "quickstart")
-    [yaml] = [content for language, _, content in blocks(ROOT / "README.md") if language == "yaml"]
+    yaml, *_ = [content for language, _, content in blocks(ROOT / "README.md") if language == "yaml"]
     (place / "my.yaml").write_text(yaml, encoding="utf-8")
     for title, content in ((title, content) for page in PAGES for _, title, content in blocks(page) if title):
         (place / title).write_text(content + "\n", encoding="utf-8")
@@ -206,6 +209,7 @@ def run(command: str, monkeypatch) -> None:
         assert not ended.value.code, command
     elif program == "python":
         monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.syspath_prepend(str(Path(arguments[0]).parent))
         runpy.run_path(arguments[0], run_name="__main__")
     else:
         start = [sys.executable, "-m", "tensorboard.main"] if program == "tensorboard" else [program]
