@@ -20,6 +20,7 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
 from cil import report, results
+from cil.avalanche.table import StrategySection
 from cil.config import Config, LearnerEntry
 from cil.configfile import read, shipped
 from cil.learner import Learner
@@ -177,7 +178,7 @@ def configuration_page() -> str:
         prose(Recipe),
         section_table(Recipe),
     ]
-    for title, sections in (("Tuners", TunerSection), ("Rules", RuleSection), ("Finalisers", FinaliserSection)):
+    for title, sections in KINDS.items():
         parts += [f"## {title}", INTRODUCTIONS[title]]
         for model in get_args(sections):
             own = section_table(model, skip=("name", "finalisers"))
@@ -185,12 +186,15 @@ def configuration_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+KINDS = {"Tuners": TunerSection, "Rules": RuleSection, "Finalisers": FinaliserSection, "Strategies": StrategySection}
 INTRODUCTIONS = {
     "Tuners": "What a learner's `tuner` may be: a name, `{name: …}` with hyper-parameters, or "
     "[one of your own](your_own_tuner.md), `{class: file.py:Class}`.",
     "Rules": "What the learner `merge` takes as its `rule`, and `cil merge` as `--rule`: a name, `{name: …}` with "
     "hyper-parameters and `finalisers`, or [one of your own](your_own_rule.md), `{class: file.py:Class}`.",
     "Finalisers": "What a rule's `finalisers` may hold, applied in order to the merged update when it is read out.",
+    "Strategies": "What the learners `avalanche` and `avalanche_replay` take as their `strategy`: Avalanche's own, by "
+    "name or as `{name: …}` with hyper-parameters.",
 }
 
 
@@ -230,6 +234,8 @@ TITLES = {
     "adapter": "[tuner](../configuration.md#tuners)",
     "opcm": "[rule](../configuration.md#rules)",
     "lines": "[finaliser](../configuration.md#finalisers)",
+    "EWC": "[strategy](../configuration.md#strategies)",
+    "Replay": "[strategy](../configuration.md#strategies)",
 }
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
@@ -262,8 +268,8 @@ def commands_page() -> str:
 
 
 def results_page() -> str:
-    """``results/README.md``; what its links lead to is copied beside it."""
-    return (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    """``results/README.md``; what its links lead to stands or is copied beside it."""
+    return (ROOT / "results" / "README.md").read_text(encoding="utf-8").replace("](../docs/", "](")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cil.config import DataConfig, HardwareConfig, TransformConfig
 from cil.data.opening import open_source
-from cil.data.sources import ImageSource, rank_in_class
+from cil.data.sources import UNREADABLE, ImageSource, rank_in_class
 from cil.data.transforms import Transforms
 from cil.errors import DataError
 from cil.randomness import isolated, seed_everything
@@ -260,7 +260,7 @@ def read_image(path: Path, transforms: Transforms) -> torch.Tensor:
         raise DataError(f"{path}: no such file")
     try:
         picture = Image.open(path).convert("RGB")
-    except sources.UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(f"{path}: not a readable image ({type(error).__name__})") from None
     with isolated():
         pixels = torch.from_numpy(np.asarray(transforms.evaluate(picture)))
