@@ -70,7 +70,7 @@ def export(
 
         folder = write(run, out, kind, force=force)
     facts = read_facts(folder)
-    stages, difference = facts["stages"], facts["check"]["logits"]["max_relative_difference"]
+    stages, difference = facts["stages"], facts["check"]["logits"]["of_largest"]
     typer.echo(
         f"{folder}: {facts['learner']['title']} after stage {stages['finished']} of {stages['planned']} as {kind}, "
         f"{len(facts['classes'])} classes; its logits differ from the learner's by {difference:.1e} of the largest"

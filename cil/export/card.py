@@ -221,6 +221,8 @@ def training(facts: Facts) -> str:
     )
     if stages["finished"] < stages["planned"]:
         text += f" {stages['planned'] - stages['finished']} further {what} of the stream were not learned yet."
+    if protocol["precision"] != "fp32":
+        text += f" The run computed in {protocol['precision']}, which its results are of; this model is float32."
     if learner["stores_images"]:
         text += " The learner keeps the images of old tasks, so this is an upper bound, not continual learning."
     return text
@@ -242,9 +244,10 @@ def checked(check: Facts, versions: dict[str, str]) -> str:
     found, batches = check["logits"], " and ".join(map(str, check["batch_sizes"]))
     return (
         f"Opened again after it was written, the model gave logits that differ from the learner's by at most "
-        f"{found['max_absolute_difference']:.1e}, {found['max_relative_difference']:.1e} of the largest (allowed: "
-        f"{check['tolerance']:.0e}), in batches of {batches} images. Written by cil {versions['cil']} with torch "
-        f"{versions['torch']} and timm {versions['timm']}."
+        f"{found['max_difference']:.1e} in batches of {batches} images: {found['of_largest']:.1e} of the largest and "
+        f"{found['of_spread']:.1e} of their spread (allowed: {check['tolerance']['of_largest']:.0e} and "
+        f"{check['tolerance']['of_spread']:.0e}). Written by cil {versions['cil']} with torch {versions['torch']} and "
+        f"timm {versions['timm']}."
     )
 
 
