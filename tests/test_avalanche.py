@@ -60,7 +60,7 @@ OWN = [  # no plain script with a growing head runs these, see the tests further
         ("avalanche", {"strategy": "EWC", **SMALL}),
         ("avalanche", {"strategy": "LwF", **SMALL}),
         ("avalanche_replay", {"strategy": {"name": "Replay", "mem_size": 10}, **SMALL}),
-        ("l2_sp", {"epochs": 6, "lr": 0.1, "train_batch_size": 8}),
+        ("l2_sp", {"epochs": 6, "lr": 1e-3, "train_batch_size": 8, "optimizer": "adamw", "loss": "local"}),
     ]
 )
 def test_common_checks(case, check):
