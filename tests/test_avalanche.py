@@ -36,7 +36,7 @@ from cil.stream import Stream
 from cil.testing import CHECKS, Case, parametrize_learner
 from cil.testing.setting import accelerator, backbone, context, stream
 
-SMALL = {"epochs": 3, "train_batch_size": 8, "lr": 1e-3}
+SMALL = {"epochs": 3, "train_batch_size": 8, "optimizer": "adamw", "lr": 1e-3}
 PLAIN = {"epochs": 2, "train_batch_size": 8, "optimizer": "sgd", "momentum": 0.0, "lr": 0.05}
 PLAIN |= {"schedule": "constant", "warmup": 0.0}
 STRATEGIES = [

@@ -21,7 +21,7 @@ from cil.errors import StreamError
 from cil.learner import Context, Learner
 from cil.precision import without_autocast
 from cil.stream import Task, TaskData
-from cil.training import Optimizer, Recipe, Softmax
+from cil.training import Recipe, Softmax
 from cil.tuning import TunerConfig, build_tuner
 from cil.tuning.table import FullConfig
 
@@ -30,9 +30,6 @@ class StrategyRecipe(Recipe):
     """What the two learners below share."""
 
     tuner: TunerConfig | None = Field(FullConfig(), description="what is trained beside the head; null: nothing")
-    optimizer: Optimizer = Field("adamw", description="SGD with momentum, Adam or AdamW")
-    lr: float = Field(3e-4, gt=0, description="peak learning rate, of tuner and head")
-    warmup: float = Field(0.1, ge=0, lt=1, description="fraction of the steps with a linearly rising rate")
 
     @model_validator(mode="after")
     def _whole_batches(self) -> Any:
