@@ -928,4 +928,7 @@ def test_merging_needs_neither_backbones_nor_learners():
         "print([n for n in ('timm', 'peft', 'avalanche', 'accelerate') if n in sys.modules])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines() == ["['config', 'configfile', 'errors', 'merging', 'randomness']", "[]"]
+    assert found.stdout.splitlines() == [
+        "['config', 'configfile', 'errors', 'merging', 'plugins', 'randomness']",
+        "[]",
+    ]
