@@ -192,6 +192,9 @@ def place(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    for name, module in list(sys.modules.items()):  # what tests of the examples imported is not there for a reader
+        if str(ROOT / "examples") in str(getattr(module, "__file__", "")):
+            monkeypatch.delitem(sys.modules, name)
     known, path = set(sys.modules), list(sys.path)
     yield tmp_path
     sys.path[:] = path
