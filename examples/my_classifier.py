@@ -37,8 +37,7 @@ class NaiveBayes(StatisticsClassifier):
         """(means, variances), float64 [C, F] each."""
         counts = self.counts.clamp(min=1)[:, None]
         means = self.sums / counts
-        seen = self.counts.sum()
-        spread = (self.squares.sum(0) / seen - (self.sums.sum(0) / seen).square()).max()
+        spread = (self.squares.sum(0) / self.counts.sum() - (self.sums.sum(0) / self.counts.sum()).square()).max()
         return means, (self.squares / counts - means.square()).clamp(min=0) + self.smoothing * spread
 
     def logits(self, features):
