@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cil.errors import RunError
+from cil.files import flush
 from cil.learner import Context, Learner
 from cil.stream import Task
 
@@ -157,7 +158,7 @@ class RunFolder:
             ) from None
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file in one step."""
+        """Replace a file in one step; under a fixed name first, which the next run finds if this one is killed."""
         with self.reported():
             temporary = self.path / f".{name}"
             temporary.write_text(text, encoding="utf-8")
@@ -196,15 +197,6 @@ def _system_error(error: SafetensorError) -> int | None:
     """The system's error number in a safetensors message, which has it as text: ``… (os error 28)``."""
     found = re.search(r"os error (\d+)", str(error))
     return int(found.group(1)) if found else None
-
-
-def flush(path: Path) -> None:
-    """Make sure a file's or folder's content is on the disk before anything that depends on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def state_bytes(learner: Learner) -> dict[str, int]:

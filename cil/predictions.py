@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cil.errors import DataError
+from cil.files import replacing
 
 if TYPE_CHECKING:
     from cil.prediction import Ranked
@@ -78,18 +78,15 @@ def written(file: Path, columns: int) -> Iterator[Add]:
         DataError: See :func:`check_output`, or the disk is full or not writable.
     """
     check_output(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
-            with FORMATS[file.suffix.lower()](stream, columns) as add:
-                yield add
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
+        with (
+            replacing(file) as half,
+            half.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
+            FORMATS[file.suffix.lower()](stream, columns) as add,
+        ):
+            yield add
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _object(path: Path, ranked: Ranked) -> str:

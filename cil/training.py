@@ -125,9 +125,9 @@ def fit(
     taken = [Group(list(group.parameters), group.lr, group.start) for group in groups]
     parameters = [p for group in taken for p in group.parameters]
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
-    optimizer = accelerator.prepare(_optimizer(taken, recipe))
+    optimizer = accelerator.prepare(build_optimizer(taken, recipe))
     size, count = recipe.train_batch_size, len(data)
-    scheduler = LambdaLR(optimizer, _schedule(recipe, math.ceil(count / size)))
+    scheduler = LambdaLR(optimizer, rate_factor(recipe, math.ceil(count / size)))
     part = (accelerator.process_index, accelerator.num_processes)
     with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)):
         for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
@@ -199,7 +199,8 @@ def _sum_over_processes(parameters: list[nn.Parameter], value: Tensor, accelerat
     return mean.item()
 
 
-def _optimizer(groups: list[Group], recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(groups: Sequence[Group], recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimiser, each group with its own peak rate."""
     rates = [{"params": group.parameters, "lr": recipe.lr * group.lr} for group in groups]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(rates, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
@@ -207,8 +208,8 @@ def _optimizer(groups: list[Group], recipe: Recipe) -> torch.optim.Optimizer:
     return kind(rates, recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def _schedule(recipe: Recipe, per_epoch: int) -> Callable[[int], float]:
-    """Step → factor on the learning rate."""
+def rate_factor(recipe: Recipe, per_epoch: int) -> Callable[[int], float]:
+    """Step → factor on the peak learning rate, for a stage of ``per_epoch`` steps an epoch."""
     steps = per_epoch * recipe.epochs
     warmup = int(recipe.warmup * steps)
 

@@ -115,8 +115,7 @@ class Order:
         for t in everything:
             before.append(self.train_features(eyes, t) if t else torch.empty(0))
             if rule != FIRST_TASK or t == 0:
-                merging.rule.add_update(self.updates[t], self.statistics[t])
-                merging._merged = None
+                merging.fold(self.updates[t], self.statistics[t])
                 eyes.version = (rule, t + 1)
             after.append(self.train_features(eyes, t))
         return before, after, [self.train_features(eyes, t) for t in everything], self.cache.get(eyes, *self.test)

@@ -929,6 +929,6 @@ def test_merging_needs_neither_backbones_nor_learners():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines() == [
-        "['config', 'configfile', 'errors', 'linalg', 'merging', 'plugins', 'precision', 'randomness']",
+        "['config', 'configfile', 'errors', 'files', 'linalg', 'merging', 'plugins', 'precision', 'randomness']",
         "[]",
     ]

@@ -12,7 +12,7 @@ from torch import nn
 from cil.batches import TensorData, WithRows
 from cil.errors import TrainingError
 from cil.testing.setting import backbone, context, stream
-from cil.training import Group, Recipe, _schedule, fit
+from cil.training import Group, Recipe, fit, rate_factor
 
 
 @pytest.fixture
@@ -61,11 +61,11 @@ def test_equals_a_plain_torch_loop(problem, optimizer):
 
 
 def test_schedule_by_its_formula():
-    factor = _schedule(Recipe(warmup=0.2, epochs=5), 10)
+    factor = rate_factor(Recipe(warmup=0.2, epochs=5), 10)
     assert factor(0) == pytest.approx(0.1) and factor(9) == pytest.approx(1.0)
     assert factor(30) == pytest.approx(0.5 * (1 + math.cos(math.pi * 20 / 40)))
     assert factor(50) == pytest.approx(0.0)
-    assert _schedule(Recipe(schedule="constant"), 10)(49) == 1.0
+    assert rate_factor(Recipe(schedule="constant"), 10)(49) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_schedule_by_its_formula():
 )
 def test_epochwise_schedules_are_torchs(recipe, torchs):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
-    reference, factor, per_epoch = torchs(optimizer), _schedule(recipe, 4), 4
+    reference, factor, per_epoch = torchs(optimizer), rate_factor(recipe, 4), 4
     for epoch in range(6):
         rates = {round(factor(epoch * per_epoch + step), 9) for step in range(per_epoch)}
         assert rates == {round(reference.get_last_lr()[0], 9)}
@@ -95,12 +95,12 @@ def test_epochwise_schedules_are_torchs(recipe, torchs):
 @pytest.mark.parametrize("epochs", [1, 20])
 def test_quarter_cosine_is_coda_prompts(epochs):
     """The authors' cos(99 π e / (200 (E − 1))) for epoch e of E, which they do not define for a single epoch."""
-    factor = _schedule(Recipe(epochs=epochs, schedule="quarter_cosine", schedule_per="epoch"), 4)
+    factor = rate_factor(Recipe(epochs=epochs, schedule="quarter_cosine", schedule_per="epoch"), 4)
     for epoch in range(epochs):
         expected = math.cos(99 * math.pi * epoch / (200 * max(1, epochs - 1)))
         assert [factor(4 * epoch + step) for step in range(4)] == pytest.approx([expected] * 4)
     assert 0 < factor(4 * epochs) <= 1  # what is logged after the last step
-    by_step = _schedule(Recipe(epochs=2, schedule="quarter_cosine"), 50)
+    by_step = rate_factor(Recipe(epochs=2, schedule="quarter_cosine"), 50)
     assert by_step(99) == pytest.approx(math.cos(0.99 * math.pi / 2)) and by_step(1) < by_step(0) == 1
 
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from cil import hardware
 from cil.backbone import EMBEDDED, Backbone, load_backbone
-from cil.config import LearnerEntry, named
-from cil.configfile import validated
 from cil.data.images import ImageSet
 from cil.errors import StreamError
 from cil.features import FeatureCache
@@ -59,11 +57,9 @@ def as_strategy(
         CilError: Unknown learner or hyper-parameter, or a backbone that does not fit.
     """
     if not isinstance(learner, Learner):
-        raw = learner if isinstance(learner, str) else dict(learner)
-        cls, config = registry.configure(validated(LearnerEntry, named(raw), prefix="learner: "))
         found = load_backbone(backbone) if isinstance(backbone, str) else backbone
         with isolated(0):
-            learner = cls(config, found)
+            learner = registry.build_learner(learner if isinstance(learner, str) else dict(learner), found)
     return LearnerStrategy(
         learner=learner,
         seed=seed,

@@ -19,7 +19,6 @@ from typing import Any
 
 import avalanche
 import torch
-import torch.nn.functional as F
 from avalanche.benchmarks.scenarios.dataset_scenario import DatasetExperience
 from avalanche.training import supervised
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
@@ -37,7 +36,7 @@ from cil.errors import TrainingError
 from cil.learner import Context
 from cil.randomness import isolated
 from cil.stream import Task, TaskData
-from cil.training import Group, Recipe, _optimizer, _schedule
+from cil.training import Group, Recipe, build_optimizer, cross_entropy, rate_factor
 
 KEPT: dict[str, tuple[str, ...]] = {
     "Naive": (),
@@ -122,7 +121,7 @@ def _build(section: StrategySection, model: Model, recipe: Recipe, ctx: Context,
     else:
         further |= {"model": model, "criterion": _criterion(recipe, first)}
     return getattr(supervised, section.name)(
-        optimizer=_optimizer([Group(parameters)], recipe),
+        optimizer=build_optimizer([Group(parameters)], recipe),
         train_mb_size=recipe.train_batch_size,
         train_epochs=recipe.epochs,
         eval_mb_size=ctx.cache.batch_size,
@@ -134,10 +133,9 @@ def _build(section: StrategySection, model: Model, recipe: Recipe, ctx: Context,
 
 
 def _criterion(recipe: Recipe, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits[:, first:], labels - first, label_smoothing=recipe.label_smoothing)
-
-    return mean_loss
+    """(logits, labels) → mean loss, as Avalanche wants it."""
+    loss = cross_entropy(lambda logits: logits, recipe, first)
+    return lambda logits, labels: loss(logits, labels)[0]
 
 
 def _restore(strategy: Any, section: StrategySection, kept: Mapping[str, Any], past: int) -> None:
@@ -176,7 +174,7 @@ class _Recipe(SupervisedPlugin):
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         if self.schedule is None:  # by now the loader, and with it the number of steps, is settled
-            self.schedule = LambdaLR(strategy.optimizer, _schedule(self.recipe, len(strategy.dataloader)))
+            self.schedule = LambdaLR(strategy.optimizer, rate_factor(self.recipe, len(strategy.dataloader)))
         next(self.epochs, None)
         self.loss, self.correct, self.count, self.started = 0.0, 0, 0, time.perf_counter()
 

@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from cil.backbone import EMBEDDED, Backbone, embedded_card
-
-Facts = dict[str, Any]
+from cil.export.artifact import Facts
 
 LIBRARY = {"safetensors": "cil", "torch.export": "pytorch", "onnx": "onnx"}
 SHOWN = 200

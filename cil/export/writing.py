@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cil import results
-from cil.checkpoint import RunFolder, flush, split_state, write_json
+from cil.checkpoint import RunFolder, split_state, write_json
 from cil.errors import ExportError, nearest
 from cil.export import program
 from cil.export.artifact import BACKBONE, FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load, sha256
 from cil.export.card import card, licence
+from cil.files import flush
 from cil.prediction import Model, Trained, open_run
 from cil.provenance import versions
 

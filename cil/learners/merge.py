@@ -118,10 +118,14 @@ class Merge(Learner):
         """θ^(t) from θ^(t−1) and τ_t, and what else the rule needs to know of the task."""
         update = task_vector(tuner, self.backbone)
         ctx.log("task_vector_norm", math.hypot(*[float(delta.norm()) for delta in update.values()]))
-        self.rule.add_update(update, self.measure(update, head, task, ctx))
-        self._merged = None
+        self.fold(update, self.measure(update, head, task, ctx))
         if isinstance(self.classifier, CosineHead):
             self.classifier.extend(head)
+
+    def fold(self, update: Mapping[str, Tensor], stats: Statistics | None) -> None:
+        """θ^(t) from θ^(t−1) and τ_t alone."""
+        self.rule.add_update(update, stats)
+        self._merged = None
 
     def measure(self, update: Mapping[str, Tensor], head: CosineHead, task: Task, ctx: Context) -> Statistics | None:
         """Fisher information or Gram matrices of θ_t on some of the task's images, where the rule asks for them."""
@@ -166,6 +170,7 @@ class Merge(Learner):
         return {FROZEN: self.backbone, **merged} if self.config.anchor else merged
 
     def features(self, images: Tensor) -> Tensor:
+        # not through views(): the count in their names is a value, and an exported program may not look at values
         merged = self.merged(images)
         return torch.cat([self.backbone(images), merged], dim=1) if self.config.anchor else merged
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cil.errors import ConfigError, DataError, nearest
+from cil.files import replacing
 from cil.merging.files import Checkpoint
 from cil.merging.regmean import blocks
 from cil.precision import exact
@@ -36,13 +37,11 @@ class Statistics:
     grams: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, under a temporary name first."""
-        path = Path(path)
+        """Write a safetensors file, whole or not at all."""
         tensors = {f"fisher.{name}": value for name, value in self.fisher.items()}
         tensors |= {f"grams.{name}": value for name, value in self.grams.items()}
-        half = path.with_name(f".{path.name}.partial")
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, half)
-        half.replace(path)
+        with replacing(Path(path)) as half:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from cil.errors import BackboneError, ConfigError, RunError
+from cil.files import flush
 from cil.merging.base import Rule, Track
 from cil.merging.files import INDEX, Checkpoint, TensorWriter, as_bytes
 from cil.merging.layout import HEADS, Entry, check_names, layout
@@ -100,10 +100,10 @@ def merge_files(
             merger.add(task, known, track)
         written = _write(merger, pretrained, half, out, track)
         written.rename(out)
-        _flush(out.parent)
+        flush(out.parent)
         if state is not None:  # after the result: a state that is ahead of it would count a task twice when run again
             store.current.replace(state)
-            _flush(state.parent)
+            flush(state.parent)
     return merger
 
 
@@ -241,12 +241,3 @@ def _reported(out: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "the disk is full" if full else error.strerror or str(error)
         raise RunError(f"{out}: cannot write: {what}. Nothing was left behind; a state file is as it was") from None
-
-
-def _flush(folder: Path) -> None:
-    """Make sure that a rename in this folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

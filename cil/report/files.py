@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cil.errors import RunError
+from cil.files import replacing
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -14,12 +14,10 @@ def write(path: Path, content: str | bytes) -> Path:
     Raises:
         RunError: It cannot be written; what was there stays.
     """
-    half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        half.write_bytes(content.encode() if isinstance(content, str) else content)
-        half.replace(path)
+        with replacing(path) as half:
+            half.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        half.unlink(missing_ok=True)
         raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
     return path
