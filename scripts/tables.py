@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write the tables of README.md, results/README.md and docs/ from the results they name; --check only compares.
 
-A table stands between ``<!-- table: FOLDER -->``, or ``<!-- ablation: FOLDER/LABEL -->`` for what ablate_merging.py
-found, and ``<!-- /table -->``.
+A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
+``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, and ``steps`` for what follow_tutorial.py measured.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import numpy as np
 from cil import report, results
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "docs" / "merging.md")
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "results/README.md", "docs/merging.md", "docs/tried.md", "docs/your_own_learner.md")
+)
 COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
 TREATMENTS = ("lda stale", "lda translate", "lda linear", "lda oracle", "lda linear + anchor", "lda oracle + anchor")
-MARK = re.compile(r"(<!-- (table|ablation): (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (table|ablation|steps): (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def markdown(folder: Path) -> str:
@@ -52,9 +55,21 @@ def ablation(stem: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def steps(folder: Path) -> str:
+    """The commands of a tutorial and their seconds; those before the first ``cil`` are the installation."""
+    taken = [(s["command"], s["seconds"]) for s in json.loads((folder / "steps.json").read_text("utf-8"))["steps"]]
+    first = next(i for i, (command, _) in enumerate(taken) if command.startswith("cil "))
+    parts = {"installation": taken[:first], "from there to the last comparison": taken[first:]}
+    lines = ["| step | seconds |", "|---|---|"]
+    for name, part in parts.items():
+        lines += [f"| `{command}` | {seconds:.0f} |" for command, seconds in part]
+        lines.append(f"| **{name}** | **{sum(seconds for _, seconds in part):.0f}** |")
+    return "\n".join(lines) + "\n"
+
+
 def render(page: Path) -> str:
     """The page with its tables made anew."""
-    kinds = {"table": markdown, "ablation": ablation}
+    kinds = {"table": markdown, "ablation": ablation, "steps": steps}
     return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
 
 

@@ -26,6 +26,7 @@ from cil.classifiers import (
     Mahalanobis,
     Ridge,
     SampledFeatures,
+    TruncatedSVD,
     mean_scales,
     normalized_cross_entropy,
 )
@@ -40,6 +41,8 @@ FROM_SUMS = {
     "ridge": lambda: Ridge(12, strength=0.3),
     "ridge projected": lambda: Ridge(12, projection=40, strength=0.3).draw(generator(7)),
     "ridge cosine": lambda: Ridge(12, projection=40, strength=0.3, decision="cosine").draw(generator(7)),
+    "truncated svd, nothing cut": lambda: TruncatedSVD(12, truncation=0),
+    "truncated svd projected, nothing cut": lambda: TruncatedSVD(12, 40, truncation=0).draw(generator(7)),
     "mahalanobis": lambda: Mahalanobis(12),
     "mahalanobis tukey": lambda: Mahalanobis(12, (10, 10), tukey=0.5),
     "mahalanobis plain": lambda: Mahalanobis(12, (0.5, 0.1), normalize=False, correlation=False),
@@ -51,6 +54,7 @@ FROM_SUMS = {
 EVERY = FROM_SUMS | {
     "ridge holdout": lambda: Ridge(12, projection=40),
     "ridge loo": lambda: Ridge(12, projection=40, strength="loo"),
+    "truncated svd": lambda: TruncatedSVD(12, projection=40, block=50),
     "linear head": lambda: LinearHead(12),
     "cosine head": lambda: CosineHead(12),
 }
@@ -328,6 +332,10 @@ def test_constructors_refuse_what_makes_no_sense():
         lambda: Ridge(4, strength=float("inf")),
         lambda: Ridge(4, strength="cv"),
         lambda: Ridge(4, decision="hinge"),
+        lambda: TruncatedSVD(4, truncation=1.0),
+        lambda: TruncatedSVD(4, rank=0),
+        lambda: TruncatedSVD(4, strength=-1.0),
+        lambda: TruncatedSVD(4, block=0),
         lambda: Mahalanobis(4, (-1.0, 0.0)),
         lambda: Mahalanobis(4, tukey=0),
         lambda: LDA(4, shrinkage=1.5),

@@ -43,6 +43,7 @@ LEARNERS = {
     "joint": {"epochs": 1},
     "aper": {"epochs": 1},
     "ranpac": {"projection": 50},
+    "loranpac": {"projection": 50},
     "fecam": {"shrinkage": [10, 10]},
     "ease": {"epochs": 1, "bottleneck": 4, "init_ptm": True, "beta": 0.5},
     "slca": {"epochs": 1, "milestones": [1], "samples": 8, "alignment_epochs": 1},

@@ -33,6 +33,8 @@ TUNERS = ("adapter", "ssf", "vpt_shallow", "vpt_deep", "lora", "full")
         ("ranpac", {"projection": 100}),
         ("ranpac", {"projection": 100, "tuner": "adapter", "epochs": 3, "lr": 0.1, "strength": "loo"}),
         ("ranpac", {"projection": None, "decision": "cosine"}),
+        ("loranpac", {"projection": 100, "block": 7}),
+        ("loranpac", {"projection": 100, "rank": 5, "tuner": "ssf", "epochs": 3, "lr": 0.1}),
         ("fecam", {}),
         ("slda", {}),
         ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),

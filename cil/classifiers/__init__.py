@@ -7,6 +7,7 @@ from cil.classifiers.lda import LDA
 from cil.classifiers.mahalanobis import Mahalanobis
 from cil.classifiers.ncm import NCM
 from cil.classifiers.ridge import Ridge
+from cil.classifiers.truncated_svd import TruncatedSVD
 
 __all__ = [
     "LDA",
@@ -19,6 +20,7 @@ __all__ = [
     "Mahalanobis",
     "Ridge",
     "SampledFeatures",
+    "TruncatedSVD",
     "match_saved_shapes",
     "mean_scales",
     "normalized_cross_entropy",

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cil.classifiers.base import Array, StatisticsClassifier
+from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
+from cil.classifiers.random_features import RandomFeatures
 from cil.errors import ConfigError
 from cil.linalg import BLOCK, add_gram_, eigh_, ridge_solve
 from cil.precision import exact, without_autocast
@@ -24,7 +25,7 @@ RESOLVED = 1e-8
 """A leave-one-out denominator 1 − h_ii below this is mostly rounding."""
 
 
-class Ridge(StatisticsClassifier):
+class Ridge(RandomFeatures):
     """Ridge regression of one-hot labels on H = ReLU(F R), R ~ N(0, 1): RanPAC (arXiv 2307.02251).
 
     G = Σ HᵀH and Q = Σ HᵀY are sums, so W = (G + λI)⁻¹Q equals joint ridge regression on all samples seen: for a given
@@ -56,10 +57,7 @@ class Ridge(StatisticsClassifier):
         ConfigError: An argument is out of range.
     """
 
-    per_class = ("targets", "counts")
     gram: Tensor
-    targets: Tensor
-    projection: Tensor | None
     strength_: Tensor
 
     def __init__(
@@ -69,9 +67,7 @@ class Ridge(StatisticsClassifier):
         strength: Strength = "holdout",
         decision: Decision = "linear",
     ) -> None:
-        super().__init__(feature_dim)
-        if projection is not None and projection < 1:
-            raise ConfigError(f"Ridge: projection is {projection}; it must be at least 1, or None")
+        super().__init__(feature_dim, projection)
         if isinstance(strength, str) and strength not in ("holdout", "loo"):
             raise ConfigError(f"Ridge: strength is {strength!r}; it must be 'holdout', 'loo' or a number")
         if not isinstance(strength, str) and not 0 < strength < math.inf:
@@ -79,27 +75,9 @@ class Ridge(StatisticsClassifier):
         if decision not in ("linear", "cosine"):
             raise ConfigError(f"Ridge: decision is {decision!r}; it must be 'linear' or 'cosine'")
         self.strength, self.decision = strength, decision
-        width = projection or feature_dim
-        self.register_buffer("projection", torch.zeros(feature_dim, width) if projection else None)
-        self.register_buffer("gram", torch.zeros(width, width, dtype=torch.float64))
-        self.register_buffer("targets", torch.zeros(0, width, dtype=torch.float64))
+        self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.float64))
         initial = 1.0 if isinstance(strength, str) else strength
         self.register_buffer("strength_", torch.tensor(initial, dtype=torch.float64))
-
-    @exact()
-    def draw(self, generator: torch.Generator) -> Ridge:
-        """Draw the random projection; it is kept for ever. Nothing happens without a projection.
-
-        Raises:
-            ConfigError: There already are statistics under another projection.
-        """
-        if self.projection is not None:
-            if bool(self.counts.any()):
-                raise ConfigError("Ridge: the projection cannot be drawn again; samples were already learned under it")
-            drawn = torch.randn(self.projection.shape, generator=generator, device=generator.device)
-            self.projection = drawn.to(self.projection)
-            self._forget()
-        return self
 
     @exact()
     def transport(self, drift: AffineMap) -> Ridge:
@@ -127,8 +105,7 @@ class Ridge(StatisticsClassifier):
         """
         features, labels = self.taken(features, labels)
         generator = generator or torch.Generator().manual_seed(0)
-        if self.projection is not None and not bool(self.projection.any()):
-            self.draw(generator)
+        self.drawn(generator)
         for x, y in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):  # H is 8 · M bytes a row
             h = self.expand(x)
             add_gram_(self.gram, h)
@@ -154,10 +131,6 @@ class Ridge(StatisticsClassifier):
     def weights(self) -> Tensor:
         """W, float64 [M, C], as the decision uses it."""
         return self.solved("weights", self._solve)
-
-    def expand(self, features: Tensor) -> Tensor:
-        """Features [N, F] → H [N, M], in the features' dtype."""
-        return features if self.projection is None else (features @ self.projection.to(features.dtype)).relu_()
 
     def _solve(self) -> Tensor:
         weights = ridge_solve(self.gram, self.targets.T, float(self.strength_))

@@ -23,6 +23,7 @@ BUILTIN = {
     "joint": "cil.learners.joint:Joint",
     "aper": "cil.learners.aper:APER",
     "ranpac": "cil.learners.ranpac:RanPAC",
+    "loranpac": "cil.learners.loranpac:LoRanPAC",
     "fecam": "cil.learners.fecam:FeCAM",
     "slda": "cil.learners.slda:SLDA",
     "ease": "cil.learners.ease:EASE",
