@@ -81,6 +81,28 @@ def local_cross_entropy(rows_of: Callable[[Tensor], Tensor], recipe: Recipe, fir
     return cross_entropy(lambda inputs: F.pad(rows_of(inputs), (first, 0), value=-math.inf), recipe, first)
 
 
+def cosface(
+    cosines_of: Callable[[Tensor], Tensor], recipe: Recipe, first: int = 0, scale: float = 20.0, margin: float = 0.0
+) -> Loss:
+    """CE(s · (cos θ_c − m · 1[c = y]), y): the true class must win by a margin (CosFace, arXiv 1801.09414).
+
+    Args:
+        cosines_of: Inputs → cosines [B, C] in [−1, 1].
+        recipe: Where the label smoothing comes from.
+        first: As in :func:`cross_entropy`.
+        scale: s.
+        margin: m, a cosine; 0 is softmax cross-entropy of s · cos θ.
+    """
+
+    def loss(inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        cosines = cosines_of(inputs)
+        target = F.one_hot(labels, cosines.shape[1]).to(cosines)
+        value = cross_entropy(lambda logits: logits, recipe, first)(scale * (cosines - margin * target), labels)[0]
+        return value, scale * cosines
+
+    return loss
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters trained with one rate.

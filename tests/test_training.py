@@ -12,7 +12,7 @@ from torch import nn
 from cil.batches import TensorData, WithRows
 from cil.errors import TrainingError
 from cil.testing.setting import backbone, context, stream
-from cil.training import Group, Recipe, fit, rate_factor
+from cil.training import Group, Recipe, cosface, fit, rate_factor
 
 
 @pytest.fixture
@@ -251,3 +251,12 @@ def test_what_is_logged(problem):
     assert ctx.trainable_parameters == 10
     losses = [v for n, v in logged if n == "loss"]
     assert losses[0] <= math.log(2) + 1e-6 and losses[1] < losses[0]
+
+
+def test_cosface_by_hand():
+    cosines = torch.tensor([[0.9, 0.5, -0.2, 0.1], [0.3, 0.2, 0.6, 0.4]])
+    labels = torch.tensor([3, 2])
+    value, logits = cosface(lambda x: x, Recipe(), first=1, scale=10.0, margin=0.25)(cosines, labels)
+    rows = [[5.0, -2.0, 1.0 - 2.5], [2.0, 6.0 - 2.5, 4.0]]  # classes 1, 2, 3; the true one 0.25 lower
+    expected = [math.log(sum(map(math.exp, row))) - row[y - 1] for row, y in zip(rows, [3, 2], strict=True)]
+    assert value.item() == pytest.approx(sum(expected) / 2) and torch.equal(logits, 10 * cosines)
