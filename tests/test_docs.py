@@ -65,7 +65,7 @@ SHORTENED = {
 ELSEWHERE = {
     r"^python3 -m venv \.venv$": (".ci/run", "python3 -m venv"),
     r"^(\.venv/bin/)?pip install": (".ci/run", ".venv/bin/pip install"),
-    r"^(\.venv/bin/)?python -m pytest -q$": (".ci/run", "README.md holds no test line"),
+    r"^(\.venv/bin/)?python -m pytest -q -n 2 --dist loadfile$": (".ci/run", "README.md holds no test line"),
     r"^\. \.venv/bin/activate$": (".ci/run", ".venv/bin/cil"),
     r"^(\.venv/bin/)?cil tensorboard ": ("tests/test_board.py", "def test_it_serves_and_stops"),
     r"^accelerate launch ": ("tests/test_processes.py", "accelerate.commands.launch"),
