@@ -18,6 +18,7 @@ from torch import nn
 from cil.errors import BackboneError, ConfigError, DataError
 from cil.merging import (
     DARE,
+    NUFILT,
     OPCM,
     TIES,
     Average,
@@ -317,6 +318,73 @@ def test_isotropic_merging(dtype):
     rule = IsoC().start(base).add_update(low)
     got = update(rule.merged(), base)["blocks.0.mlp.fc1.weight"]  # rank one is isotropic as it is
     assert float((got - 1).abs().max()) < TOLERANCE[dtype]
+
+
+# --- NUFILT ----------------------------------------------------------------------------------------------------------
+
+
+def filtered(tau, c, protected):
+    """(τP, P) with numpy's SVD."""
+    _, s, vt = np.linalg.svd(c, full_matrices=False)
+    v = vt[s > 1e-10 * s[0]].T[:, :protected] if c.any() else np.zeros((c.shape[1], 0))
+    p = np.eye(c.shape[1]) - v @ v.T
+    return tau @ p, p
+
+
+@BOTH
+@pytest.mark.parametrize("protected", [2, 4, 100])
+def test_the_null_space_filter_in_closed_form(dtype, protected):
+    base, tasks, _ = stream(3, dtype)
+    merged = update(run(NUFILT(protected, steps=0), base, tasks).merged(), base)
+    taus = [{k: v.numpy() for k, v in update(task, base).items()} for task in tasks]
+    for name in base:
+        expected = np.mean([tau[name] for tau in taus], 0)
+        if name in LINEAR:
+            blocks = []
+            for parts in zip(*(np.split(tau[name], 3 if "qkv" in name else 1) for tau in taus), strict=True):
+                c = parts[0]
+                for tau in parts[1:]:
+                    c = c + filtered(tau, c, protected)[0]
+                blocks.append(c)
+            expected = np.concatenate(blocks)
+        assert np.abs(merged[name].numpy() - expected).max() < 20 * TOLERANCE[dtype], name
+
+
+def test_filtered_updates_do_not_answer_old_inputs():
+    low = draw(9, 2) @ draw(2, D, seed=1)  # of rank two: whatever ``protected``, nothing else is protected
+    base = {"a.weight": draw(9, D, seed=2)}
+    rule = NUFILT(steps=0).start(base).add_update({"a.weight": low})
+    old, other = torch.linalg.svd(low).Vh[:2], torch.linalg.svd(low).Vh[2:]
+    tau = draw(9, D, seed=3)
+    new = update(rule.add_update({"a.weight": tau}).merged(), base)["a.weight"] - low
+    assert float((new @ old.T).abs().max()) < 1e-12
+    torch.testing.assert_close(new @ other.T, tau @ other.T)
+
+
+def test_the_correction_minimises_what_it_says():
+    """Against the loss written with whole models, and torch's own optimum of it."""
+    base, first, tau = {"a.weight": draw(9, D, seed=4)}, draw(9, D, seed=5), draw(9, D, seed=6)
+    theta = base["a.weight"]
+
+    def loss(c):
+        v_c, v_t = torch.linalg.svd(first).Vh[:3].T, torch.linalg.svd(tau).Vh[:3].T
+        target = torch.cat([(theta + first) @ v_c, (theta + tau) @ v_t], 1)
+        return float((target - (theta + c) @ torch.cat([v_c, v_t], 1)).square().sum())
+
+    def merge(**options):
+        rule = NUFILT(4, directions=3, rank=D, **options).start(base)
+        for delta in (first, tau):
+            rule.add_update({"a.weight": delta})
+        return update(rule.merged(), base)["a.weight"]
+
+    losses = [loss(merge(steps=steps, lr=0.02)) for steps in (0, 1, 10, 100, 1500)]
+    assert losses == sorted(losses, reverse=True)
+    v = torch.cat([torch.linalg.svd(first).Vh[:3].T, torch.linalg.svd(tau).Vh[:3].T], 1)
+    start = merge(steps=0)
+    wanted = torch.cat([(theta + first) @ v[:, :3], (theta + tau) @ v[:, 3:]], 1) - (theta + start) @ v
+    best = (tau @ torch.linalg.lstsq(tau, wanted @ torch.linalg.pinv(v)).solution @ v - wanted).square().sum()
+    assert losses[-1] == pytest.approx(float(best), abs=1e-3 * losses[0])
+    assert torch.equal(merge(seed=1), merge(seed=1)) and not torch.equal(merge(seed=1), merge(seed=2))
 
 
 # --- TIES ------------------------------------------------------------------------------------------------------------
@@ -909,6 +977,10 @@ def test_configurations():
         lambda: RegMean(block=0),
         lambda: GramMerge(slope=2.0),
         lambda: IsoC(math.nan),
+        lambda: NUFILT(protected=0),
+        lambda: NUFILT(steps=-1),
+        lambda: NUFILT(lr=0.0),
+        lambda: NUFILT(seed=-1),
         lambda: NormMatching(0.0),
         lambda: LiNeS(-1.0),
         lambda: LiNeS(2.0),

@@ -23,6 +23,7 @@ fisher              weighted by Fisher information                yes          2
 regmean             least squares on layer outputs                yes          P + Grams, f64  Gram matrices
 gram_merge          RegMean, depth slope, capped norm             yes          P + Grams, f64  Gram matrices
 iso_c               mean update, equal singular values            yes          P
+nufilt              updates where old ones do not act             no           P
 opcm                projected sum at the mean norm                no           P
 =================== ============================================= ============ =============== ==================
 
@@ -39,6 +40,7 @@ from cil.merging.fisher import Fisher
 from cil.merging.layout import HEADS, Entry, Layout, layout
 from cil.merging.linear import Average, TaskArithmetic, WiseFT
 from cil.merging.magmax import MagMax
+from cil.merging.nufilt import NUFILT
 from cil.merging.opcm import OPCM
 from cil.merging.regmean import GramMerge, RegMean
 from cil.merging.spectral import IsoC
@@ -49,6 +51,7 @@ from cil.merging.ties import TIES, ContinualTIES
 __all__ = [
     "DARE",
     "HEADS",
+    "NUFILT",
     "OPCM",
     "TIES",
     "Average",

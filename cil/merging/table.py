@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from cil.config import Section, named
 from cil.configfile import validated
@@ -18,6 +18,7 @@ from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
 from cil.merging.fisher import Fisher
 from cil.merging.linear import Average, TaskArithmetic, WiseFT
 from cil.merging.magmax import MagMax
+from cil.merging.nufilt import NUFILT
 from cil.merging.opcm import OPCM, Variant
 from cil.merging.regmean import GramMerge, RegMean
 from cil.merging.spectral import IsoC
@@ -166,6 +167,19 @@ class IsoCConfig(_Rule):
     split_qkv: bool = Field(True, description="treat query, key and value of a fused weight one by one")
 
 
+class NUFILTConfig(_Rule):
+    """Updates filtered to where old ones do not act, and corrected; see :class:`cil.merging.NUFILT`."""
+
+    name: Literal["nufilt"] = "nufilt"
+    protected: PositiveInt = Field(128, description="leading input directions of the merged update that are kept free")
+    steps: NonNegativeInt = Field(50, description="Adam steps of the correction; 0: the closed form, without it")
+    rank: PositiveInt = Field(64, description="rank of the correction")
+    lr: Positive = Field(1e-3, description="Adam's rate")
+    directions: PositiveInt = Field(8, description="main directions of old and new update that the correction fits")
+    split_qkv: bool = Field(True, description="treat query, key and value of a fused weight one by one")
+    seed: NonNegativeInt = Field(0, description="of the correction's start")
+
+
 class OPCMConfig(_Rule):
     """Updates projected away from the merged one, at the mean norm; see :class:`cil.merging.OPCM`."""
 
@@ -188,6 +202,7 @@ RuleSection = (
     | RegMeanConfig
     | GramMergeConfig
     | IsoCConfig
+    | NUFILTConfig
     | OPCMConfig
 )
 
@@ -222,6 +237,7 @@ RULES: dict[str, type[Rule]] = {
     "regmean": RegMean,
     "gram_merge": GramMerge,
     "iso_c": IsoC,
+    "nufilt": NUFILT,
     "opcm": OPCM,
 }
 FINALISERS: dict[str, type[Finaliser]] = {"norm_matching": NormMatching, "lines": LiNeS}
