@@ -46,6 +46,8 @@ class ImageSource:
         describe: Position → what to call the picture in a message (its path where it has one).
         fingerprint: Hex digest that changes when pictures or labels do.
         domains: Domain of every picture, int64 [N], for domain-incremental streams.
+        stamp: Changes when the files may have changed where the fingerprint, made from names and sizes, would not show
+            it. It is of this machine and takes no part in a run's identity.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class ImageSource:
         describe: Callable[[int], str],
         fingerprint: str,
         domains: np.ndarray | None = None,
+        stamp: str = "",
     ) -> None:
         self._read, self.describe, self.fingerprint, self.domains = read, describe, fingerprint, domains
+        self.stamp = stamp
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = tuple(str(name) for name in class_names)
         empty = sorted(set(range(len(self.class_names))) - set(self.labels.tolist()))
@@ -180,6 +184,7 @@ def torchvision_set(name: str, root: Path | None, split: str, download: bool) ->
         names,
         describe=lambda i: f"{name} {split} image {i}",
         fingerprint=digest.hexdigest(),
+        stamp="" if pixels is not None else str(root.resolve()),
     )
 
 
@@ -227,13 +232,16 @@ def folder(path: Path) -> ImageSource:
     except Exception as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
     if is_tar:
+        facts = [path.stat()]
         samples = [
             (info.name, info.size, target) for (info, _, _), target in zip(reader.samples, reader.targets, strict=True)
         ]
         class_to_idx, listed = reader.class_name_to_idx, _tar_folders(path)
     else:
+        facts = [Path(file).stat() for file, _ in reader.samples]
         samples = [
-            (str(Path(file).relative_to(path)), Path(file).stat().st_size, target) for file, target in reader.samples
+            (str(Path(file).relative_to(path)), fact.st_size, target)
+            for (file, target), fact in zip(reader.samples, facts, strict=True)
         ]
         class_to_idx = reader.class_to_idx
         listed = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
@@ -255,6 +263,7 @@ def folder(path: Path) -> ImageSource:
         names,
         describe=lambda i: f"{path}: {samples[i][0]}" if is_tar else str(path / samples[i][0]),
         fingerprint=digest.hexdigest(),
+        stamp=hashlib.sha256(np.array([fact.st_mtime_ns for fact in facts]).tobytes()).hexdigest(),
     )
 
 
@@ -304,6 +313,7 @@ def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
         describe=describe,
         fingerprint=hashlib.sha256("".join(p.fingerprint for p in parts).encode()).hexdigest(),
         domains=np.repeat(np.arange(len(parts)), [len(p) for p in parts]),
+        stamp=" ".join(p.stamp for p in parts),
     )
 
 
