@@ -96,8 +96,8 @@ def evaluate(
             within.append((logits + allowed[torch.from_numpy(task[rows])]).argmax(1))
             top.append(logits.topk(min(TOP, logits.shape[1]), dim=1).indices)
     learner.train(was_training)
-    found = [torch.cat(parts).numpy() for parts in (predicted, within, top)]
-    return Predictions(index, task, label, *found, passes=passes, read=read)
+    first, own, best = (torch.cat(parts).numpy() for parts in (predicted, within, top))
+    return Predictions(index, task, label, first, own, best, passes, read)
 
 
 def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int] | int | float | None]:

@@ -191,12 +191,19 @@ class FeatureCache:
             "device": self.accelerator.device.type,
             "torch": torch.__version__,
         }
-        about = {"data_name": images.title, "backbone_name": backbone.name, "weights": backbone.fingerprint}
-        return Key(parts, {**about, "feature_dim": backbone.feature_dim, "tuner_name": type(tuner).__name__ * bool(tuner)})
+        about = {
+            "data_name": images.title,
+            "backbone_name": backbone.name,
+            "weights": backbone.fingerprint,
+            "feature_dim": backbone.feature_dim,
+            "tuner_name": "" if tuner is None else type(tuner).__name__,
+        }
+        return Key(parts, about)
 
     def _share(self, units: Sequence[Unit]) -> list[np.ndarray]:
         """The forward passes of units that fall to this process."""
-        return [part for unit in units for part in unit][self.accelerator.process_index :: self.accelerator.num_processes]
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return [part for unit in units for part in unit][rank::processes]
 
     def _computed(self, eyes: Eyes, view: View, images: ImageSet, units: Sequence[Unit]) -> Iterator[Tensor]:
         """float32 [N, F] on the CPU for each unit, the same on every process."""

@@ -34,17 +34,18 @@ class _Unknown(Exception):
 def seen_through(view: Callable[[Tensor], Tensor]) -> tuple[Backbone, Tuner | None] | None:
     """The backbone and the tuner of a view that is nothing but the two: the backbone itself, or
     ``partial(backbone, tuner=…)``. None for any other function."""
+    seen: Any = view
     tuner = None
-    if isinstance(view, partial) and not view.args and view.keywords.keys() == {"tuner"}:
-        view, tuner = view.func, view.keywords["tuner"]
-    if type(view) is not Backbone or view._compiled_call_impl is not None:  # compiled code rounds in its own way
+    if isinstance(seen, partial) and not seen.args and seen.keywords.keys() == {"tuner"}:
+        seen, tuner = seen.func, seen.keywords["tuner"]
+    if type(seen) is not Backbone or seen._compiled_call_impl is not None:  # compiled code rounds in its own way
         return None
-    return view, tuner
+    return seen, tuner
 
 
 def backbone_digest(backbone: Backbone) -> str | None:
     """Hex digest of a frozen backbone as a function; None for a model that is not timm's."""
-    digest = hashlib.sha256(f"{backbone.fingerprint} {_code(Backbone)} {_code(Tuner)}".encode())
+    digest = hashlib.sha256(f"{backbone.fingerprint} {_code(Backbone.__module__)} {_code(Tuner.__module__)}".encode())
     try:
         _structure(digest, backbone.walk, backbone, strict=False)
     except _Unknown:
@@ -76,7 +77,7 @@ def _structure(digest: Any, module: nn.Module, backbone: Backbone, *, strict: bo
         cls = type(part)
         if cls.__module__.split(".")[0] not in KNOWN:
             raise _Unknown
-        digest.update(f"{name} {cls.__module__}.{cls.__qualname__} {_code(cls)}\n".encode())
+        digest.update(f"{name} {cls.__module__}.{cls.__qualname__} {_code(cls.__module__)}\n".encode())
         for key, value in sorted(vars(part).items()):
             if key in INTERNAL:
                 continue
@@ -115,9 +116,9 @@ def _tensor(tensor: Tensor) -> str:
 
 
 @lru_cache
-def _code(cls: type) -> str:
-    """Digest of the file a class of ours is written in; other packages' code is told by their versions."""
-    if not cls.__module__.startswith("cil."):
+def _code(module: str) -> str:
+    """Digest of a file of ours; other packages' code is told by their versions."""
+    if not module.startswith("cil."):
         return ""
-    file = sys.modules[cls.__module__].__file__
+    file = sys.modules[module].__file__
     return hashlib.sha256(Path(str(file)).read_bytes()).hexdigest()

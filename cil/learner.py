@@ -161,7 +161,7 @@ class Learner(nn.Module, ABC):
         """
         return {self.feature_version: self.backbone if self._sees_as(Learner) else self.features}
 
-    def _sees_as(self, base: type[Learner]) -> bool:
+    def _sees_as(self, base: Any) -> bool:
         """Whether ``features`` is the base class's own: a subclass that has another sees in a way nobody else knows."""
         return getattr(self.features, "__func__", None) is base.features
 

@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +112,6 @@ class FeatureStore:
 
     def write(self, key: Key, passes: Sequence[np.ndarray], features: Tensor) -> None:
         """Keep the features of a unit; if that fails, say so once and keep nothing more."""
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         file = self._file(key, passes)
@@ -124,8 +123,8 @@ class FeatureStore:
             with replacing(file) as half:
                 save_file({"features": content}, half, facts)
 
-        self._try(put, SafetensorError)
-        self._grown(content.nbytes)
+        if self._try(put):
+            self._grown(content.nbytes)
 
     def recall(self, key: Key) -> Any:
         """What was remembered under a key, plain JSON; None for nothing."""
@@ -154,7 +153,7 @@ class FeatureStore:
         """What is there, by key, last used first."""
         found = []
         for folder in self._folders():
-            files = [(path, stat) for path, stat in _units(folder)]
+            files = list(_units(folder))
             try:
                 about = json.loads((folder / "key.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
@@ -218,22 +217,22 @@ class FeatureStore:
         log.warning("feature store: %s is damaged; its features are computed again", file)
         return None
 
-    def _try(self, put: Any, *errors: type[Exception]) -> None:
+    def _try(self, put: Callable[[], None]) -> bool:
         """Write, once more if somebody cleared the folder meanwhile; a failure ends writing, not the run."""
-        for last in (False, True):
+        from safetensors import SafetensorError
+
+        for again in (True, False):
             if not self._writes:
-                return
+                break
             try:
                 put()
-                return
-            except FileNotFoundError as error:
-                failed: Exception = error
-                if not last:
+                return True
+            except (OSError, SafetensorError) as error:
+                if again and isinstance(error, FileNotFoundError):
                     continue
-            except (OSError, *errors) as error:
-                failed = error
-            self._writes = False
-            log.warning("feature store: cannot write to %s (%s); going on without keeping features", self.place, failed)
+                self._writes = False
+                log.warning("feature store: cannot write to %s (%s); nothing more is kept there", self.place, error)
+        return False
 
     # --- size -------------------------------------------------------------------------------------------------------
 

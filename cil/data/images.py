@@ -233,9 +233,7 @@ class LoadedSplit:
         return self.source.fits
 
     def images(self, transforms: Transforms) -> ImageSet:
-        return ImageSet(
-            self.source, transforms, memory_bytes=self._memory, workers=self._workers, title=self.title
-        )
+        return ImageSet(self.source, transforms, memory_bytes=self._memory, workers=self._workers, title=self.title)
 
 
 def load_images(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -224,19 +225,20 @@ def folder(path: Path) -> ImageSource:
     if not path.exists():
         raise DataError(f"{path}: no such folder or tar file")
     is_tar = path.is_file()
+    facts = [path.stat()] if is_tar else []
     try:
-        # A tar is opened anew for each read (one cheap header): a kept file position would be shared by threads and by
-        # forked workers. And without cache_tarinfo=False timm reads and writes a pickle beside large tars.
-        tar_options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False} if is_tar else {}
-        reader = create_reader("", str(path), **tar_options)
+        reader: Any
+        if is_tar:
+            reader, listed = _tar(path, facts[0].st_mtime_ns, facts[0].st_size)
+        else:
+            reader = create_reader("", str(path))
     except Exception as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
     if is_tar:
-        facts = [path.stat()]
         samples = [
             (info.name, info.size, target) for (info, _, _), target in zip(reader.samples, reader.targets, strict=True)
         ]
-        class_to_idx, listed = reader.class_name_to_idx, _tar_folders(path)
+        class_to_idx = reader.class_name_to_idx
     else:
         facts = [Path(file).stat() for file, _ in reader.samples]
         samples = [
@@ -267,12 +269,23 @@ def folder(path: Path) -> ImageSource:
     )
 
 
-def _tar_folders(path: Path) -> set[str]:
-    """Names of the class folders a tar file lists as members of their own."""
+@lru_cache(maxsize=4)
+def _tar(path: Path, mtime_ns: int, size: int) -> tuple[Any, set[str]]:
+    """timm's reader of a tar file in the state these two tell, and the class folders it lists as members of their own.
+
+    A second run in this process does not read through the whole file again.
+    """
     import tarfile
 
+    from timm.data.readers import create_reader
+
+    # The file is opened anew for each read (one cheap header): a kept file position would be shared by threads and by
+    # forked workers. And without cache_tarinfo=False timm reads and writes a pickle beside large tars.
+    options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False}
+    reader = create_reader("", str(path), **options)
     with tarfile.open(path) as tar:
-        return {Path(m.name).name for m in tar.getmembers() if m.isdir() and Path(m.name).name not in ("", ".")}
+        listed = {Path(m.name).name for m in tar.getmembers() if m.isdir() and Path(m.name).name not in ("", ".")}
+    return reader, listed
 
 
 def _from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **facts: Any) -> ImageSource:

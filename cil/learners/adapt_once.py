@@ -66,7 +66,8 @@ class AdaptOnce(Learner):
     def views(self) -> Mapping[Hashable, View]:
         if not self._sees_as(AdaptOnce):
             return super().views()
-        return {self.feature_version: partial(self.backbone, tuner=self.tuner) if self.tuner is not None else self.backbone}
+        tuned = self.tuner is not None
+        return {self.feature_version: partial(self.backbone, tuner=self.tuner) if tuned else self.backbone}
 
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier.logits(features)
