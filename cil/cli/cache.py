@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,17 +11,21 @@ import typer
 app = typer.Typer(
     help="The features on disk that all runs share: what is there, and how to be rid of it.", no_args_is_help=True
 )
+Folder = Annotated[
+    Path | None, typer.Option("--folder", help="The store, where hardware.feature_store says another than the default.")
+]
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @app.command()
 def info(
+    folder: Folder = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON: sizes in bytes, times in ISO 8601.")] = False,
 ) -> None:
     """Where the feature store is, how large, and what it holds of which backbone and data."""
     import json
 
-    store = _store()
+    store = _store(folder)
     entries = [
         {
             "backbone": kept.about.get("backbone_name", "damaged key.json"),
@@ -48,6 +53,7 @@ def info(
 
 @app.command()
 def clear(
+    folder: Folder = None,
     older_than: Annotated[
         float | None, typer.Option(min=0, help="Only what was used last more than so many days ago.", metavar="DAYS")
     ] = None,
@@ -55,7 +61,7 @@ def clear(
     """Remove what the feature store holds; runs compute it again when they need it."""
     from cil.errors import RunError
 
-    store = _store()
+    store = _store(folder)
     try:
         files, freed = store.clear((older_than or 0) * 24 * 3600)
     except OSError as error:
@@ -76,10 +82,10 @@ def amount(size: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _store() -> Any:
+def _store(folder: Path | None) -> Any:
     from cil.store import FeatureStore, default_place
 
-    return FeatureStore(default_place())
+    return FeatureStore(folder.expanduser() if folder else default_place())
 
 
 def _print(entries: list[dict[str, Any]]) -> None:

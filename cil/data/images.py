@@ -209,7 +209,7 @@ class LoadedSplit:
             first = np.flatnonzero(rank_in_class(source.labels) < config.per_class)
             source = subset(source, first, f"first {config.per_class}")
         given = (config.train if split == "train" else config.test) or split
-        self.title = " ".join(map(str, [config.dataset, *([config.root] if config.root else []), given]))
+        self.title = str(config.root / given) if config.root else f"{config.dataset} {given}"
         self.source, self.skipped = Held(source, self._memory, hardware.workers), []
         if config.on_error == "skip":
             broken = self._unreadable(source, store)

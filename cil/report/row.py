@@ -70,7 +70,7 @@ class Row:
         if self.left_out:
             notes.append(f"{len(self.left_out)} unfinished left out")
         if any(row["costs"].get("features_from_store") for run in self.runs for row in run["stages"]):
-            notes.append("minutes without features read from disk")
+            notes.append("features read from disk")
         notes += sorted({f"tuned: {run['chosen_by']}" for run in self.runs if run["chosen_by"] != "default"})
         return ", ".join(notes)
 
