@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import multiprocessing
 import os
+import resource
+import signal
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from test_cli import cil  # noqa: F401
 from test_runner import settings, stable
 
 from cil import results, runner
+from cil.backbone import Backbone
+from cil.config import DataConfig, HardwareConfig, TransformConfig
+from cil.data.images import ImageSet, LoadedSplit
 from cil.data.sources import ImageSource
-from cil.runner import run
-from cil.store import Key
+from cil.data.transforms import Transforms
+from cil.errors import StreamError
+from cil.features import FeatureCache
+from cil.learner import Context
+from cil.learners.ncm import NCMLearner
+from cil.randomness import isolated
+from cil.runner import run, run_stages
+from cil.store import FeatureStore, Key, open_store
+from cil.testing import setting
+from cil.tuning import Adapter, Tuner, build_tuner
+from cil.tuning.table import SSFConfig
 
 DIGITS = {"dataset": "digits", "per_class": 9}
 FROZEN = [
@@ -30,7 +49,7 @@ TUNED = [
     {"name": "aper", "epochs": 1, "tuner": ADAPTER},
     {"name": "ranpac", "label": "adapted", "projection": None, "epochs": 1, "tuner": ADAPTER},
     {"name": "ease", "epochs": 1, "bottleneck": 4},
-    {"name": "lae", "epochs": 2, "frozen_epochs": 1},
+    {"name": "lae", "epochs": 2, "frozen_epochs": 1, "tuner": ADAPTER},
     {"name": "l2p", "epochs": 1, "pool": 3, "top": 2},
 ]
 KEY = Key({"of": "a test"}, {"backbone_name": "none"})
