@@ -116,6 +116,19 @@ class HardwareConfig(Section):
         4.0, ge=0, description="of each split: keep decoded images, and transformed ones, in memory if each fit in this"
     )
     checkpoints: Literal["all", "last"] = Field("all", description="stages whose weights are kept on disk")
+    feature_store: Literal["off"] | Path | None = Field(
+        None,
+        description="folder of computed features that all runs share, or off; default: features in $CIL_CACHE, else "
+        "in cil's folder of the user's cache",
+    )
+    feature_store_gib: float = Field(
+        20.0, gt=0, description="size of that folder; above it what was used longest ago is removed"
+    )
+
+    @field_validator("feature_store", mode="before")
+    @classmethod
+    def _off(cls, raw: Any) -> Any:
+        return "off" if raw is False else raw  # YAML reads off as false
 
 
 class LearnerEntry(BaseModel):

@@ -28,7 +28,8 @@ class Predictions:
         predicted: argmax over all classes seen, int64 [N].
         within: argmax over the classes of the image's task, int64 [N].
         top: The min(5, C) best classes, best first, int64 [N, min(5, C)].
-        passes: Images this evaluation had to send through the backbone, in this process.
+        passes: Images this evaluation needed to send through the backbone, in this process; read or computed.
+        read: Of these, images whose features came from the store.
     """
 
     index: np.ndarray
@@ -38,6 +39,7 @@ class Predictions:
     within: np.ndarray
     top: np.ndarray
     passes: int
+    read: int
 
 
 def evaluate(
@@ -55,7 +57,7 @@ def evaluate(
     Args:
         unchanged_since: Version of each of the learner's views → the stage from which on it has been what it is now
             (default: this stage). It fixes the batches in which features are computed, whether the run was interrupted
-            or not.
+            or not (those of the frozen backbone the data fix).
     """
     since = {version: (unchanged_since or {}).get(version, stage) for version in learner.views()}
     task_classes = [list(task.classes) for task in stream.tasks[: stage + 1]]
@@ -65,9 +67,9 @@ def evaluate(
         images = test.images
         # there already, unless the run was resumed: not a cost of this stage
         cache.fill(learner, images, {v: groups[v][:-1] for v, s in since.items() if s < stage})
-        before = learner.backbone.passes
+        passes, read = learner.backbone.passes + cache.spared, cache.read
         cache.fill(learner, images, groups)
-        passes = learner.backbone.passes - before
+        passes, read = learner.backbone.passes + cache.spared - passes, cache.read - read
         index = _mixed(np.concatenate(parts))
         features = cache.get(learner, images, index)
         label = test.labels[index]
@@ -94,9 +96,8 @@ def evaluate(
             within.append((logits + allowed[torch.from_numpy(task[rows])]).argmax(1))
             top.append(logits.topk(min(TOP, logits.shape[1]), dim=1).indices)
     learner.train(was_training)
-    return Predictions(
-        index, task, label, torch.cat(predicted).numpy(), torch.cat(within).numpy(), torch.cat(top).numpy(), passes
-    )
+    first, own, best = (torch.cat(parts).numpy() for parts in (predicted, within, top))
+    return Predictions(index, task, label, first, own, best, passes, read)
 
 
 def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int] | int | float | None]:

@@ -155,8 +155,15 @@ class Learner(nn.Module, ABC):
         A learner that sees through several tuners (one a task, or the frozen backbone beside an adapted one) names
         each here: then a view that did not change is not computed again when another one does. Versions are unique;
         ``features`` is the concatenation in this order, and ``feature_version`` must change when any of them does.
+
+        A view that is ``self.backbone`` itself or ``partial(self.backbone, tuner=…)`` can be told from others, so the
+        runner keeps its features on disk, for later runs; any other function is the learner's own and lasts a run.
         """
-        return {self.feature_version: self.features}
+        return {self.feature_version: self.backbone if self._sees_as(Learner) else self.features}
+
+    def _sees_as(self, base: Any) -> bool:
+        """Whether ``features`` is the base class's own: a subclass that has another sees in a way nobody else knows."""
+        return getattr(self.features, "__func__", None) is base.features
 
     def predict(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → labels [B] in order of appearance."""

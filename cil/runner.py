@@ -27,6 +27,7 @@ from cil.plan import Plan, plans
 from cil.protocol import ClassIncremental, DomainIncremental, Order
 from cil.provenance import check_same_run, make_header
 from cil.randomness import isolated
+from cil.store import FeatureStore, open_store
 from cil.stream import Stream
 from cil.tracking import Tracker
 
@@ -46,6 +47,7 @@ def run_stages(
     log: Callable[[str, float], None] | None = None,
     finished: Callable[[list[Row]], None] | None = None,
     stop_after: int | None = None,
+    store: FeatureStore | None = None,
 ) -> list[Row]:
     """Take a learner through a stream, going on from the stages ``folder`` already holds.
 
@@ -61,6 +63,7 @@ def run_stages(
         log: Receives what the learner logs while it trains.
         finished: Called after every stage with the rows so far.
         stop_after: Stop once this many stages are there, as an interruption would.
+        store: Features that lie on disk, and those that shall; none by default.
 
     Returns:
         A row per finished stage: counts, costs, what was logged.
@@ -69,7 +72,7 @@ def run_stages(
     accelerator = accelerator or hardware.accelerator("auto")
     learner.to(accelerator.device)
     learner.backbone.to(accelerator.device)
-    cache = FeatureCache(accelerator, batch_size, display.track)
+    cache = FeatureCache(accelerator, batch_size, display.track, store)
     rows = folder.rows() if folder is not None else []
 
     def context(stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
@@ -95,12 +98,12 @@ def run_stages(
     ):
         logged: list[tuple[str, float]] = []
         ctx = context(task.index, logged)
-        passes, started = learner.backbone.passes, time.perf_counter()
+        passes, read, started = learner.backbone.passes + cache.spared, cache.read, time.perf_counter()
         learner.begin(task, ctx)
         learner.train()
         learner.learn(task, ctx)
         learner.eval()
-        trained = learner.backbone.passes - passes
+        trained, read = learner.backbone.passes + cache.spared - passes, cache.read - read
         learned = time.perf_counter()
         since = {version: since.get(version, task.index) for version in learner.views()}
         found = evaluate(learner, stream, task.index, cache, since)
@@ -112,6 +115,7 @@ def run_stages(
             "train_images": len(task.train),
             "train_passes": hardware.total(accelerator, trained),
             "test_passes": hardware.total(accelerator, found.passes),
+            "features_from_store": hardware.total(accelerator, read + found.read),
             "seconds_learn": learned - started,
             "seconds_test": time.perf_counter() - learned,
             "peak_memory_bytes": hardware.peak_memory_bytes(accelerator.device),
@@ -173,7 +177,8 @@ def run(config: Config, root: Path | str = "results", *, display: Display | None
     todo = list(plans(config))
     accelerator = hardware.accelerator(config.hardware.device, config.precision)
     display = display if display is not None and accelerator.is_main_process else Display()
-    train, test = (LoadedSplit(config.data, split, config.hardware) for split in ("train", "test"))
+    store = open_store(config.hardware)
+    train, test = (LoadedSplit(config.data, split, config.hardware, store) for split in ("train", "test"))
     backbone = load_backbone(config.backbone, accelerator.device)
     transforms = Transforms(backbone.data_config, config.transform)
     images = train.images(transforms), test.images(transforms)
@@ -186,7 +191,7 @@ def run(config: Config, root: Path | str = "results", *, display: Display | None
             header = make_header(plan, stream, backbone, transforms, train, test, accelerator)
             held = folder.locked() if accelerator.is_main_process else nullcontext()
             with held, folder.reported(only_full=True):
-                _run_one(plan, folder, stream, backbone, header, accelerator, display)
+                _run_one(plan, folder, stream, backbone, header, accelerator, display, store)
             folders.append(folder.path)
     return folders
 
@@ -218,6 +223,7 @@ def _run_one(
     header: Row,
     accelerator: Accelerator,
     display: Display,
+    store: FeatureStore | None,
 ) -> None:
     accelerator.wait_for_everyone()  # until the main process holds the folder and has cleaned it
     check_same_run(folder, header)
@@ -243,6 +249,7 @@ def _run_one(
             display=display,
             log=writer.tracker.scalar if writer is not None else None,
             finished=writer.stage if writer is not None else None,
+            store=store,
         )
         if writer is not None:
             writer.tracker.finish(results.assemble(header, rows, stages)["summary"])

@@ -8,6 +8,7 @@ its own.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Tracker:
         self._writer.add_text("config", "```yaml\n" + text + "```")
         self._header = header
         self._steps: Counter[str] = Counter()
+        self._drawn = -math.inf
 
     def scalar(self, name: str, value: float) -> None:
         """The next value of something logged while training."""
@@ -78,12 +80,20 @@ class Tracker:
             self._scalar(f"cost/{name}", rows[-1]["costs"][name], stage)
         for name, counts in rows[-1].get("histograms", {}).items():  # rows of older versions have none
             self._histogram(name, np.array(counts), stage)
-        padded = np.full((len(self._header["tasks"]),) * 2, np.nan)
+        self._matrix(r, stage)
+        self._writer.flush()
+
+    def _matrix(self, r: np.ndarray, stage: int) -> None:
+        """The matrix as a picture, after the last stage and between, but not for stages that take less than drawing."""
+        stages = len(self._header["tasks"])
+        if stage < stages and time.monotonic() - self._drawn < 5:
+            return
+        self._drawn = time.monotonic()
+        padded = np.full((stages, stages), np.nan)
         padded[:stage, :stage] = r
         self._writer.add_figure(
             "accuracy_matrix", figures.matrix(padded, f"{self._header['learner']}, stage {stage}"), stage
         )
-        self._writer.flush()
 
     def _scalar(self, name: str, value: float, stage: int) -> None:
         if not math.isnan(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -17,6 +18,22 @@ from cil.data.images import ImageSet
 from cil.data.sources import from_arrays
 from cil.data.transforms import Transforms
 from cil.testing import setting
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory):
+    """No test touches the user's feature store; fixtures of a module or session share one."""
+    place = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIL_CACHE", str(place))
+        yield place, itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _cache(_caches, monkeypatch):
+    """Every test has a feature store of its own: what it counts does not depend on the tests before it."""
+    place, number = _caches
+    monkeypatch.setenv("CIL_CACHE", str(place / f"test{next(number)}"))
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,12 @@ def launch(results: Path, processes: int, *more: str, learners=tuple(LEARNERS)) 
         capture_output=True,
         text=True,
         timeout=550,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "CIL_CACHE": str(results / "cache"),
+        },
     )
 
 

@@ -29,7 +29,10 @@ TINY = {
     "weights": "random",
     "options": {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2},
 }
-VOLATILE = ("seconds", "seconds_learn", "seconds_test", "peak_memory_bytes", "log", "machine", "versions")
+VOLATILE = (
+    *("seconds", "seconds_learn", "seconds_test", "peak_memory_bytes", "features_from_store"),
+    *("log", "machine", "versions"),
+)
 
 
 FAST = {
@@ -145,7 +148,10 @@ def test_streaming_from_disk_gives_the_same_results_as_memory(picture_folder, tm
     found = []
     for memory in (4, 0):
         config = settings(
-            data=data, stream={"increment": 2}, learners=[entry], hardware={"device": "cpu", "memory_gib": memory}
+            data=data,
+            stream={"increment": 2},
+            learners=[entry],
+            hardware={"device": "cpu", "memory_gib": memory, "feature_store": "off"},
         )
         found.append(results.load(run(config, tmp_path / str(memory))[0]))
     for result in found:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from cil.cli import benchmark, learners, models
+from cil.cli import benchmark, cache, learners, models
 from cil.errors import CilError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command()(learners.new_learner)
 app.command()(models.merge)
 app.command()(models.export)
 app.command()(models.predict)
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from cil.config import DataConfig, HardwareConfig, TransformConfig
+from cil.data.held import Held
 from cil.data.opening import open_source
 from cil.data.sources import UNREADABLE, ImageSource, rank_in_class
 from cil.data.transforms import Transforms
 from cil.errors import DataError
 from cil.randomness import isolated, seed_everything
+from cil.store import FeatureStore, Key
 
 if TYPE_CHECKING:
     from cil.backbone import Backbone
 
 GIB = 2**30
+VERSIONS = {package: version(package) for package in ("timm", "pillow")}
+"""Of what turns files into pixels."""
 
 
 class ImageSet:
@@ -33,8 +37,10 @@ class ImageSet:
         source: Labelled pictures.
         transforms: Test and training transform.
         in_memory: Decoding is cheap because the pictures lie in memory; otherwise batches come from worker processes.
+            By default what the source says, if it is a :class:`Held` one.
         memory_bytes: Keep transformed test pictures (uint8) if all of them fit.
         workers: Worker processes when streaming.
+        title: What to call the images where what was made of them is listed.
     """
 
     def __init__(
@@ -42,11 +48,13 @@ class ImageSet:
         source: ImageSource,
         transforms: Transforms,
         *,
-        in_memory: bool = True,
+        in_memory: bool | None = None,
         memory_bytes: float = 4 * GIB,
         workers: int = 2,
+        title: str = "",
     ) -> None:
-        self.source, self.transforms, self.in_memory, self.workers = source, transforms, in_memory, workers
+        self.source, self.transforms, self.workers, self.title = source, transforms, workers, title
+        self._in_memory = in_memory
         self.labels, self.class_names, self.domains = source.labels, source.class_names, source.domains
         shape = (len(source), 3, transforms.size, transforms.size)
         keep = float(np.prod(shape)) <= memory_bytes
@@ -55,6 +63,18 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def in_memory(self) -> bool:
+        if self._in_memory is None:
+            return self.source.fits if isinstance(self.source, Held) else True
+        return self._in_memory
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these images, as the test transform shows them, from others: part of a feature store's key."""
+        card = {key: value for key, value in self.transforms.card.items() if key != "augment"}
+        return {"data": f"{self.source.fingerprint} {self.source.stamp}", "transform": card, **VERSIONS}
 
     def batches(
         self,
@@ -166,67 +186,54 @@ def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
         describe=lambda i: source.describe(int(keep[i])),
         fingerprint=hashlib.sha256(f"{source.fingerprint} {extra}".encode() + keep.tobytes()).hexdigest(),
         domains=None if source.domains is None else source.domains[keep],
+        stamp=source.stamp,
     )
-
-
-def decode(
-    source: ImageSource, *, memory_bytes: float, workers: int, on_error: str
-) -> tuple[ImageSource, bool, list[str]]:
-    """Decode a source into memory if it fits, and find the files that are no images.
-
-    Returns:
-        The source to use, whether it lies in memory, and the names of skipped files.
-
-    Raises:
-        DataError: ``on_error="raise"`` and a file is no readable image (when streaming: once it is reached).
-    """
-    probe = [source.read_or_none(int(i)) for i in np.linspace(0, len(source) - 1, min(16, len(source)))]
-    sizes = [3 * p.width * p.height for p in probe if p is not None]
-    fits = bool(sizes) and float(np.mean(sizes)) * len(source) <= memory_bytes
-    if not fits and on_error == "raise":
-        return source, False, []
-
-    def load(index: int) -> np.ndarray | bool | None:
-        picture = source.read(index) if on_error == "raise" else source.read_or_none(index)
-        return None if picture is None else np.asarray(picture) if fits else True
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:  # PIL decodes outside the interpreter lock
-        pictures = list(pool.map(load, range(len(source))))
-    good = np.array([i for i, p in enumerate(pictures) if p is not None], dtype=np.int64)
-    skipped = [source.describe(i) for i, p in enumerate(pictures) if p is None]
-    kept = subset(source, good, "readable") if skipped else source
-    if not fits:
-        return kept, False, skipped
-    arrays = [pictures[i] for i in good]
-    held = ImageSource(
-        lambda i: Image.fromarray(arrays[i]),
-        kept.labels,
-        kept.class_names,
-        describe=kept.describe,
-        fingerprint=kept.fingerprint,
-        domains=kept.domains,
-    )
-    return held, True, skipped
 
 
 class LoadedSplit:
-    """A split ready for any backbone: its source, where it lies, and what was skipped."""
+    """A split ready for any backbone: its source, where it lies, and what was skipped.
 
-    def __init__(self, config: DataConfig, split: str, hardware: HardwareConfig) -> None:
-        memory = hardware.memory_gib * GIB
+    Args:
+        config: The data.
+        split: ``train`` or ``test``.
+        hardware: Memory and workers.
+        store: Remembers which files are not readable, where these are to be skipped.
+    """
+
+    def __init__(
+        self, config: DataConfig, split: str, hardware: HardwareConfig, store: FeatureStore | None = None
+    ) -> None:
+        self._memory, self._workers = hardware.memory_gib * GIB, hardware.workers
         source = open_source(config, split)
         if split == "train" and config.per_class:
             first = np.flatnonzero(rank_in_class(source.labels) < config.per_class)
             source = subset(source, first, f"first {config.per_class}")
-        self.source, self.in_memory, self.skipped = decode(
-            source, memory_bytes=memory, workers=hardware.workers, on_error=config.on_error
-        )
-        self._memory, self._workers = memory, hardware.workers
+        given = (config.train if split == "train" else config.test) or split
+        self.title = str(config.root / given) if config.root else f"{config.dataset} {given}"
+        self.source, self.skipped = Held(source, self._memory, hardware.workers), []
+        if config.on_error == "skip":
+            broken = self._unreadable(source, store)
+            self.skipped = [source.describe(i) for i in broken]
+            if broken:
+                good = np.setdiff1d(np.arange(len(source)), broken)
+                self.source = self.source.only(good, subset(source, good, "readable"))
+
+    def _unreadable(self, source: ImageSource, store: FeatureStore | None) -> list[int]:
+        key = Key({"unreadable": f"{source.fingerprint} {source.stamp}", **VERSIONS}, {"data_name": self.title})
+        known = store.recall(key) if store is not None else None
+        if known is None:
+            known = self.source.unreadable()
+            if store is not None:
+                store.remember(key, known)
+        return known
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the decoded pictures fit in memory."""
+        return self.source.fits
 
     def images(self, transforms: Transforms) -> ImageSet:
-        return ImageSet(
-            self.source, transforms, in_memory=self.in_memory, memory_bytes=self._memory, workers=self._workers
-        )
+        return ImageSet(self.source, transforms, memory_bytes=self._memory, workers=self._workers, title=self.title)
 
 
 def load_images(

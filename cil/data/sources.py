@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class ImageSource:
         describe: Position → what to call the picture in a message (its path where it has one).
         fingerprint: Hex digest that changes when pictures or labels do.
         domains: Domain of every picture, int64 [N], for domain-incremental streams.
+        stamp: Changes when the files may have changed where the fingerprint, made from names and sizes, would not show
+            it. It is of this machine and takes no part in a run's identity.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class ImageSource:
         describe: Callable[[int], str],
         fingerprint: str,
         domains: np.ndarray | None = None,
+        stamp: str = "",
     ) -> None:
         self._read, self.describe, self.fingerprint, self.domains = read, describe, fingerprint, domains
+        self.stamp = stamp
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = tuple(str(name) for name in class_names)
         empty = sorted(set(range(len(self.class_names))) - set(self.labels.tolist()))
@@ -180,6 +185,7 @@ def torchvision_set(name: str, root: Path | None, split: str, download: bool) ->
         names,
         describe=lambda i: f"{name} {split} image {i}",
         fingerprint=digest.hexdigest(),
+        stamp="" if pixels is not None else str(root.resolve()),
     )
 
 
@@ -219,21 +225,25 @@ def folder(path: Path) -> ImageSource:
     if not path.exists():
         raise DataError(f"{path}: no such folder or tar file")
     is_tar = path.is_file()
+    facts = [path.stat()] if is_tar else []
     try:
-        # A tar is opened anew for each read (one cheap header): a kept file position would be shared by threads and by
-        # forked workers. And without cache_tarinfo=False timm reads and writes a pickle beside large tars.
-        tar_options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False} if is_tar else {}
-        reader = create_reader("", str(path), **tar_options)
+        reader: Any
+        if is_tar:
+            reader, listed = _tar(path, facts[0].st_mtime_ns, facts[0].st_size)
+        else:
+            reader = create_reader("", str(path))
     except Exception as error:
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
     if is_tar:
         samples = [
             (info.name, info.size, target) for (info, _, _), target in zip(reader.samples, reader.targets, strict=True)
         ]
-        class_to_idx, listed = reader.class_name_to_idx, _tar_folders(path)
+        class_to_idx = reader.class_name_to_idx
     else:
+        facts = [Path(file).stat() for file, _ in reader.samples]
         samples = [
-            (str(Path(file).relative_to(path)), Path(file).stat().st_size, target) for file, target in reader.samples
+            (str(Path(file).relative_to(path)), fact.st_size, target)
+            for (file, target), fact in zip(reader.samples, facts, strict=True)
         ]
         class_to_idx = reader.class_to_idx
         listed = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
@@ -255,15 +265,27 @@ def folder(path: Path) -> ImageSource:
         names,
         describe=lambda i: f"{path}: {samples[i][0]}" if is_tar else str(path / samples[i][0]),
         fingerprint=digest.hexdigest(),
+        stamp=hashlib.sha256(np.array([fact.st_mtime_ns for fact in facts]).tobytes()).hexdigest(),
     )
 
 
-def _tar_folders(path: Path) -> set[str]:
-    """Names of the class folders a tar file lists as members of their own."""
+@lru_cache(maxsize=4)
+def _tar(path: Path, mtime_ns: int, size: int) -> tuple[Any, set[str]]:
+    """timm's reader of a tar file in the state these two tell, and the class folders it lists as members of their own.
+
+    A second run in this process does not read through the whole file again.
+    """
     import tarfile
 
+    from timm.data.readers import create_reader
+
+    # The file is opened anew for each read (one cheap header): a kept file position would be shared by threads and by
+    # forked workers. And without cache_tarinfo=False timm reads and writes a pickle beside large tars.
+    options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False}
+    reader = create_reader("", str(path), **options)
     with tarfile.open(path) as tar:
-        return {Path(m.name).name for m in tar.getmembers() if m.isdir() and Path(m.name).name not in ("", ".")}
+        listed = {Path(m.name).name for m in tar.getmembers() if m.isdir() and Path(m.name).name not in ("", ".")}
+    return reader, listed
 
 
 def _from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **facts: Any) -> ImageSource:
@@ -304,6 +326,7 @@ def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
         describe=describe,
         fingerprint=hashlib.sha256("".join(p.fingerprint for p in parts).encode()).hexdigest(),
         domains=np.repeat(np.arange(len(parts)), [len(p) for p in parts]),
+        stamp=" ".join(p.stamp for p in parts),
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from functools import partial
 
 from pydantic import Field
 from torch import Tensor
 
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers import Classifier, CosineHead
+from cil.features import View
 from cil.learner import Context, Learner
 from cil.stream import Task
 from cil.training import Group, Recipe, cross_entropy, fit
@@ -60,6 +62,12 @@ class AdaptOnce(Learner):
 
     def features(self, images: Tensor) -> Tensor:
         return self.adapted(images)
+
+    def views(self) -> Mapping[Hashable, View]:
+        if not self._sees_as(AdaptOnce):
+            return super().views()
+        tuned = self.tuner is not None
+        return {self.feature_version: partial(self.backbone, tuner=self.tuner) if tuned else self.backbone}
 
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier.logits(features)

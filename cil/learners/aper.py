@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -34,7 +35,7 @@ class APER(AdaptOnce):
         return NCM(2 * self.backbone.feature_dim)
 
     def views(self) -> Mapping[Hashable, View]:
-        return {FROZEN: self.backbone, super().feature_version: self.adapted}
+        return {FROZEN: self.backbone, super().feature_version: partial(self.backbone, tuner=self.tuner)}
 
     def features(self, images: Tensor) -> Tensor:
         return torch.cat([view(images) for view in self.views().values()], dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cil.backbone import Backbone
 from cil.batches import WithRows
 from cil.classifiers import LinearHead
+from cil.features import Queried, View
 from cil.learner import Context, Learner
 from cil.precision import without_autocast
 from cil.stream import Task
@@ -32,7 +33,7 @@ class PromptRecipe(Recipe):
 
 
 class PromptLearner(Learner):
-    """Every image passes twice: through the frozen backbone for its query q(x), then with the prompts q(x) asks for.
+    """Every image passes through the frozen backbone for its query q(x), and with the prompts q(x) asks for.
 
     L = CE(logits of the task's own classes, y) + :meth:`training_tuner`'s regulariser, with an optimiser of its own for
     every task: what a task does not use gets no gradient, has no momentum from earlier, and stays as it was (with
@@ -86,7 +87,17 @@ class PromptLearner(Learner):
         return query.clone()  # an inference tensor itself could not take part in training
 
     def features(self, images: Tensor) -> Tensor:
-        return self.backbone(images, self.tuner(self.query(images)))
+        return self.prompted(images, self.query(images))
+
+    def prompted(self, images: Tensor, query: Tensor) -> Tensor:
+        """Features with the prompts that queries [B, F] ask for, [B, 3, H, W] → [B, F]."""
+        return self.backbone(images, self.tuner(query))
+
+    def views(self) -> Mapping[Hashable, View]:
+        """One view, whose queries are the frozen features: they pass once, however often the prompts change."""
+        if not self._sees_as(PromptLearner):
+            return super().views()
+        return {self.feature_version: Queried(self.prompted, self.query, self.backbone)}
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head.logits(features)

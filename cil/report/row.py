@@ -69,6 +69,8 @@ class Row:
             notes.append(f"not ranked: stage {len(first['stages'])} of {len(first['tasks'])}")
         if self.left_out:
             notes.append(f"{len(self.left_out)} unfinished left out")
+        if any(row["costs"].get("features_from_store") for run in self.runs for row in run["stages"]):
+            notes.append("features read from disk")
         notes += sorted({f"tuned: {run['chosen_by']}" for run in self.runs if run["chosen_by"] != "default"})
         return ", ".join(notes)
 

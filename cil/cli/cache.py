@@ -1,0 +1,103 @@
+"""Commands about the feature store: what lies in it, and emptying it. They need no torch."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="The features on disk that all runs share: what is there, and how to be rid of it.", no_args_is_help=True
+)
+Folder = Annotated[
+    Path | None, typer.Option("--folder", help="The store, where hardware.feature_store says another than the default.")
+]
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+@app.command()
+def info(
+    folder: Folder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON: sizes in bytes, times in ISO 8601.")] = False,
+) -> None:
+    """Where the feature store is, how large, and what it holds of which backbone and data."""
+    import json
+
+    store = _store(folder)
+    entries = [
+        {
+            "backbone": kept.about.get("backbone_name", "damaged key.json"),
+            "backbone_sha256": kept.about.get("weights", ""),
+            "data": kept.about.get("data_name", ""),
+            "tuner": kept.about.get("tuner_name", ""),
+            "precision": kept.about.get("precision", ""),
+            "device": kept.about.get("device", ""),
+            "images": kept.images,
+            "bytes": kept.size,
+            "last_used": datetime.fromtimestamp(kept.used).astimezone().isoformat(timespec="seconds"),
+        }
+        for kept in store.kept()
+        if kept.files
+    ]
+    size = sum(int(entry["bytes"]) for entry in entries)
+    if as_json:
+        found = {"folder": str(store.place), "bytes": size, "cap_bytes": int(store.cap), "entries": entries}
+        typer.echo(json.dumps(found, indent=1))
+        return
+    typer.echo(f"{store.place}: {len(entries)} entries, {amount(size)} of at most {amount(store.cap)}")
+    if entries:
+        _print(entries)
+
+
+@app.command()
+def clear(
+    folder: Folder = None,
+    older_than: Annotated[
+        float | None, typer.Option(min=0, help="Only what was used last more than so many days ago.", metavar="DAYS")
+    ] = None,
+) -> None:
+    """Remove what the feature store holds; runs compute it again when they need it."""
+    from cil.errors import RunError
+
+    store = _store(folder)
+    try:
+        files, freed = store.clear((older_than or 0) * 24 * 3600)
+    except OSError as error:
+        raise RunError(f"{store.place}: cannot be cleared ({error.strerror}: {error.filename})") from None
+    typer.echo(f"{store.place}: {files} files removed, {amount(freed)} freed")
+
+
+def amount(size: float) -> str:
+    """Bytes as people write them.
+
+    >>> amount(12_345_678)
+    '12.3 MB'
+    """
+    for unit in UNITS:
+        if size < 1000 or unit == UNITS[-1]:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def _store(folder: Path | None) -> Any:
+    from cil.store import FeatureStore, default_place
+
+    return FeatureStore(folder.expanduser() if folder else default_place())
+
+
+def _print(entries: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in ("backbone", "data", "tuner", "precision", "images", "size", "last used"):
+        table.add_column(name, justify="right" if name in ("images", "size") else "left", overflow="fold")
+    for entry in entries:
+        precision = "fp32" if entry["precision"] == "no" else entry["precision"]
+        used = entry["last_used"][:16].replace("T", " ")
+        cells = (entry["backbone"], entry["data"], entry["tuner"], f"{precision} {entry['device']}")
+        table.add_row(*cells, str(entry["images"]), amount(entry["bytes"]), used)
+    Console().print(table)
