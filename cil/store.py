@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 LAYOUT = "v1"
 """Of files and folders; another one starts empty beside it."""
+UNIT = re.compile(r"[0-9a-f]{32}-\d+\.safetensors")
 GIB = 2**30
 DAY = 24 * 3600
 log = logging.getLogger(__name__)
@@ -175,7 +177,8 @@ class FeatureStore:
         if not older_than:
             removed = [stat.st_size for folder in self._folders() for _, stat in _units(folder)]
             if self.root.exists():
-                shutil.rmtree(self.root)
+                gone = self.root.rename(self.root.with_name(f".{LAYOUT}.{os.getpid()}"))  # a run may be writing there
+                shutil.rmtree(gone)
             return len(removed), sum(removed)
         before, freed = time.time() - older_than, []
         for folder in self._folders():
@@ -301,7 +304,7 @@ def _units(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 if entry.name.startswith("."):
                     if stat.st_mtime < time.time() - DAY:
                         Path(entry.path).unlink()
-                elif entry.name.endswith(".safetensors"):
+                elif UNIT.fullmatch(entry.name):
                     yield Path(entry.path), stat
 
 

@@ -59,7 +59,7 @@ class Tracker:
         self._writer.add_text("config", "```yaml\n" + text + "```")
         self._header = header
         self._steps: Counter[str] = Counter()
-        self._drawn = -math.inf
+        self._drawn = time.monotonic()
 
     def scalar(self, name: str, value: float) -> None:
         """The next value of something logged while training."""

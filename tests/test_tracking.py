@@ -44,7 +44,7 @@ def test_steps_are_stages_and_values_are_the_metrics(runs):
     assert [e.step for e in events.Scalars("forgetting/task_02")] == [3]
     assert {"cost/trainable_parameters", "cost/seconds_learn", "cost/statistics_bytes"} <= set(events.Tags()["scalars"])
     drawn = [e.step for e in events.Images("accuracy_matrix")]  # stages shorter than a drawing are left out
-    assert drawn[0] == 1 and drawn[-1] == 3
+    assert drawn[-1] == 3 and set(drawn) <= {1, 2, 3}
 
 
 def test_training_has_steps_of_its_own(runs):
