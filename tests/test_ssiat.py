@@ -131,7 +131,9 @@ def test_old_means_follow_the_current_images_and_covariances_stay(cls):
     for c in range(5):
         torch.testing.assert_close(two.gaussians.covariance(c), one.gaussians.covariance(c), atol=1e-10, rtol=1e-9)
     assert two.gaussians.ridge == 1e-3
-    np.testing.assert_allclose(two.gaussians.means[6], after[len(pictures_of(5)) :][: len(pictures_of(6))].mean(0), atol=1e-5)
+    np.testing.assert_allclose(
+        two.gaussians.means[6], after[len(pictures_of(5)) :][: len(pictures_of(6))].mean(0), atol=1e-5
+    )
 
 
 def pictures_of(c: int) -> np.ndarray:
@@ -388,7 +390,9 @@ def test_variation_makes_losses_of_a_class_alike(cls):
     for weight in (0.0, 5.0):
         learner = Case(cls, {**few, "variation": weight}).run().learner
         labels = torch.arange(8).repeat_interleave(200)
-        drawn = learner.gaussians.sample(labels, torch.Generator().manual_seed(1), mean_scales(learner.task_of, 2)[labels])
+        drawn = learner.gaussians.sample(
+            labels, torch.Generator().manual_seed(1), mean_scales(learner.task_of, 2)[labels]
+        )
         with torch.inference_mode():
             logits = learner.logits(drawn)
             if cls is SLCA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,7 @@ class Projector(nn.Module):
         super().__init__()
         widths = [feature_dim, bottleneck, code, bottleneck, feature_dim]
         # skip_init: the constructor of nn.Linear draws from the global random state
-        self.layers = nn.ModuleList(
-            skip_init(nn.Linear, width, after) for width, after in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(skip_init(nn.Linear, width, after) for width, after in pairwise(widths))
         self.reset(torch.Generator().manual_seed(0))
 
     @torch.no_grad()

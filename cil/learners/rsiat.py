@@ -85,9 +85,7 @@ class RSIAT(SSIAT):
             value, logits = fitted(features, labels)
             with torch.no_grad():
                 old = self.backbone(images, snapshot)
-            held = projected_distance(
-                features.float(), old.float(), means, self.projector, config.beta, config.gamma
-            )
+            held = projected_distance(features.float(), old.float(), means, self.projector, config.beta, config.gamma)
             return value + held, logits
 
         fit(loss, [*groups, Group(self.projector.parameters(), config.projector_lr)], task.train, recipe, ctx)
