@@ -125,6 +125,7 @@ def fit(
     recipe: Recipe,
     ctx: Context,
     after_step: Callable[[], None] | None = None,
+    prefix: str = "",
 ) -> None:
     """Minimise ``loss`` over ``data``; the parameters are left without gradients and frozen again.
 
@@ -139,6 +140,7 @@ def fit(
         recipe: Epochs, optimiser, schedule.
         ctx: Device, generator, log. Logs loss, accuracy, learning rate and images a second once per epoch.
         after_step: Called after every optimiser step, e.g. for a moving average.
+        prefix: Before every name in the log, where a stage trains twice.
 
     Raises:
         TrainingError: The loss is not finite.
@@ -176,10 +178,10 @@ def fit(
                     after_step()
                 tally += torch.tensor([mean * whole / part[1], correct], dtype=torch.float64)
             tally = accelerator.reduce(tally.float().to(ctx.device), "sum").cpu()
-            ctx.log("loss", float(tally[0]) / count)
-            ctx.log("accuracy", float(tally[1]) / count)
-            ctx.log("learning_rate", float(scheduler.get_last_lr()[0]))
-            ctx.log("images_per_second", count / (time.perf_counter() - started))
+            ctx.log(f"{prefix}loss", float(tally[0]) / count)
+            ctx.log(f"{prefix}accuracy", float(tally[1]) / count)
+            ctx.log(f"{prefix}learning_rate", float(scheduler.get_last_lr()[0]))
+            ctx.log(f"{prefix}images_per_second", count / (time.perf_counter() - started))
     for p in parameters:
         p.grad = None
         p.requires_grad_(False)

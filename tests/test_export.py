@@ -47,6 +47,8 @@ LEARNERS = {
     "fecam": {"shrinkage": [10, 10]},
     "ease": {"epochs": 1, "bottleneck": 4, "init_ptm": True, "beta": 0.5},
     "slca": {"epochs": 1, "milestones": [1], "samples": 8, "alignment_epochs": 1},
+    "ssiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1},
+    "rsiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1, "code": 8},
     "lae": {"epochs": 2, "frozen_epochs": 1, "tuner": {"name": "prefix", "compensate": True}},
     "l2p": {"epochs": 1, "pool": 4, "top": 2},
     "dualprompt": {"epochs": 1, "general_blocks": [0], "expert_blocks": [1]},

@@ -1,6 +1,12 @@
 """How features become logits. Each classifier is usable alone, on tensors or numpy arrays."""
 
-from cil.classifiers.alignment import Gaussians, SampledFeatures, mean_scales, normalized_cross_entropy
+from cil.classifiers.alignment import (
+    Gaussians,
+    SampledFeatures,
+    mean_scales,
+    normalized_cross_entropy,
+    with_variation,
+)
 from cil.classifiers.base import Classifier, match_saved_shapes
 from cil.classifiers.heads import CosineHead, Head, LinearHead
 from cil.classifiers.lda import LDA
@@ -24,4 +30,5 @@ __all__ = [
     "match_saved_shapes",
     "mean_scales",
     "normalized_cross_entropy",
+    "with_variation",
 ]

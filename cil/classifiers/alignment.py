@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,29 @@ class Gaussians(ClassMoments):
             drawn[rows] += z[rows] @ self.factor(c).T
         return drawn.float()
 
+    @exact()
+    def translate(self, shifts: Tensor) -> Gaussians:
+        """μ_c ← μ_c + shifts[c], as if every sample of class c had moved by it: covariances stay.
+
+        Args:
+            shifts: [C', F], of the first C' ≤ C classes; the others stay. A class without samples has no mean to move.
+
+        Raises:
+            DataError: ``shifts`` has another shape.
+        """
+        if shifts.ndim != 2 or len(shifts) > self.num_classes or shifts.shape[1] != self.feature_dim:
+            raise DataError(
+                f"Gaussians.translate: shifts have shape {list(shifts.shape)}; expected [up to {self.num_classes}, "
+                f"{self.feature_dim}]"
+            )
+        for c, shift in enumerate(shifts.to(self.sums)):
+            n = max(1, int(self.counts[c]))
+            scatter = self.covariance(c) * max(1, n - 1)
+            self.sums[c] += int(self.counts[c]) * shift
+            self.outers[c] = scatter + torch.outer(self.sums[c], self.sums[c]) / n
+        self._forget()
+        return self
+
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
         """Log densities [B, C] of features [B, F] under each class's Gaussian; −∞ for a class without samples."""
@@ -99,7 +122,9 @@ def mean_scales(task_of_class: Tensor, current: int) -> Tensor:
     return 0.9 + 0.1 * (task_of_class + 1).float() / (current + 1)
 
 
-def normalized_cross_entropy(logits: Tensor, labels: Tensor, task_of_class: Tensor, temperature: float = 0.1) -> Tensor:
+def normalized_cross_entropy(
+    logits: Tensor, labels: Tensor, task_of_class: Tensor, temperature: float = 0.1, reduction: str = "mean"
+) -> Tensor:
     """SLCA's logit normalisation: CE(logits / (n · τ), y), n = mean over tasks of (‖logits of the task‖₂ + 10⁻⁷).
 
     Args:
@@ -107,15 +132,44 @@ def normalized_cross_entropy(logits: Tensor, labels: Tensor, task_of_class: Tens
         labels: int64 [B].
         task_of_class: The task each class came with, int64 [C]; tasks count from 0, and each has a class.
         temperature: τ.
+        reduction: ``mean`` over the batch, or ``none``.
 
     Returns:
-        Mean loss over the batch, a scalar; the gradient also flows through n.
+        The loss, a scalar or [B]; the gradient also flows through n.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     tasks = int(task_of_class.max()) + 1
     squares = logits.new_zeros(len(logits), tasks).index_add(1, task_of_class.to(logits.device), logits.square())
     norms = squares.clamp(min=torch.finfo(logits.dtype).tiny).sqrt() + 1e-7  # the root has no derivative at 0
-    return F.cross_entropy(logits / (norms.mean(1, keepdim=True) * temperature), labels)
+    return F.cross_entropy(logits / (norms.mean(1, keepdim=True) * temperature), labels, reduction=reduction)
+
+
+Alignment = Callable[..., tuple[Tensor, Tensor]]
+"""(features [B, F], labels [B], reduction="mean" or "none") → (loss, a scalar or [B]; logits [B, C])."""
+
+
+def with_variation(loss: Alignment, weight: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """LCA's loss, E ℓ(z) + λ · E |ℓ(z) − ℓ(z')|: all of a class should lose alike (IM+LCA, arXiv 2603.09888).
+
+    z and z' are independent draws of one class: ``SampledFeatures(…, pairs=True)`` puts them side by side, so that a
+    pair stays together in any batch, micro-batch or share of a process. E ℓ is taken over both.
+
+    Args:
+        loss: ℓ, e.g. around cross-entropy or :func:`normalized_cross_entropy`.
+        weight: λ ≥ 0; with 0 it is ``loss`` itself, on data without pairs.
+
+    Returns:
+        (z [B, F], z' [B, F], labels [B]) → (loss, a scalar; logits of z [B, C]).
+    """
+    if not weight:
+        return loss
+
+    def varied(features: Tensor, others: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        values, logits = loss(features, labels, reduction="none")
+        twins, _ = loss(others, labels, reduction="none")
+        return (values + twins).mean() / 2 + weight * (values - twins).abs().mean(), logits
+
+    return varied
 
 
 class SampledFeatures:
@@ -127,12 +181,15 @@ class SampledFeatures:
         gaussians: Where to draw from; every class needs samples.
         per_class: Vectors of each class and pass (SLCA: 256).
         scale: Factor of each class's mean, [C]; None: 1.
+        pairs: Beside every vector another one of its class, drawn independently (:func:`with_variation`).
     """
 
-    def __init__(self, gaussians: Gaussians, per_class: int = 256, scale: Tensor | None = None) -> None:
+    def __init__(
+        self, gaussians: Gaussians, per_class: int = 256, scale: Tensor | None = None, pairs: bool = False
+    ) -> None:
         if per_class < 1:
             raise ConfigError(f"SampledFeatures: per_class is {per_class}; it must be at least 1")
-        self.gaussians, self.per_class, self.scale = gaussians, per_class, scale
+        self.gaussians, self.per_class, self.scale, self.pairs = gaussians, per_class, scale, pairs
 
     def __len__(self) -> int:
         return self.per_class * self.gaussians.num_classes
@@ -145,8 +202,8 @@ class SampledFeatures:
         augment: bool,
         device: torch.device | str,
         part: tuple[int, int] = (0, 1),
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass: (float32 [b, F], int64 [b]) on ``device``.
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """One pass: (float32 [b, F], int64 [b]) on ``device``; with ``pairs`` (float32 [b, F] twice, int64 [b]).
 
         Args:
             batch_size: Vectors a batch, over all processes.
@@ -160,7 +217,7 @@ class SampledFeatures:
         classes = torch.arange(self.gaussians.num_classes).repeat_interleave(self.per_class)
         labels = classes[torch.randperm(len(self), generator=generator, device=generator.device).to(classes.device)]
         scale = None if self.scale is None else self.scale.to(labels.device)[labels]
-        features = self.gaussians.sample(labels, generator, scale)
+        drawn = [self.gaussians.sample(labels, generator, scale) for _ in range(1 + self.pairs)]
         rank, processes = part
-        for x, y in zip(features.split(batch_size), labels.split(batch_size), strict=True):
-            yield x[rank::processes].to(device), y[rank::processes].to(device)
+        for batch in zip(*(rows.split(batch_size) for rows in (*drawn, labels)), strict=True):
+            yield tuple(rows[rank::processes].to(device) for rows in batch)

@@ -2,7 +2,8 @@
 
 When a backbone changes, statistics of old classes were computed under an earlier one, and their images are gone. A map
 fitted on the current task's images, seen before and after the change, carries sums along: exactly as if every old
-sample had been mapped, because means and second moments are linear in it.
+sample had been mapped, because means and second moments are linear in it. Where every class has a drift of its own,
+:func:`local_shifts` gives one to each.
 """
 
 from __future__ import annotations
@@ -90,6 +91,31 @@ def ridge_map(before: Tensor, after: Tensor, shrinkage: float = 0.05) -> AffineM
     gamma = max(shrinkage, 1e-12) * float(gram.diagonal().mean())  # above 0, or few images leave it undetermined
     change = ridge_solve(gram, x.T @ (after - before), gamma).T  # M − [I 0], [F, F + 1]
     return AffineMap(change[:, :-1] + torch.eye(len(change), dtype=x.dtype, device=x.device), change[:, -1])
+
+
+@exact()
+def local_shifts(points: Tensor, before: Tensor, after: Tensor, sigma: float = 4.0) -> Tensor:
+    """Σ_i w_ci (φ_new(x_i) − φ_old(x_i)) / Σ_i w_ci, w_ci = exp(−‖φ_old(x_i) − p_c‖² / 2σ²) + 10⁻⁵: one shift a point.
+
+    Semantic drift compensation (Yu et al., CVPR 2020, arXiv 2004.00440) with SSIAT's floor under the weights
+    (arXiv 2403.19979): a point far from every image, as σ goes, takes the mean shift of them all.
+
+    Args:
+        points: p_c in the old space, for instance class means, [C, F].
+        before: φ_old of some images, [N, F].
+        after: φ_new of the same images, [N, F].
+        sigma: σ > 0, in units of the features.
+
+    Returns:
+        float64 [C, F].
+
+    Raises:
+        DataError: Shapes differ, or there is no image.
+    """
+    before, after = _paired(before, after)
+    apart = torch.cdist(points.to(before), before, compute_mode="donot_use_mm_for_euclid_dist")
+    weights = torch.exp(-apart.square() / (2 * sigma**2)) + 1e-5
+    return (weights / weights.sum(1, keepdim=True)) @ (after - before)
 
 
 def _paired(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

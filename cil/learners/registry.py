@@ -37,6 +37,8 @@ BUILTIN = {
     "avalanche": "cil.learners.avalanche:AvalancheLearner",
     "avalanche_replay": "cil.learners.avalanche:AvalancheReplay",
     "l2_sp": "cil.learners.l2_sp:L2SP",
+    "ssiat": "cil.learners.ssiat:SSIAT",
+    "rsiat": "cil.learners.rsiat:RSIAT",
 }
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers import Gaussians, LinearHead, SampledFeatures, mean_scales, normalized_cross_entropy
+from cil.classifiers import Gaussians, LinearHead, normalized_cross_entropy
 from cil.learner import Context, Learner
+from cil.learners.aligning import AlignedRecipe, align
 from cil.stream import Task
-from cil.training import Group, Recipe, Schedule, fit, local_cross_entropy
+from cil.training import Group, Schedule, fit, local_cross_entropy
 from cil.tuning import WeightTuner
 
 
@@ -25,16 +26,13 @@ class SLCA(Learner):
     the logits divided by their mean norm over tasks. The aligned rows predict; training goes on from the others.
     """
 
-    class Config(Recipe):
+    class Config(AlignedRecipe):
         epochs: int = Field(20, gt=0, description="passes over each task")
         train_batch_size: int = Field(128, gt=0, description="images an optimiser step")
         weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
         schedule: Schedule = Field("multistep", description="of the learning rate")
         milestones: list[PositiveInt] = Field([18], description="epochs at which a multistep schedule lowers the rate")
         backbone_lr: float = Field(0.01, gt=0, description="factor on the learning rate for the backbone's weights")
-        alignment_epochs: NonNegativeInt = Field(5, description="passes over drawn vectors; 0: no alignment")
-        alignment_lr: float = Field(0.01, gt=0, description="peak learning rate of the alignment")
-        samples: PositiveInt = Field(256, description="vectors drawn per class and epoch, and per optimiser step")
         temperature: float = Field(0.1, gt=0, description="τ of the logit normalisation")
         fresh_norm: bool = Field(False, description="start from a fresh final norm, as the authors' code does")
 
@@ -64,7 +62,7 @@ class SLCA(Learner):
         self.gaussians.partial_fit(*ctx.features(self, task.train))
         self.aligned = LinearHead(self.backbone.feature_dim).to(ctx.device).extend(self.head)
         if task.index and self.config.alignment_epochs:
-            self.align(task.index, ctx)
+            self.align(ctx)
 
     def train_rows(self, task: Task, ctx: Context) -> LinearHead:
         """Stage 1: the backbone slowly, the task's own rows fast, the softmax over the task's classes only."""
@@ -77,23 +75,15 @@ class SLCA(Learner):
         fit(loss, slow_and_fast, task.train, self.config, ctx)
         return rows
 
-    def align(self, current: int, ctx: Context) -> None:
+    def align(self, ctx: Context) -> None:
         """Stage 2: CE(z / (n τ), y) on vectors from N(s_c μ_c, Σ_c), older means shrunk more."""
-        config = self.config
-        recipe = Recipe(
-            epochs=config.alignment_epochs,
-            train_batch_size=config.samples,
-            lr=config.alignment_lr,
-            weight_decay=config.weight_decay,
-            schedule_per="epoch",
-        )
-        drawn = SampledFeatures(self.gaussians, config.samples, mean_scales(self.task_of, current))
+        temperature = self.config.temperature
 
-        def loss(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
             logits = self.aligned(features)
-            return normalized_cross_entropy(logits, labels, self.task_of, config.temperature), logits
+            return normalized_cross_entropy(logits, labels, self.task_of, temperature, reduction), logits
 
-        fit(loss, [Group(self.aligned.parameters())], drawn, recipe, ctx)
+        align(loss, Group(self.aligned.parameters()), self.gaussians, self.task_of, self.config, ctx)
 
     def features(self, images: Tensor) -> Tensor:
         return self.backbone(images, self.tuner)
