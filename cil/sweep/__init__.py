@@ -1,0 +1,1 @@
+"""Many settings of one benchmark: :mod:`~cil.sweep.grid` says which, :mod:`~cil.sweep.pool` runs them on Ray."""
