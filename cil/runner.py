@@ -216,12 +216,13 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
             continue
         tried.add(plan.entry.title)
         try:
-            _build(plan, backbone)
+            build(plan, backbone)
         except BackboneError as error:
             raise BackboneError(f"learner {plan.entry.title}: {error}") from None
 
 
-def _build(plan: Plan, backbone: Backbone) -> Learner:
+def build(plan: Plan, backbone: Backbone) -> Learner:
+    """A plan's learner, fresh."""
     with isolated(0):  # a learner that forgot its generator is still repeatable here; the checks find it out
         return plan.cls(plan.parameters, backbone)
 
@@ -249,7 +250,7 @@ def _run_one(
         if writer is not None:
             writer.start(earlier)
         rows = run_stages(
-            _build(plan, backbone),
+            build(plan, backbone),
             stream,
             accelerator=accelerator,
             seed=plan.seed,

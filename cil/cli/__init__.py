@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(benchmark.run)
 app.command()(sweep.sweep)
+app.command()(sweep.tune)
 app.command()(benchmark.compare)
 app.command()(benchmark.tensorboard)
 app.command("list")(learners.list_)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cil.cli.benchmark import Results, show_results
+from cil.cli.benchmark import Results, is_main_process, show_results
 
 if TYPE_CHECKING:
     from cil.sweep.pool import Result
@@ -19,9 +19,7 @@ Source = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value for all runs, as for cil run")]
 Grid = Annotated[
     list[str] | None,
-    typer.Option(
-        help="KEY=VALUE,VALUE, e.g. learner.lr=0.1,0.01 or learners.ranpac.strength=1,10; repeatable: product."
-    ),
+    typer.Option(help="KEY=VALUE,VALUE, e.g. learner.lr=0.1,0.01 or learners.ncm.metric=…; repeatable: product."),
 ]
 
 
@@ -97,3 +95,42 @@ def _summary(ended: Sequence[Result]) -> None:
     console = Console()
     Console(width=console.width if console.is_terminal else 10_000, markup=False).print("", table, "", sep="\n")
     typer.echo(f"{len(ended)} runs: {counted} {'already' if 'finished' in states else ''}".rstrip())
+
+
+def tune(
+    config: Source,
+    overrides: Overrides = None,
+    grid: Grid = None,
+    first_tasks: Annotated[int, typer.Option(min=1, help="Judge after so many tasks, on held-out images of all.")] = 1,
+    results: Results = Path("results"),
+) -> None:
+    """Choose hyper-parameters on the first task's training images: a part is held out (stream.validation, or a fifth).
+
+    No test image is opened, no image of a later task. Writes RESULTS/<name>/tuned.yaml for cil run, and tuned.json
+    with everything that was tried.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(quiet=not is_main_process())
+    with console.status("loading torch, data and backbone …"):
+        from cil.console import Display
+        from cil.sweep.tune import tune as choose
+    tuned = choose(
+        config, overrides or [], grid or [], first_tasks=first_tasks, results=results, display=Display(console)
+    )
+    for choice in tuned.choices:
+        table = Table("rank", choice.learner, "held out %", "seconds", box=None, pad_edge=False)
+        for rank, one in enumerate(choice.ranked, 1):
+            shown = one.reason or f"{100 * one.accuracy:.2f}"
+            table.add_row(str(rank), one.told, shown, f"{one.seconds:.1f}")
+        wide = Console(width=None if console.is_terminal else 10_000, quiet=console.quiet)
+        wide.print("", table, sep="\n", markup=False)
+        for key in choice.undecided:
+            console.print(
+                f"{key}: all values do the same here, so nothing was chosen and the first was kept; what acts between "
+                "tasks needs a larger --first-tasks",
+                markup=False,
+                soft_wrap=True,
+            )
+    console.print(f"\nrecord:    {tuned.record}\nnext:      cil run {tuned.config}", markup=False, highlight=False)

@@ -1,7 +1,7 @@
 """From ``--grid KEY=V1,V2`` to the single runs of a sweep, each with a label, a folder and a command line of its own.
 
-Keys are those of ``cil run``: ``learner.lr`` reaches the only learner, ``learners.ranpac.strength`` the one of that name
-and no other, and any other key (``precision``, ``stream.increment``) all of them. Several grids make their product.
+Keys are those of ``cil run``: ``learner.lr`` reaches the only learner, ``learners.ranpac.strength`` the one of that
+name and no other, any other key (``precision``, ``stream.increment``) all of them. Several grids make their product.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Setting:
     Attributes:
         learner: Its title in the configuration, before the grid.
         values: The grid's keys and values at this point, those that concern this learner.
+        told: The same for people: ``lr=0.1``.
         raw: The whole configuration as written, with this learner alone, labelled.
         config: The same, validated.
         changes: The overrides that turn the configuration that was given into this one.
@@ -71,6 +72,7 @@ class Setting:
 
     learner: str
     values: dict[str, Any]
+    told: tuple[str, ...]
     raw: dict[str, Any]
     config: Config
     changes: tuple[str, ...]
@@ -109,17 +111,14 @@ def settings(name: str, overrides: Sequence[str], grid: Sequence[str]) -> list[S
     axes = [_axis(text, raw, list(entries)) for text in grid]
     keys = [axis.key for axis in axes]
     if len(set(keys)) < len(keys):
-        raise ConfigError(
-            f"--grid: {next(k for k in keys if keys.count(k) > 1)} is given twice; list all values in one"
-        )
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError(f"--grid: {twice} is given twice; list all its values in one")
     rest = {key: value for key, value in raw.items() if key not in ("learner", "learners")}
-    return [
-        setting
-        for title, entry in entries.items()
-        for setting in _of_learner(
-            {**rest, "learners": [entry]}, title, [a for a in axes if a.learner in (None, title)]
-        )
-    ]
+    found: list[Setting] = []
+    for title, entry in entries.items():
+        own = [axis for axis in axes if axis.learner in (None, title)]
+        found += _of_learner({**rest, "learners": [entry]}, title, own)
+    return found
 
 
 def trials(name: str, overrides: Sequence[str], grid: Sequence[str]) -> list[Trial]:
@@ -181,6 +180,7 @@ def _of_learner(raw: dict[str, Any], title: str, axes: list[Axis]) -> Iterator[S
         yield Setting(
             learner=title,
             values={axis.key: value for axis, value in zip(axes, point, strict=True)},
+            told=tuple(told),
             raw=changed,
             config=validated(Config, changed, prefix="config: "),
             changes=(*common, f"learners={flow([{k: v for k, v in entry.items() if k not in ('orders', 'seeds')}])}"),

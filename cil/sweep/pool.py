@@ -132,7 +132,7 @@ def _ray() -> Any:
         import ray
     except ImportError:
         raise ConfigError(
-            "cil sweep needs Ray: pip install 'cil[ray]'; or --print the commands and run them otherwise"
+            "cil sweep needs Ray: pip install 'cil[ray]', or --print the commands to run them without"
         ) from None
     return ray
 

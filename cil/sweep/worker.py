@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,7 @@ def attempt(config: dict[str, Any], results: str, directory: str, threads: int) 
     try:
         os.chdir(directory)
     except OSError as error:
-        reason = (
-            f"{directory}: {error.strerror} on {os.uname().nodename}; a cluster needs a file system all its nodes see"
-        )
+        reason = f"{directory}: {error.strerror} on {platform.node()}; the nodes of a cluster must share it"
         return Outcome("failed", reason)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported, in a new worker
     import torch
