@@ -87,12 +87,12 @@ class FirstTasks:
                 raise StreamError(f"{source.describe(index)} is of a later task; only the first {self.count} are open")
             return held.read(where[index])
 
-        first = stream.tasks[: self.count]
+        opened = stream.tasks[: self.count]
         self.facts = {
-            "tasks": [[task.names[c] for c in task.classes] for task in first],
+            "tasks": [[task.names[c] for c in task.classes] for task in opened],
             "images": {
-                "training": [len(task.train) for task in first],
-                "held_out": [len(task.validation or ()) for task in first],
+                "training": [len(task.train) for task in opened],
+                "held_out": [len(task.validation or ()) for task in opened],
                 "broken": len(broken),
             },
             "order": config.orders[0],
