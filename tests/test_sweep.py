@@ -309,10 +309,11 @@ def test_printed_commands_give_the_same_folders_in_a_shell(cil, place, workers):
     assert cil(*command).returncode == 0
     (place / "runs.txt").write_text(cil(*command, "--results", "by hand", "--print").stdout)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        "xargs -L 1 env < runs.txt", shell=True, capture_output=True, text=True, env={**os.environ, "PATH": path}
-    )
-    assert done.returncode == 0, done.stderr
+    page = (Path(__file__).parents[1] / "docs/sweeps.md").read_text()
+    (place / "array.sh").write_text(page.split('title="array.sh"\n')[1].split("```")[0])
+    for way in ("head -n 1 runs.txt | xargs -L 1 env", "SLURM_ARRAY_TASK_ID=2 bash array.sh"):
+        done = subprocess.run(way, shell=True, capture_output=True, text=True, env={**os.environ, "PATH": path})
+        assert done.returncode == 0, done.stderr
     for lr in ("0.1", "0.01"):
         swept = place / "results/t" / f"linear_probe_lr={lr}" / RUN
         same_run(swept, place / "by hand" / swept.relative_to(place / "results"))
