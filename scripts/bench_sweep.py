@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Ridge settings of RanPAC on one stream: each in a ``cil run`` of its own, against one ``cil sweep`` of all of them.
 
-Cold: every run is a process that starts with nothing, as a shell loop would do it. Swept: one command, workers that live
-on, and whatever ``--warm`` configures to be kept between runs, filled by one run of another learner before (timed apart).
-Both leave the same runs; their accuracies are compared.
+Cold: every run is a process that starts with nothing, as a shell loop would do it. Swept: one command, workers that
+live on, and whatever ``--warm`` configures to be kept between runs, filled by one run of another learner before (timed
+apart). Both leave the same runs; their accuracies are compared.
 
     python scripts/bench_sweep.py [CONFIG] [key=value …] [--limit 2] [--out results/bench/sweep.json]
 """

@@ -185,6 +185,12 @@ def test_without_ray_it_says_what_to_install_and_still_prints(cil, place, no_ray
     assert printed.returncode == 0 and printed.stdout.count("cil run ") == len(printed.stdout.splitlines()) == 2
 
 
+def test_it_is_refused_under_a_launcher(cil, place, no_ray, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = cil("sweep", write(place / "c.yaml"))
+    assert found.returncode == 2 and "without accelerate launch" in found.stderr
+
+
 def test_help_imports_neither_ray_nor_torch():
     code = """
 import sys

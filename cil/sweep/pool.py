@@ -75,6 +75,8 @@ def sweep(
     Raises:
         CilError: Ray is not installed, cannot be reached, or has not the resources of one run.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("cil sweep starts its own processes; give the command without accelerate launch")
     ray = _ray()
     with _cluster(ray, resources, trials) as (window, options, threads):
         remote = ray.remote(max_retries=0, **options)(attempt)
