@@ -297,6 +297,12 @@ def test_a_sweep_runs_retries_reports_and_goes_on(cil, place, workers):  # noqa:
     assert machine["threads"] == 1
 
 
+def test_no_cluster_at_the_address_is_one_line(cil, place):  # noqa: F811
+    pytest.importorskip("ray")
+    found = cil("sweep", write(place / "c.yaml"), "--address", "127.0.0.1:1")
+    assert found.returncode == 2 and found.stderr.startswith("cil: Ray 127.0.0.1:1: ConnectionRefusedError")
+
+
 @pytest.mark.slow
 def test_a_failed_run_that_can_go_on_loses_its_log(cil, place, workers):  # noqa: F811
     file = write(place / "c.yaml", learners=[{"class": "strange.py:Dies"}])

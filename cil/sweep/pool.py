@@ -8,6 +8,7 @@ its folder and goes on from there, whoever was killed; so there is no checkpoint
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -148,6 +149,9 @@ def _cluster(ray: Any, wanted: Resources, trials: Sequence[Trial]) -> Iterator[t
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if ours and wanted.address:
+            host, _, port = wanted.address.removeprefix("ray://").rpartition(":")
+            if host and port.isdigit():  # where nobody listens Ray would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=wanted.address, **quiet)
         elif ours:
             # little goes through Ray's memory: a configuration there, an outcome back
