@@ -160,17 +160,23 @@ def _copy(value: Any) -> Any:
     return [_copy(v) for v in value] if isinstance(value, list) else value
 
 
+def written(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A configuration as it is written, from a file or a shipped name, with overrides; not yet validated.
+
+    Raises:
+        ConfigError: No such file, no YAML, or an override that has no place.
+    """
+    path = find(name)
+    return {"name": path.stem, **override(read(path), overrides)}
+
+
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """A validated configuration from a file or a shipped name, with overrides.
 
     Raises:
         ConfigError: Every wrong key at once, one line each.
     """
-    path = find(name)
-    raw = override(read(path), overrides)
-    if "name" not in raw:
-        raw["name"] = path.stem
-    return validated(Config, raw, prefix="config: ")
+    return validated(Config, written(name, overrides), prefix="config: ")
 
 
 def validated(model: type[M], values: Any, prefix: str = "") -> M:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 
@@ -157,7 +158,26 @@ def require_fit(cls: type[Learner], stream: Stream) -> None:
         )
 
 
-def run(config: Config, root: Path | str = "results", *, display: Display | None = None) -> list[Path]:
+class Inputs:
+    """Data, backbone and feature store of a benchmark, loaded; what runs on them share."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.store = open_store(config.hardware)
+        self.train, self.test = (
+            LoadedSplit(config.data, split, config.hardware, self.store) for split in ("train", "test")
+        )
+        self.backbone = load_backbone(config.backbone, device)
+        self.transforms = Transforms(self.backbone.data_config, config.transform)
+        self.images = self.train.images(self.transforms), self.test.images(self.transforms)
+
+
+def run(
+    config: Config,
+    root: Path | str = "results",
+    *,
+    display: Display | None = None,
+    load: Callable[[Config, torch.device], Inputs] = Inputs,
+) -> list[Path]:
     """Run everything a configuration asks for, skipping what is finished and going on with what is not.
 
     Under ``accelerate launch`` every process runs this, trains on its share of each batch, and ends with the same
@@ -167,6 +187,7 @@ def run(config: Config, root: Path | str = "results", *, display: Display | None
         config: The benchmark.
         root: The results folder.
         display: Terminal output; none by default.
+        load: Gives data and backbone; who runs many benchmarks on the same ones may hand out what is loaded already.
 
     Returns:
         The run folders, in order.
@@ -177,21 +198,18 @@ def run(config: Config, root: Path | str = "results", *, display: Display | None
     todo = list(plans(config))
     accelerator = hardware.accelerator(config.hardware.device, config.precision)
     display = display if display is not None and accelerator.is_main_process else Display()
-    store = open_store(config.hardware)
-    train, test = (LoadedSplit(config.data, split, config.hardware, store) for split in ("train", "test"))
-    backbone = load_backbone(config.backbone, accelerator.device)
-    transforms = Transforms(backbone.data_config, config.transform)
-    images = train.images(transforms), test.images(transforms)
-    streams = [make_stream(plan.config, *images) for plan in todo]
+    inputs = load(config, accelerator.device)
+    backbone = inputs.backbone
+    streams = [make_stream(plan.config, *inputs.images) for plan in todo]
     _try_all(todo, streams, backbone)
     folders = []
     with display:
         for plan, stream in zip(todo, streams, strict=True):
             folder = RunFolder(Path(root) / plan.place)
-            header = make_header(plan, stream, backbone, transforms, train, test, accelerator)
+            header = make_header(plan, stream, backbone, inputs.transforms, inputs.train, inputs.test, accelerator)
             held = folder.locked() if accelerator.is_main_process else nullcontext()
             with held, folder.reported(only_full=True):
-                _run_one(plan, folder, stream, backbone, header, accelerator, display, store)
+                _run_one(plan, folder, stream, backbone, header, accelerator, display, inputs.store)
             folders.append(folder.path)
     return folders
 
@@ -205,12 +223,13 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
             continue
         tried.add(plan.entry.title)
         try:
-            _build(plan, backbone)
+            build(plan, backbone)
         except BackboneError as error:
             raise BackboneError(f"learner {plan.entry.title}: {error}") from None
 
 
-def _build(plan: Plan, backbone: Backbone) -> Learner:
+def build(plan: Plan, backbone: Backbone) -> Learner:
+    """A plan's learner, fresh."""
     with isolated(0):  # a learner that forgot its generator is still repeatable here; the checks find it out
         return plan.cls(plan.parameters, backbone)
 
@@ -239,7 +258,7 @@ def _run_one(
         if writer is not None:
             writer.start(earlier)
         rows = run_stages(
-            _build(plan, backbone),
+            build(plan, backbone),
             stream,
             accelerator=accelerator,
             seed=plan.seed,

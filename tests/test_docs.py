@@ -56,6 +56,7 @@ SHORTENED = {
     r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64",
     r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",
+    r"^cil sweep ": "data.per_class=3 backbone.weights=random 'backbone.options={depth: 1}'",
     r"^python \S*/bench_l2p.py": "--rounds 1 --per-class 2",
     r"^python \S*/bench_merge.py": "--small --tasks 2 --repeats 1 --out bench",
     r"^python \S*/ablate_merging.py": f"{FEW_DIGITS} learners.merge.epochs=1 --orders 1993 --rules average opcm",

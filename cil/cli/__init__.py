@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from cil.cli import benchmark, cache, learners, models
+from cil.cli import benchmark, cache, learners, models, sweep
 from cil.errors import CilError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(benchmark.run)
+app.command()(sweep.sweep)
+app.command()(sweep.tune)
 app.command()(benchmark.compare)
 app.command()(benchmark.tensorboard)
 app.command("list")(learners.list_)

@@ -46,12 +46,17 @@ def run(
         raise typer.Exit(130) from None
     if not is_main_process():
         return
+    show_results(results / settings.name)
+
+
+def show_results(folder: Path) -> None:
+    """What there is of a benchmark: its table, its files, and where its curves are."""
     from cil import report
 
-    compared = report.load([results / settings.name])
+    compared = report.load([folder])
     _show(compared, report.COLUMNS)
-    _written(report.write_overview(compared, results / settings.name))
-    typer.echo(f"curves:    cil tensorboard {results / settings.name}")
+    _written(report.write_overview(compared, folder))
+    typer.echo(f"curves:    cil tensorboard {folder}")
 
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")]

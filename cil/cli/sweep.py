@@ -1,0 +1,136 @@
+"""Commands about many settings of one benchmark: run them all, or choose among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cil.cli.benchmark import Results, is_main_process, show_results
+
+if TYPE_CHECKING:
+    from cil.sweep.pool import Result
+
+Source = Annotated[
+    str, typer.Argument(help="A YAML file, or the name of a shipped configuration (see: cil list configs).")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value for all runs, as for cil run")]
+Grid = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE,VALUE, e.g. learner.lr=0.1,0.01 or learners.ncm.metric=…; repeatable: product."),
+]
+
+
+def sweep(
+    config: Source,
+    overrides: Overrides = None,
+    grid: Grid = None,
+    orders: Annotated[str | None, typer.Option(help="Class orders, e.g. 1993,1,natural; short for orders=[…].")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Training seeds, e.g. 0,1; short for seeds=[…].")] = None,
+    results: Results = Path("results"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: one a GPU, or one a CPU where there is none.")
+    ] = None,
+    cpus_per_run: Annotated[
+        int | None, typer.Option(min=1, help="CPUs and threads of a run; default: an equal share; on a cluster 1.")
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of a run, may be a fraction; default: 1 where there are any.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: this machine.")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Further attempts of a run whose process died.")] = 1,
+    print_: Annotated[
+        bool, typer.Option("--print", help="Run nothing; print each run's cil run command, one a line.")
+    ] = False,
+) -> None:
+    """Run a benchmark at every point of a grid, several at a time, on Ray. The same command goes on after any death.
+
+    Each point is a learner of its own in results, e.g. ranpac_strength=10; finished runs are skipped. Exit code 1 if a
+    run failed; the others are run all the same.
+    """
+    from rich.console import Console
+
+    from cil.sweep.grid import trials
+
+    listed = [f"{key}=[{text}]" for key, text in (("orders", orders), ("seeds", seeds)) if text is not None]
+    console = Console(stderr=print_)
+    with console.status("checking every setting …"):
+        todo = trials(config, [*(overrides or []), *listed], grid or [])
+    if print_:
+        for trial in todo:
+            typer.echo(trial.line(results))
+        return
+    from cil.sweep.pool import Resources
+    from cil.sweep.pool import sweep as run_all
+
+    resources = Resources(jobs, cpus_per_run, gpus_per_run, address, retries)
+    try:
+        ended = run_all(todo, results, resources, say=lambda text: typer.echo(text))
+    except KeyboardInterrupt:
+        typer.echo("\nstopped. Finished stages are kept; give the same command to go on.")
+        raise typer.Exit(130) from None
+    failed = [result for result in ended if result.outcome.state == "failed"]
+    _summary(ended)
+    if len(failed) < len(ended):
+        show_results(results / todo[0].plan.config.name)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _summary(ended: Sequence[Result]) -> None:
+    """What ran, was finished already and failed; a failure with its reason and its log."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "outcome", "attempts", "reason", box=None, pad_edge=False)
+    for result in ended:
+        reason = f"{result.outcome.reason}; {result.outcome.log}" if result.outcome.state == "failed" else ""
+        table.add_row(result.trial.title, result.outcome.state, str(result.attempts), reason)
+    states = [result.outcome.state for result in ended]
+    counted = ", ".join(f"{states.count(state)} {state}" for state in ("ran", "finished", "failed"))
+    console = Console()
+    Console(width=console.width if console.is_terminal else 10_000, markup=False).print("", table, "", sep="\n")
+    typer.echo(f"{len(ended)} runs: {counted} {'already' if 'finished' in states else ''}".rstrip())
+
+
+def tune(
+    config: Source,
+    overrides: Overrides = None,
+    grid: Grid = None,
+    first_tasks: Annotated[int, typer.Option(min=1, help="Judge after so many tasks, on held-out images of all.")] = 1,
+    results: Results = Path("results"),
+) -> None:
+    """Choose hyper-parameters on the first task's training images: a part is held out (stream.validation, or a fifth).
+
+    No test image is opened, no image of a later task. Writes RESULTS/<name>/tuned.yaml for cil run, and tuned.json
+    with everything that was tried.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(quiet=not is_main_process())
+    with console.status("loading torch, data and backbone …"):
+        from cil.console import Display
+        from cil.sweep.tune import tune as choose
+    tuned = choose(
+        config, overrides or [], grid or [], first_tasks=first_tasks, results=results, display=Display(console)
+    )
+    for choice in tuned.choices:
+        table = Table("rank", choice.learner, "held out %", "seconds", box=None, pad_edge=False)
+        for rank, one in enumerate(choice.ranked, 1):
+            shown = one.reason or f"{100 * one.accuracy:.2f}"
+            table.add_row(str(rank), one.told, shown, f"{one.seconds:.1f}")
+        wide = Console(width=None if console.is_terminal else 10_000, quiet=console.quiet)
+        wide.print("", table, sep="\n", markup=False)
+        for key in choice.undecided:
+            console.print(
+                f"{key}: all values do the same here, so nothing was chosen and the first was kept; what acts between "
+                "tasks needs a larger --first-tasks",
+                markup=False,
+                soft_wrap=True,
+            )
+    console.print(f"\nrecord:    {tuned.record}\nnext:      cil run {tuned.config}", markup=False, highlight=False)
