@@ -30,8 +30,8 @@ Softmax = Literal["global", "local"]
 """Classes in the softmax: all seen, or the task's own."""
 
 ASKED_EVERY = 32
-"""Steps after which a GPU is asked for their losses: every question empties its queue, and it idles until new work comes.
-On the CPU each step is asked about before it changes anything."""
+"""Steps after which a GPU is asked for their losses: every question empties its queue, and it idles until new work
+comes. On the CPU each step is asked about before it changes anything."""
 
 
 class Recipe(LearnerConfig):
