@@ -57,7 +57,7 @@ SIZES = {"tiny": EMBEDDED, "small": "vit_small_patch16_224", "base": "vit_base_p
 FEW = ["adapter", "lora", "full"]
 TUNERS = {
     "tiny": [get_args(section.model_fields["name"].annotation)[0] for section in get_args(TunerSection)],
-    "small": [*FEW, "ssf", "vpt_deep"],
+    "small": FEW,
     "base": FEW,
 }
 GOALS = {"evaluation": 0.95, "training": 0.90}
@@ -201,14 +201,13 @@ class Bench:
         tuner.train()
         return self.compare(bare, plain=lambda: ours("none"), augmented=lambda: ours("default"))
 
-    def attention(self) -> Found:
-        """Explicit softmax against torch's fused attention, forward and with backward through every weight."""
-        model: Any = copy.deepcopy(self.backbone.model)
+    def attention(self, training: bool) -> Found:
+        """Explicit softmax against torch's fused attention (bare): forward, or with backward through every weight."""
+        model: Any = copy.deepcopy(self.backbone.model).requires_grad_(training)
 
-        def passed(fused: bool, training: bool) -> None:
+        def passed(fused: bool) -> None:
             for block in model.blocks:
                 block.attn.fused_attn = fused
-            model.requires_grad_(training)
             with torch.inference_mode(not training):
                 for images, _ in self.ready:
                     with self.accelerator.autocast():
@@ -217,10 +216,7 @@ class Bench:
                         features.float().square().mean().backward()
                         model.zero_grad()
 
-        return {
-            what: self.compare(lambda t=t: passed(True, t), explicit=lambda t=t: passed(False, t))
-            for what, t in (("forward", False), ("training", True))
-        }
+        return self.compare(lambda: passed(True), explicit=lambda: passed(False))
 
 
 def draw(result: Found, path: Path) -> None:
@@ -228,12 +224,20 @@ def draw(result: Found, path: Path) -> None:
     sizes = result["sizes"]
     figure = new_figure(4.2 * len(sizes), 4.6)
     for axes, (size, found) in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes.items(), strict=True):
-        bars: list[tuple[str, str, Found]] = (
-            [("evaluation", s, found["evaluation"][s]) for s in ("steady", "decoding")] if "evaluation" in found else []
-        )
-        for tuner, measured in found.get("training", {}).items():
-            bars += [(tuner, s, measured[s]) for s in ("plain", "augmented")]
-        colours = {"steady": CYCLE[0], "decoding": CYCLE[1], "plain": CYCLE[0], "augmented": CYCLE[1]}
+        bars = [
+            (what, side, measured[side])
+            for part in ("evaluation", "training", "attention")
+            for what, measured in found.get(part, {}).items()
+            for side in measured
+            if side != "bare"
+        ]
+        colours = {
+            "steady": CYCLE[0],
+            "decoding": CYCLE[1],
+            "plain": CYCLE[0],
+            "augmented": CYCLE[1],
+            "explicit": CYCLE[2],
+        }
         for y, (_, side, measured) in enumerate(bars):
             spread = [[measured["share"] - measured["lowest"]], [measured["highest"] - measured["share"]]]
             axes.barh(-y, measured["share"], color=colours[side], xerr=spread, error_kw={"lw": 0.8})
@@ -281,39 +285,33 @@ def main() -> int:
         "versions": versions(),
         "sizes": {},
     }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = "attention" if parts == ["attention"] else "throughput"
+    kind = f"{accelerator.device.type}_{arguments.precision}{'_compiled' if arguments.compile else ''}"
+    stem = f"{stem}_quick" if arguments.quick else f"{stem}_{kind}"
+
+    def keep(size: str, part: str, what: str, measured: Found) -> None:
+        """After every comparison: a run that is stopped has measured something all the same."""
+        sides = [
+            f"{k} {m['share']:.3f} ({m['lowest']:.3f} to {m['highest']:.3f})"
+            for k, m in measured.items()
+            if "share" in m
+        ]
+        print(f"{size:6} {what:12} bare {measured['bare']['images_per_second']:8.1f}/s, {', '.join(sides)}", flush=True)
+        result["sizes"][size].setdefault(part, {})[what] = measured
+        (arguments.out / f"{stem}.json").write_text(to_json(result), encoding="utf-8")
+        draw(result, arguments.out / f"{stem}.png")
+
     for size, count in zip(arguments.sizes, counts, strict=True):
         bench = Bench(size, arguments, accelerator, count)
-        found: Found = {"backbone": bench.backbone.name, "images": count, "batch": bench.batch}
-        result["sizes"][size] = found
+        result["sizes"][size] = {"backbone": bench.backbone.name, "images": count, "batch": bench.batch}
         if "evaluation" in parts:
-            found["evaluation"] = bench.evaluation()
-            report(size, "evaluation", found["evaluation"])
-        if "training" in parts:
-            found["training"] = {}
-            for tuner in arguments.tuners or TUNERS[size]:
-                found["training"][tuner] = bench.training(tuner)
-                report(size, tuner, found["training"][tuner])
-        if "attention" in parts:
-            found["attention"] = bench.attention()
-            for what, measured in found["attention"].items():
-                report(size, f"attention {what}", measured)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    compiled = "_compiled" if arguments.compile else ""
-    kind = "quick" if arguments.quick else f"{accelerator.device.type}_{arguments.precision}{compiled}"
-    stem = "attention" if parts == ["attention"] else "throughput"
-    (arguments.out / f"{stem}_{kind}.json").write_text(to_json(result), encoding="utf-8")
-    if stem == "throughput":
-        draw(result, arguments.out / f"{stem}_{kind}.png")
+            keep(size, "evaluation", "evaluation", bench.evaluation())
+        for tuner in (arguments.tuners or TUNERS[size]) if "training" in parts else []:
+            keep(size, "training", tuner, bench.training(tuner))
+        for what in ("forward", "backward") if "attention" in parts else ():
+            keep(size, "attention", what, bench.attention(what == "backward"))
     return 0
-
-
-def report(size: str, what: str, found: Found) -> None:
-    sides = [
-        f"{name} {m['share']:.3f} ({m['lowest']:.3f} to {m['highest']:.3f})"
-        for name, m in found.items()
-        if "share" in m
-    ]
-    print(f"{size:6} {what:20} bare {found['bare']['images_per_second']:8.1f}/s, {', '.join(sides)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -169,9 +169,12 @@ class StatisticsClassifier(Classifier):
         new = classes - self.num_classes
         if new > 0:
             for name in self.per_class:
-                old = getattr(self, name)
-                setattr(self, name, torch.cat([old, old.new_zeros(new, *old.shape[1:])]))
+                setattr(self, name, self._longer(name, getattr(self, name), new))
             self._forget(self.counts.new_zeros(0))
+
+    def _longer(self, name: str, rows: Tensor, new: int) -> Tensor:
+        """The buffer of that name with ``new`` rows of zeros behind its own."""
+        return torch.cat([rows, rows.new_zeros(new, *rows.shape[1:])])
 
     def only_seen(self, scores: Tensor) -> Tensor:
         """Scores [B, C] with −∞ for classes without samples."""
