@@ -29,10 +29,6 @@ Per = Literal["step", "epoch"]
 Softmax = Literal["global", "local"]
 """Classes in the softmax: all seen, or the task's own."""
 
-ASKED_EVERY = 32
-"""Steps after which a GPU is asked for their losses: every question empties its queue, and it idles until new work
-comes. On the CPU each step is asked about before it changes anything."""
-
 
 class Recipe(LearnerConfig):
     """How a learner is trained. A learner's ``Config`` that derives from it has all of these keys."""
@@ -134,7 +130,7 @@ def fit(
     per_epoch = math.ceil(count / size)
     scheduler = LambdaLR(optimizer, rate_factor(recipe, per_epoch))
     part = (accelerator.process_index, accelerator.num_processes)
-    every = 1 if ctx.device.type == "cpu" else ASKED_EVERY
+    every = asked_every(ctx.device)
     with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)):
         for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
             for group in taken:
@@ -193,6 +189,15 @@ def _backward(
         value += share.detach()
         correct += (logits.argmax(1) == labels).sum()
     return value, correct
+
+
+def asked_every(device: torch.device) -> int:
+    """Steps after which a device is asked for their losses.
+
+    Every question empties a GPU's queue, and it idles until new work comes; a CPU is asked about each step before that
+    changes anything.
+    """
+    return 1 if device.type == "cpu" else 32
 
 
 def _asked(waiting: list[tuple[int, Tensor]]) -> Iterator[tuple[int, list[float]]]:

@@ -61,7 +61,7 @@ TUNERS = {
     "base": FEW,
 }
 GOALS = {"evaluation": 0.95, "training": 0.90}
-CLASSES = 4
+CLASSES = 2
 Found = dict[str, Any]
 
 
@@ -231,13 +231,8 @@ def draw(result: Found, path: Path) -> None:
             for side in measured
             if side != "bare"
         ]
-        colours = {
-            "steady": CYCLE[0],
-            "decoding": CYCLE[1],
-            "plain": CYCLE[0],
-            "augmented": CYCLE[1],
-            "explicit": CYCLE[2],
-        }
+        sides = ("steady", "decoding", "explicit", "plain", "augmented")
+        colours = dict(zip(sides, CYCLE[:3] + CYCLE[:2], strict=True))
         for y, (_, side, measured) in enumerate(bars):
             spread = [[measured["share"] - measured["lowest"]], [measured["highest"] - measured["share"]]]
             axes.barh(-y, measured["share"], color=colours[side], xerr=spread, error_kw={"lw": 0.8})
@@ -269,6 +264,8 @@ def main() -> int:
         arguments.images, arguments.batch, arguments.pairs = [8], 4, 1
     if len(arguments.images) not in (1, len(arguments.sizes)):
         parser.error(f"--images: give one number, or one for each of {' '.join(arguments.sizes)}")
+    if min(arguments.images) < CLASSES:
+        parser.error(f"--images: give at least {CLASSES}")
     counts = arguments.images * (1 if len(arguments.images) > 1 else len(arguments.sizes))
     try:
         accelerator = hardware.accelerator(arguments.device, arguments.precision)
