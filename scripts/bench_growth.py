@@ -215,30 +215,28 @@ def main() -> None:
         return
     if arguments.quick:
         arguments.tasks, arguments.classes, arguments.width, arguments.projection = [2, 4], 16, 8, 32
-    heads: dict[str, dict[str, list[Found]]] = {}
-    flat: Found = {}
-    for head in arguments.heads:
-        heads[head] = {str(tasks): apart(arguments, head, tasks) for tasks in arguments.tasks}
-        flat[head] = {tasks: flatness(rows) for tasks, rows in heads[head].items()}
-        print(f"{head:7} {json.dumps(flat[head])}; {NATURE[head]}", flush=True)
-    wide = apart(arguments, "ridge", arguments.projection, 2 if arguments.quick else 50)
-    print(f"ridge: {json.dumps(wide)}", flush=True)
-    result = {
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = "growth_quick" if arguments.quick else "growth"
+    result: Found = {
         "classes": arguments.classes,
         "width": arguments.width,
         "ranpac_projection": RANPAC,
         "images_a_class": PER_CLASS,
-        "heads": heads,
-        "last_over_first": flat,
-        "by_nature": NATURE,
-        "ridge": wide,
         "machine": hardware.facts(hardware.accelerator("cpu")),
         "versions": versions(),
+        "ridge": apart(arguments, "ridge", arguments.projection, 2 if arguments.quick else 50),
+        "heads": {},
+        "last_over_first": {},
+        "by_nature": NATURE,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = "growth_quick" if arguments.quick else "growth"
-    (arguments.out / f"{stem}.json").write_text(to_json(result), encoding="utf-8")
-    draw_growth(result, arguments.out / f"{stem}.png")
+    print(f"ridge: {json.dumps(result['ridge'])}", flush=True)
+    for head in arguments.heads:
+        runs = result["heads"][head] = {str(tasks): apart(arguments, head, tasks) for tasks in arguments.tasks}
+        flat = result["last_over_first"][head] = {tasks: flatness(rows) for tasks, rows in runs.items()}
+        print(f"{head:7} {json.dumps(flat)}; {NATURE[head]}", flush=True)
+        # after every head: a run that is stopped has measured something all the same
+        (arguments.out / f"{stem}.json").write_text(to_json(result), encoding="utf-8")
+        draw_growth(result, arguments.out / f"{stem}.png")
 
 
 if __name__ == "__main__":
