@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "bench")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    learners = [{"name": "ncm"}, {"name": "slda"}, {"name": "ranpac", "projection": arguments.projection}]
+    learners = [{"name": "ncm"}, {"name": "ranpac", "projection": arguments.projection}]
     found = long(arguments, learners)
     found |= {"machine": hardware.facts(hardware.accelerator("cpu")), "versions": versions()}
     arguments.out.mkdir(parents=True, exist_ok=True)
