@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,6 @@ class ClassMoments(StatisticsClassifier):
         super().__init__(feature_dim)
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outers", torch.zeros(0, feature_dim, feature_dim, dtype=torch.float64))
-        self._room: Tensor | None = None  # what ``outers`` is the front of, if it grew
 
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> ClassMoments:
@@ -41,26 +38,6 @@ class ClassMoments(StatisticsClassifier):
             x = features[labels == c]
             self.outers[c].addmm_(x.T, x)
         return self
-
-    def _longer(self, name: str, rows: Tensor, new: int) -> Tensor:
-        """As for all, but ``outers`` gets half as much room again when it is full: copied for every task, it would make
-        each stage slower than the one before. Room nobody has touched costs a CPU no memory; a GPU it would, and copies
-        are quick there."""
-        if name != "outers" or not len(rows) or rows.device.type != "cpu":
-            return super()._longer(name, rows, new)
-        count = len(rows) + new
-        if self._room is None or self._room.data_ptr() != rows.data_ptr() or len(self._room) < count:
-            self._room = rows.new_zeros(max(count, len(rows) * 3 // 2), *rows.shape[1:])
-            self._room[: len(rows)] = rows
-        return self._room[:count]
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._room = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._room = None
-        super()._load_from_state_dict(*args)
 
     def transform(self, features: Tensor) -> Tensor:
         """What the moments are taken of."""
