@@ -35,7 +35,9 @@ def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
         TrainingError: ``gram`` is not finite.
     """
     while strength < math.inf:
-        factor, failed = torch.linalg.cholesky_ex(_shifted(gram, strength))  # the shifted copy is freed at once
+        shifted = _shifted(gram, strength)
+        failed = torch.empty(0, dtype=torch.int32, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(shifted, out=(shifted, failed))  # in its place
         if not bool(failed.any()):
             return torch.cholesky_solve(targets, factor)
         strength *= 10
@@ -43,7 +45,8 @@ def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
 
 
 def _shifted(gram: Tensor, strength: float) -> Tensor:
-    shifted = gram.clone()
+    """gram + strength·I in LAPACK's order, columns first: what is factored in place there needs no further copy."""
+    shifted = gram.mT.clone(memory_format=torch.contiguous_format).mT
     shifted.diagonal(dim1=-2, dim2=-1).add_(strength)
     return shifted
 

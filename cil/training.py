@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -151,24 +151,32 @@ def fit(
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
     optimizer = accelerator.prepare(build_optimizer(taken, recipe))
     size, count = recipe.train_batch_size, len(data)
-    scheduler = LambdaLR(optimizer, rate_factor(recipe, math.ceil(count / size)))
+    per_epoch = math.ceil(count / size)
+    scheduler = LambdaLR(optimizer, rate_factor(recipe, per_epoch))
     part = (accelerator.process_index, accelerator.num_processes)
+    every = asked_every(ctx.device)
     with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)):
         for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
             for group in taken:
                 for p in group.parameters:
                     p.requires_grad_(epoch >= group.start)
             tally, started = torch.zeros(2, dtype=torch.float64), time.perf_counter()  # loss, correct
+            waiting: list[tuple[int, Tensor]] = []  # of steps the device has not been asked about
             batches = data.batches(size, generator=ctx.generator, augment=True, device=ctx.device, part=part)
             for step, batch in enumerate(batches):
                 whole = min(size, count - step * size)  # images in this step, over all processes
                 value, correct = _backward(loss, batch, whole, recipe, accelerator)
                 mean = _sum_over_processes(parameters, value, accelerator)
-                if not math.isfinite(mean):
-                    raise TrainingError(
-                        f"stage {ctx.stage}, epoch {epoch}: the training loss is {mean}; lower the learner's lr "
-                        f"({recipe.lr:g}) or set its clip. Earlier stages are kept"
-                    )
+                waiting.append((whole, torch.stack([mean, correct])))
+                if len(waiting) == every or step + 1 == per_epoch:
+                    for images, (found, hits) in _asked(waiting):
+                        if not math.isfinite(found):
+                            raise TrainingError(
+                                f"stage {ctx.stage}, epoch {epoch}: the training loss is {found}; lower the learner's "
+                                f"lr ({recipe.lr:g}) or set its clip. Earlier stages are kept"
+                            )
+                        tally += torch.tensor([found * images / part[1], hits], dtype=torch.float64)
+                    waiting.clear()
                 if recipe.clip is not None:
                     accelerator.clip_grad_norm_(parameters, recipe.clip)
                 optimizer.step()
@@ -176,7 +184,6 @@ def fit(
                 optimizer.zero_grad()
                 if after_step is not None:
                     after_step()
-                tally += torch.tensor([mean * whole / part[1], correct], dtype=torch.float64)
             tally = accelerator.reduce(tally.float().to(ctx.device), "sum").cpu()
             ctx.log(f"{prefix}loss", float(tally[0]) / count)
             ctx.log(f"{prefix}accuracy", float(tally[1]) / count)
@@ -189,9 +196,12 @@ def fit(
 
 def _backward(
     loss: Loss, batch: tuple[Tensor, ...], whole: int, recipe: Recipe, accelerator: Accelerator
-) -> tuple[Tensor, int]:
-    """Add the batch's gradients, in micro-batches; this process's share of the step's mean loss, and its hits."""
-    value, correct = torch.zeros((), device=accelerator.device), 0
+) -> tuple[Tensor, Tensor]:
+    """Add the batch's gradients, in micro-batches; this process's share of the step's mean loss, and its hits.
+
+    Both stay on the device, float32 scalars: reading them would make it wait.
+    """
+    value, correct = torch.zeros(2, device=accelerator.device)
     at_once = recipe.micro_batch_size or whole
     for *inputs, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
         if not len(labels):
@@ -201,18 +211,33 @@ def _backward(
         share = mean * (len(labels) / whole)
         accelerator.backward(share)
         value += share.detach()
-        correct += int((logits.argmax(1) == labels).sum())
+        correct += (logits.argmax(1) == labels).sum()
     return value, correct
 
 
-def _sum_over_processes(parameters: list[nn.Parameter], value: Tensor, accelerator: Accelerator) -> float:
+def asked_every(device: torch.device) -> int:
+    """Steps after which a device is asked for their losses.
+
+    Every question empties a GPU's queue, and it idles until new work comes; a CPU is asked about each step before that
+    changes anything.
+    """
+    return 1 if device.type == "cpu" else 32
+
+
+def _asked(waiting: list[tuple[int, Tensor]]) -> Iterator[tuple[int, list[float]]]:
+    """(images, [loss, correct]) of the steps that wait, read from the device at once."""
+    read = torch.stack([figures for _, figures in waiting]).tolist()
+    return zip((images for images, _ in waiting), read, strict=True)
+
+
+def _sum_over_processes(parameters: list[nn.Parameter], value: Tensor, accelerator: Accelerator) -> Tensor:
     """Sum gradients and loss over the processes, in one message; what no process has a gradient for stays without.
 
     Shares are of one batch, so the sum is the gradient of the whole batch, where averaging equal-sized, padded shares
     would count the padding.
     """
     if accelerator.num_processes == 1:
-        return value.item()
+        return value
     there = torch.tensor([float(p.grad is not None) for p in parameters], device=value.device)
     grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
     total = accelerator.reduce(torch.cat([value.reshape(1), there, *grads]), "sum")
@@ -220,7 +245,7 @@ def _sum_over_processes(parameters: list[nn.Parameter], value: Tensor, accelerat
     mean, there, *summed = total.split(sizes)
     for p, found, grad in zip(parameters, there, summed, strict=True):
         p.grad = grad.view_as(p).to(p.dtype) if found else None
-    return mean.item()
+    return mean.squeeze()
 
 
 def build_optimizer(groups: Sequence[Group], recipe: Recipe) -> torch.optim.Optimizer:

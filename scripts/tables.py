@@ -2,7 +2,8 @@
 """Write the tables of README.md, results/README.md and docs/ from the results they name; --check only compares.
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
-``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, and ``steps`` for what follow_tutorial.py measured.
+``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
+bench.py and bench_growth.py measured, and ``steps`` for what follow_tutorial.py took.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ from cil import report, results
 ROOT = Path(__file__).parent.parent
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", "results/README.md", "docs/merging.md", "docs/tried.md", "docs/your_own_learner.md")
+    for page in (
+        "README.md",
+        "results/README.md",
+        "docs/merging.md",
+        "docs/tried.md",
+        "docs/your_own_learner.md",
+        "docs/speed.md",
+    )
 )
 COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
 TREATMENTS = ("lda stale", "lda translate", "lda linear", "lda oracle", "lda linear + anchor", "lda oracle + anchor")
-MARK = re.compile(r"(<!-- (table|ablation|steps): (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def markdown(folder: Path) -> str:
@@ -67,9 +75,48 @@ def steps(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def throughput(file: Path) -> str:
+    """What bench.py measured: our throughput as a share of the bare one, median and range over the pairs."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = ["| backbone | what | bare, images/s | ours, share of bare |", "|---|---|---|---|"]
+    for size, parts in found["sizes"].items():
+        measured = {k: v for part in ("evaluation", "training", "attention") for k, v in parts.get(part, {}).items()}
+        for what, sides in measured.items():
+            shares = "; ".join(
+                f"{side} {m['share']:.2f} ({m['lowest']:.2f} to {m['highest']:.2f})"
+                for side, m in sides.items()
+                if side != "bare"
+            )
+            lines.append(f"| {size} | {what} | {sides['bare']['images_per_second']:.1f} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def growth(file: Path) -> str:
+    """What bench_growth.py measured, of the run with the most tasks; and the same ratio for all numbers of tasks."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| classifier | ms a class to learn and solve: first fifth of the stages, last | last over first, by tasks | "
+        "ms to predict an image: first, last stage | MiB kept at the end | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for head, runs in found["heads"].items():
+        rows = runs[max(runs, key=int)]
+        fifth = len(rows) // 5
+        each = [1000 * (row["learn"] + row["solve"]) / rows[0]["classes"] for row in rows[1:]]
+        first, last = np.median(each[:fifth]), np.median(each[-fifth:])
+        flat = ", ".join(f"{tasks}: {f['learn_and_solve']:.1f}" for tasks, f in found["last_over_first"][head].items())
+        predict = [1000 * row["predict_per_image"] for row in (rows[0], rows[-1])]
+        peak = max(row["peak_mib"] for row in rows)
+        lines.append(
+            f"| {head} | {first:.1f}, {last:.1f} | {flat} | {predict[0]:.2f}, {predict[1]:.2f} | "
+            f"{rows[-1]['kept_mib']:.0f} | {peak:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def render(page: Path) -> str:
     """The page with its tables made anew."""
-    kinds = {"table": markdown, "ablation": ablation, "steps": steps}
+    kinds = {"table": markdown, "ablation": ablation, "throughput": throughput, "growth": growth, "steps": steps}
     return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
 
 

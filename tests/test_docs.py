@@ -58,6 +58,9 @@ SHORTENED = {
     r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",
     r"^cil sweep ": "data.per_class=3 backbone.weights=random 'backbone.options={depth: 1}'",
     r"^python \S*/bench_l2p.py": "--rounds 1 --per-class 2",
+    r"^python \S*/bench.py": "--quick --sizes tiny --images 4 --tuners adapter --out bench",
+    r"^python \S*/bench_growth.py": "--quick --heads ncm --out bench",
+    r"^python \S*/bench_long.py": "--train pictures/train --test pictures/val --classes 1 --projection 16 --out bench",
     r"^python \S*/bench_merge.py": "--small --tasks 2 --repeats 1 --out bench",
     r"^python \S*/ablate_merging.py": f"{FEW_DIGITS} learners.merge.epochs=1 --orders 1993 --rules average opcm",
 }

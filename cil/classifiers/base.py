@@ -159,6 +159,7 @@ class StatisticsClassifier(Classifier):
     def __init__(self, feature_dim: int) -> None:
         super().__init__(feature_dim)
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
+        self._room: dict[str, Tensor] = {}  # what a buffer that grew is the front of
 
     @property
     def num_classes(self) -> int:
@@ -169,13 +170,42 @@ class StatisticsClassifier(Classifier):
         new = classes - self.num_classes
         if new > 0:
             for name in self.per_class:
-                old = getattr(self, name)
-                setattr(self, name, torch.cat([old, old.new_zeros(new, *old.shape[1:])]))
+                setattr(self, name, self._longer(name, getattr(self, name), new))
             self._forget(self.counts.new_zeros(0))
+
+    def _longer(self, name: str, rows: Tensor, new: int) -> Tensor:
+        """The buffer of that name with ``new`` rows of zeros behind its own.
+
+        One that is full moves to where there is half as much room again: copied for every task, it would make each
+        stage slower than the one before. Large room that nobody has touched costs a CPU no memory; a GPU it would, and
+        copies are quick there.
+        """
+        count = len(rows) + new
+        if not len(rows) or rows.device.type != "cpu":
+            return torch.cat([rows, rows.new_zeros(new, *rows.shape[1:])])
+        room = self._room.get(name)
+        if room is None or room.data_ptr() != rows.data_ptr() or len(room) < count:
+            room = self._room[name] = _untouched(max(count, len(rows) * 3 // 2), rows)
+            room[: len(rows)] = rows
+        return room[:count]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._room.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._room.clear()
+        super()._load_from_state_dict(*args)
 
     def only_seen(self, scores: Tensor) -> Tensor:
         """Scores [B, C] with −∞ for classes without samples."""
         return scores.masked_fill(self.counts == 0, float("-inf"))
+
+
+def _untouched(count: int, like: Tensor) -> Tensor:
+    """Zeros [count, …] as numpy makes them: pages the system gives when they are written to; torch writes them all."""
+    row = like[:1].numel() * like.element_size()
+    return torch.from_numpy(np.zeros(count * row, np.uint8)).view(like.dtype).view(count, *like.shape[1:])
 
 
 def _ordinary(x: Tensor) -> Tensor:

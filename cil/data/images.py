@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 VERSIONS = {package: version(package) for package in ("timm", "pillow")}
 """Of what turns files into pixels."""
+Item = tuple[int, int | None]
+"""A picture's position, and the seed of its augmentation or None."""
 
 
 class ImageSet:
@@ -39,7 +42,7 @@ class ImageSet:
         in_memory: Decoding is cheap because the pictures lie in memory; otherwise batches come from worker processes.
             By default what the source says, if it is a :class:`Held` one.
         memory_bytes: Keep transformed test pictures (uint8) if all of them fit.
-        workers: Worker processes when streaming.
+        workers: Worker processes when streaming, and where a GPU would wait for augmented pictures.
         title: What to call the images where what was made of them is listed.
     """
 
@@ -98,36 +101,45 @@ class ImageSet:
         rank, processes = part
         chunks = [order[start : start + batch_size][rank::processes] for start in range(0, len(order), batch_size)]
         filled = [chunk for chunk in chunks if len(chunk)]
-        pixels = self._augmented(indices, filled, seeds) if seeds is not None else self._plain(indices, filled)
+        gpu = torch.device(device).type == "cuda"
+        wanted = [indices[chunk] for chunk in filled]
+        if seeds is None:
+            pixels = self._plain(wanted, gpu)
+        else:  # each picture has its own seed, so workers and batches change nothing
+            pixels = self._load([_items(indices[chunk], seeds[chunk]) for chunk in filled], gpu)
         nothing = torch.empty(0, 3, self.transforms.size, self.transforms.size, dtype=torch.uint8)
         for chunk in chunks:
-            batch = next(pixels) if len(chunk) else nothing
+            batch, targets = next(pixels) if len(chunk) else nothing, torch.as_tensor(labels[chunk])
+            if gpu:  # from pinned memory alone does a copy run beside what the device computes
+                batch, targets = batch.pin_memory(), targets.pin_memory()
             yield (
                 self.transforms.normalize(batch.to(device, non_blocking=True)),
-                torch.as_tensor(labels[chunk]).to(device, non_blocking=True),
+                targets.to(device, non_blocking=True),
             )
 
-    def _plain(self, indices: np.ndarray, chunks: list[np.ndarray]) -> Iterator[torch.Tensor]:
+    def _plain(self, wanted: list[np.ndarray], gpu: bool) -> Iterator[torch.Tensor]:
         """Test-transformed uint8 batches, each picture transformed once if memory allows."""
         if self._pixels is None:
-            yield from self._load([[(int(indices[p]), None) for p in chunk] for chunk in chunks])
+            yield from self._load([_items(part) for part in wanted], gpu)
             return
-        wanted = np.unique(indices)
-        missing = wanted[~self._ready[wanted]]
-        parts = [missing[start : start + 256] for start in range(0, len(missing), 256)]
-        for part, loaded in zip(parts, self._load([[(int(i), None) for i in part] for part in parts]), strict=True):
-            self._pixels[torch.from_numpy(part)] = loaded
-            self._ready[part] = True
-        for chunk in chunks:
-            yield self._pixels[torch.from_numpy(indices[chunk])]
+        # batch by batch: what comes later is decoded, by worker processes, while the earlier is computed on
+        ready = self._ready.copy()
+        missing = []
+        for part in wanted:
+            missing.append(np.unique(part[~ready[part]]))
+            ready[part] = True
+        loaded = self._load([_items(part) for part in missing if len(part)], gpu)
+        for part, lacking in zip(wanted, missing, strict=True):
+            if len(lacking):
+                self._pixels[torch.from_numpy(lacking)] = next(loaded)
+                self._ready[lacking] = True
+            yield self._pixels[torch.from_numpy(part)]
 
-    def _augmented(self, indices: np.ndarray, chunks: list[np.ndarray], seeds: np.ndarray) -> Iterator[torch.Tensor]:
-        """Training-transformed uint8 batches; each picture has its own seed, so workers and batches change nothing."""
-        return self._load([[(int(indices[p]), int(seeds[p])) for p in chunk] for chunk in chunks])
-
-    def _load(self, batches: list[list[tuple[int, int | None]]]) -> Iterator[torch.Tensor]:
+    def _load(self, batches: list[list[Item]], gpu: bool) -> Iterator[torch.Tensor]:
         reader = _Pictures(self.source, self.transforms)
-        if self.in_memory or not self.workers or sum(map(len, batches)) < 64:  # starting processes costs more than that
+        # starting processes takes as long as these many pictures; on the CPU they would only take turns with the model
+        few = 64 if not self.in_memory else 512 if gpu else math.inf
+        if not self.workers or sum(map(len, batches)) < few:
             for batch in batches:
                 with isolated():
                     loaded = [reader[item] for item in batch]
@@ -139,12 +151,18 @@ class ImageSet:
             num_workers=min(self.workers, len(batches)),
             collate_fn=_stack,
             generator=torch.Generator().manual_seed(0),  # otherwise the loader draws a seed from the global state
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=gpu,
         )
         for loaded in loader:
             if isinstance(loaded, DataError):
                 raise loaded
             yield loaded
+
+
+def _items(indices: np.ndarray, seeds: np.ndarray | None = None) -> list[Item]:
+    if seeds is None:
+        return [(index, None) for index in indices.tolist()]
+    return list(zip(indices.tolist(), seeds.tolist(), strict=True))
 
 
 class _Pictures(Dataset[np.ndarray]):
@@ -153,7 +171,7 @@ class _Pictures(Dataset[np.ndarray]):
     def __init__(self, source: ImageSource, transforms: Transforms) -> None:
         self.source, self.transforms = source, transforms
 
-    def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray:
+    def __getitem__(self, item: Item) -> np.ndarray:
         index, seed = item
         picture = self.source.read(index)
         if seed is None or self.transforms.augment is None:
@@ -165,7 +183,7 @@ class _Pictures(Dataset[np.ndarray]):
 class _Worker(_Pictures):
     """The same in a worker process: an unreadable file comes back as a value, or it would arrive as a traceback."""
 
-    def __getitem__(self, item: tuple[int, int | None]) -> np.ndarray | DataError:  # type: ignore[override]
+    def __getitem__(self, item: Item) -> np.ndarray | DataError:  # type: ignore[override]
         try:
             return super().__getitem__(item)
         except DataError as error:

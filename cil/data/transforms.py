@@ -79,5 +79,6 @@ class Transforms:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, S, S] in 0…255 → float [B, 3, S, S]: (pixel / 255 − mean) / std, on the pixels' device."""
-        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        # a blocking copy would wait for all the device has queued
+        mean, std = (value.to(pixels.device, non_blocking=True) for value in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)

@@ -1,0 +1,218 @@
+"""The benches run and write what they say they do; and what was made faster gives the same bits as before."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cil import training
+from cil.batches import TensorData
+from cil.classifiers import Mahalanobis
+from cil.config import Augmentation, TransformConfig
+from cil.data.images import ImageSet, _items
+from cil.data.sources import from_arrays
+from cil.data.transforms import Transforms
+from cil.errors import TrainingError
+from cil.testing.setting import backbone, context
+from cil.training import Group, Recipe, fit
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Load a bench; its ``main`` is run with the arguments given."""
+    threads = torch.get_num_threads()
+
+    def load(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return module
+
+    yield load
+    torch.set_num_threads(threads)
+
+
+# --- the benches ----------------------------------------------------------------------------------------------------
+
+
+def test_throughput(script, tmp_path):
+    parts = ["--parts", "evaluation", "training", "attention", "--tuners", "adapter", "full"]
+    assert script("bench", "--quick", "--sizes", "small", *parts, "--out", tmp_path).main() == 0
+    found = json.loads((tmp_path / "throughput_quick.json").read_text(encoding="utf-8"))
+    assert found["machine"]["threads"] == 1 and found["versions"]["torch"] in torch.__version__
+    for size in found["sizes"].values():
+        sides = [("evaluation", "evaluation", {"steady", "decoding"})]
+        sides += [("training", tuner, {"plain", "augmented"}) for tuner in ("adapter", "full")]
+        sides += [("attention", what, {"explicit"}) for what in ("forward", "backward")]
+        for part, what, ours in sides:
+            measured = size[part][what]
+            assert measured.keys() == {"bare", *ours} and measured["bare"]["images_per_second"] > 0
+            assert all(0 < measured[o]["lowest"] <= measured[o]["share"] <= measured[o]["highest"] for o in ours)
+    assert (tmp_path / "throughput_quick.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(script, capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        script("bench", "--device", "cuda", "--out", tmp_path).main()
+    assert ended.value.code == 2 and "torch sees no cuda here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_tuner_is_benched(script):
+    from cil.tuning import table
+
+    names = {section.model_fields["name"].default for section in table.TunerSection.__args__}
+    assert set(script("bench").TUNERS["tiny"]) == names
+
+
+def test_growth(script, tmp_path, monkeypatch):
+    bench = script("bench_growth", "--quick", "--out", tmp_path)
+
+    def here(arguments, what, *numbers):
+        if what == "ridge":
+            return bench.ridge(arguments.width, *numbers)
+        return bench.grow(what, *numbers, arguments.classes, arguments.width)
+
+    monkeypatch.setattr(bench, "apart", here)  # processes of their own take seconds each to start
+    bench.main()
+    found = json.loads((tmp_path / "growth_quick.json").read_text(encoding="utf-8"))
+    assert found["heads"].keys() == found["last_over_first"].keys() == found["by_nature"].keys() == set(bench.HEADS)
+    for runs in found["heads"].values():
+        for tasks, rows in runs.items():
+            assert [row["classes"] for row in rows] == list(range(16 // int(tasks), 17, 16 // int(tasks)))
+            assert all(row["learn"] > 0 and row["peak_mib"] >= 0 for row in rows)
+            assert np.mean([row["accuracy"] for row in rows]) > 0.2  # they learned something
+    kept = [row["kept_mib"] for row in found["heads"]["fecam"]["4"]]
+    assert kept == pytest.approx([c * (64 + 8 + 1) * 8 / 2**20 for c in (4, 8, 12, 16)])
+    assert [stage["solves"] for stage in found["ridge"]["stages"]] == [1, 2]
+    assert (tmp_path / "growth_quick.png").stat().st_size > 1000
+
+
+def test_flatness_by_hand(script):
+    rows = [{"classes": 2, "learn": 9.0, "solve": 9.0}]
+    rows += [{"classes": 2 + 2 * t, "learn": float(t), "solve": 1.0} for t in range(1, 10)]
+    assert script("bench_growth").flatness(rows) == {"learn": 8.5 / 1.5, "learn_and_solve": 9.5 / 2.5}
+
+
+def test_a_long_stream(script, tmp_path, picture_folder):
+    root = picture_folder(train=4, test=2)
+    size = ["--classes", 1, "--per-class", 3, "--tested", 1, "--projection", 16]
+    script("bench_long", "--train", root / "train", "--test", root / "val", *size, "--out", tmp_path).main()
+    found = json.loads((tmp_path / "long.json").read_text(encoding="utf-8"))
+    for run in found["learners"].values():
+        assert run["tasks"] == 3 == len(run["seconds_learn"]) == len(run["peak_memory_bytes"])
+        assert len(run["seconds_between"]) == 2 and min(run["seconds_between"]) >= 0
+    assert (tmp_path / "long.png").stat().st_size > 1000
+
+
+# --- what was made faster -------------------------------------------------------------------------------------------
+
+
+def many(count, **options):
+    pixels = np.random.RandomState(0).randint(0, 256, (count, 12, 12, 3)).astype(np.uint8)
+    source = from_arrays(pixels, np.arange(count) % 2, ["ant", "bee"])
+    chosen = TransformConfig(augment=Augmentation(color_jitter=0.3))
+    return ImageSet(source, Transforms(backbone().data_config, chosen), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize("augment", [True, False])
+def test_processes_that_feed_a_gpu_give_what_one_process_gives(augment):
+    images, count = many(600), 600
+    items = _items(np.arange(count), np.arange(count) + 7 if augment else None)
+    parts = [items[start : start + 64] for start in range(0, count, 64)]
+    before = torch.get_rng_state()
+    for here, ahead in zip(images._load(parts, gpu=False), images._load(parts, gpu=True), strict=True):
+        assert torch.equal(here, ahead)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_pass_that_ends_early_transforms_no_more_than_it_gave():
+    images, calls = many(20), []
+    original = images.transforms.evaluate
+    images.transforms.evaluate = lambda picture: calls.append(1) or original(picture)
+    first = next(iter(images.batches(np.arange(20), images.labels, 4)))[0]
+    assert len(calls) == 4
+    repeated = np.array([0, 1, 5, 5, 6, 5])
+    batches = [pixels for pixels, _ in images.batches(repeated, images.labels[repeated], 3)]
+    assert len(calls) == 6 and torch.equal(batches[0][:2], first[:2]) and torch.equal(batches[0][2], batches[1][2])
+    expected = torch.cat([many(20, memory_bytes=0).batches(repeated, repeated, 6).__next__()[0]])
+    assert torch.equal(torch.cat(batches), expected)
+
+
+@pytest.fixture
+def problem():
+    x = torch.randn(70, 5, generator=torch.Generator().manual_seed(0))
+    return x, (x[:, 0] > 0).long()
+
+
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_losses_read_later_are_the_same(problem, every, monkeypatch):
+    def trained():
+        logged, weight = [], nn.Parameter(torch.zeros(2, 5))
+        ctx = context()
+        ctx._log = lambda name, value: logged.append((name, value))
+
+        def loss(inputs, labels):
+            logits = inputs @ weight.T
+            return nn.functional.cross_entropy(logits, labels), logits
+
+        fit(loss, [Group([weight])], TensorData(*problem), Recipe(epochs=2, train_batch_size=16, lr=0.5), ctx)
+        return weight.detach(), [entry for entry in logged if entry[0] != "images_per_second"]
+
+    weight, logged = trained()
+    monkeypatch.setattr(training, "asked_every", lambda device: every)
+    assert torch.equal(weight, trained()[0]) and logged == trained()[1]
+
+
+def test_a_loss_that_is_not_finite_is_found_later_too_and_named_as_it_first_was(problem, monkeypatch):
+    monkeypatch.setattr(training, "asked_every", lambda device: 3)
+    weight, values = nn.Parameter(torch.zeros(2, 5)), iter([1.0, float("inf"), float("nan"), 1.0, 1.0])
+
+    def loss(inputs, labels):
+        logits = inputs @ weight.T
+        return logits.sum() * 0 + next(values), logits
+
+    with pytest.raises(TrainingError, match="the training loss is inf"):
+        fit(loss, [Group([weight])], TensorData(*problem), Recipe(train_batch_size=16), context())
+    assert next(values) == 1.0  # asked after the third step, not at the epoch's end
+
+
+def test_covariances_that_grow_in_place_are_those_of_one_fit(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(90, 6, generator=g), torch.arange(30).repeat_interleave(3)
+    whole, grown, places = Mahalanobis(6).partial_fit(x, y), Mahalanobis(6), []
+    for c in range(30):
+        grown.grow(c + 1)
+        grown.partial_fit(x[y == c], y[y == c])
+        places.append(grown.outers.data_ptr())
+    assert len(set(places)) < 15  # copied now and then, not for every class
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(grown.state_dict()[name], value)
+    assert torch.equal(grown.logits(x).argmax(1), whole.logits(x).argmax(1))
+
+    other, kept = copy.deepcopy(grown), grown.outers.clone()
+    for classifier in (grown, other):
+        classifier.grow(33)
+        assert not classifier.outers[30:].any()
+    other.partial_fit(x[:3], torch.tensor([30, 31, 32]))
+    assert not grown.outers[30:].any() and torch.equal(grown.outers[:30], kept)
+
+    fresh = Mahalanobis(6)
+    fresh.load_state_dict(other.state_dict())
+    fresh.grow(40)
+    assert torch.equal(fresh.outers[:33], other.outers) and not fresh.outers[33:].any()
+    assert len(fresh.to(torch.float32).outers) == 40
