@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge as SklearnRidge
 
-from cil.classifiers import LDA, NCM, Ridge
+from cil.classifiers import LDA, NCM, Gaussians, Ridge
 from cil.classifiers.drift import AffineMap, ridge_map, translation
 from cil.errors import ConfigError, DataError
 
@@ -27,7 +27,9 @@ def some_map(seed: int = 3) -> AffineMap:
     return AffineMap(torch.eye(F, dtype=torch.float64) + 0.3 * draw(F, F, seed=seed), draw(F, seed=seed + 1))
 
 
-@pytest.mark.parametrize("make", [NCM, LDA, lambda f: Ridge(f, strength=0.5)], ids=["ncm", "lda", "ridge"])
+@pytest.mark.parametrize(
+    "make", [NCM, LDA, lambda f: Ridge(f, strength=0.5), Gaussians], ids=["ncm", "lda", "ridge", "gaussians"]
+)
 def test_transported_statistics_are_those_of_mapped_samples(make):
     x, y = samples()
     drift = some_map()

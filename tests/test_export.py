@@ -54,6 +54,7 @@ LEARNERS = {
     "dualprompt": {"epochs": 1, "general_blocks": [0], "expert_blocks": [1]},
     "coda_prompt": {"epochs": 1, "blocks": [0], "components": 2, "length": 2},
     "merge": {"epochs": 1},
+    "merge_lca": {"epochs": 1, "alignment_epochs": 1, "samples": 8},
     "merge_oracle": {"epochs": 1},
     "slda": {},
     "l2_sp": {"epochs": 1},

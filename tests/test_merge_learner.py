@@ -10,6 +10,7 @@ from cil.classifiers import LDA
 from cil.classifiers.drift import ridge_map, translation
 from cil.errors import BackboneError
 from cil.learners.merge import Merge, task_vector
+from cil.learners.merge_lca import MergeLCA
 from cil.learners.merge_oracle import MergeOracle
 from cil.testing import Case, parametrize_learner
 from cil.testing.setting import backbone, context, probe_images, stream
@@ -24,6 +25,7 @@ QUICK = {"tuner": LORA, "epochs": 3, "lr": 0.01}
         ("merge", QUICK),
         ("merge", {"tuner": "full", "rule": "regmean", "head": "ridge", "prototypes": "translate", "lr": 0.003}),
         ("merge", {**QUICK, "rule": "ties", "head": "concat", "prototypes": "stale", "anchor": False}),
+        ("merge_lca", {**QUICK, "alignment_epochs": 2, "samples": 16, "prototypes": "linear"}),
         ("merge_oracle", {**QUICK, "rule": "average", "head": "ncm"}),
     ]
 )
@@ -179,6 +181,37 @@ def test_dora_says_why_not():
 def test_concatenated_heads_have_nothing_to_carry():
     with pytest.raises(ValidationError, match="set prototypes: stale and anchor: false"):
         Merge.Config(head="concat")
+
+
+def test_lca_without_alignment_is_the_tasks_own_heads():
+    rule = {"name": "magmax", "scale": 1.0}
+    bare = Case(MergeLCA, {**QUICK, "alignment_epochs": 0}).run().learner
+    own = Case(Merge, {**QUICK, "rule": rule, "head": "concat", "prototypes": "stale", "anchor": False}).run().learner
+    images = probe_images()
+    with torch.inference_mode():
+        sigma = bare.config.sigma  # a concatenated head has one of 1: the argmax is the same
+        torch.testing.assert_close(bare.logits(bare.features(images)), sigma * own.logits(own.features(images)))
+
+
+def test_lca_aligns_all_rows_on_gaussians_of_the_merged_features():
+    """Rows are those of the tasks until the alignment; the Gaussians are of each task's images under its own θ^(t)."""
+    learner = Case(MergeLCA, {**QUICK, "alignment_epochs": 3, "samples": 16}).learner()
+    tasks = stream(learner.backbone).tasks
+    for task in tasks[:2]:
+        ctx = context(task.index)
+        learner.begin(task, ctx)
+        learner.train()
+        rows = learner.classifier.weight.detach().clone()
+        learner.learn(task, ctx)
+        learner.eval()
+        features, labels = context(task.index).features(learner, task.train)
+        for c in task.classes:
+            mine = features[labels == c].double()
+            torch.testing.assert_close(learner.gaussians.means[c], mine.mean(0))
+            if len(mine) > 1:
+                torch.testing.assert_close(learner.gaussians.covariance(c), mine.T.cov(), atol=1e-9, rtol=1e-6)
+    moved = (learner.classifier.weight[: len(rows)] - rows).abs().amax(1)
+    assert learner.task_of.tolist() == [task.index for task in tasks[:2] for _ in task.classes] and bool(moved.all())
 
 
 def test_update_names_are_timms():

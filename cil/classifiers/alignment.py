@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cil.classifiers.base import Array
+from cil.classifiers.drift import AffineMap
 from cil.classifiers.moments import ClassMoments
 from cil.errors import ConfigError, DataError
 from cil.precision import exact, without_autocast
@@ -86,6 +87,15 @@ class Gaussians(ClassMoments):
             scatter = self.covariance(c) * max(1, n - 1)
             self.sums[c] += int(self.counts[c]) * shift
             self.outers[c] = scatter + torch.outer(self.sums[c], self.sums[c]) / n
+        self._forget()
+        return self
+
+    @exact()
+    def transport(self, drift: AffineMap) -> Gaussians:
+        """Carry means and covariances to where the features have moved."""
+        for c, count in enumerate(self.counts):
+            self.outers[c] = drift.outer(self.outers[c], self.sums[c], count)
+        self.sums = drift.sums(self.sums, self.counts)
         self._forget()
         return self
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers import LDA, NCM, Classifier, CosineHead, Ridge
-from cil.classifiers.drift import ridge_map, translation
+from cil.classifiers.drift import AffineMap, ridge_map, translation
 from cil.errors import BackboneError
 from cil.features import View
 from cil.learner import Context, Learner
@@ -83,7 +83,7 @@ class Merge(Learner):
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
-        if self.config.head != "concat":  # whose rows come with their training
+        if not isinstance(self.classifier, CosineHead):  # whose rows come with their training
             self.classifier.grow(len(task.seen))
 
     def learn(self, task: Task, ctx: Context) -> None:
@@ -153,10 +153,14 @@ class Merge(Learner):
         width = self.backbone.feature_dim
         if not isinstance(self.classifier, NCM | LDA | Ridge):
             return  # heads have no statistics
-        pair = before[:, -width:], after[:, -width:]
-        translate = self.config.prototypes == "translate"
-        drift = translation(*pair) if translate else ridge_map(*pair, self.config.map_shrinkage)
+        drift = self.drift(before[:, -width:], after[:, -width:])
         self.classifier.transport(drift.beside(after.shape[1] - width))
+
+    def drift(self, before: Tensor, after: Tensor) -> AffineMap:
+        """The map from φ_{θ^(t−1)} to φ_{θ^(t)}, fitted on the current images [N, F]."""
+        if self.config.prototypes == "translate":
+            return translation(before, after)
+        return ridge_map(before, after, self.config.map_shrinkage)
 
     def merged(self, images: Tensor) -> Tensor:
         """φ_{θ^(t)}(x), [B, F]."""

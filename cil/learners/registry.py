@@ -33,6 +33,7 @@ BUILTIN = {
     "dualprompt": "cil.learners.dualprompt:DualPrompt",
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
     "merge": "cil.learners.merge:Merge",
+    "merge_lca": "cil.learners.merge_lca:MergeLCA",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
     "avalanche": "cil.learners.avalanche:AvalancheLearner",
     "avalanche_replay": "cil.learners.avalanche:AvalancheReplay",
