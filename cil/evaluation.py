@@ -11,7 +11,7 @@ import torch
 from cil import metrics
 from cil.errors import PluginError
 from cil.features import FeatureCache
-from cil.learner import Learner
+from cil.learner import Learner, RoutedLearner
 from cil.stream import Stream
 
 TOP = 5
@@ -29,6 +29,8 @@ class Predictions:
         within: argmax over the classes of the image's task, int64 [N].
         top: The min(5, C) best classes, best first, int64 [N, min(5, C)].
         passes: Images this evaluation had to send through the backbone, in this process.
+        routed: The task a :class:`cil.learner.RoutedLearner` took each image for, int64 [N]; None for other learners.
+        oracle: argmax over all classes seen when it is told the task, int64 [N]; None for other learners.
     """
 
     index: np.ndarray
@@ -38,6 +40,8 @@ class Predictions:
     within: np.ndarray
     top: np.ndarray
     passes: int
+    routed: np.ndarray | None = None
+    oracle: np.ndarray | None = None
 
 
 def evaluate(
@@ -79,6 +83,7 @@ def evaluate(
     for j, classes in enumerate(task_classes):
         allowed[j, classes] = 0
     predicted, within, top = [], [], []
+    routed, oracle = [], []
     was_training = learner.training
     learner.eval()
     with torch.inference_mode(), cache.accelerator.autocast():
@@ -93,9 +98,21 @@ def evaluate(
             predicted.append(logits.argmax(1))
             within.append((logits + allowed[torch.from_numpy(task[rows])]).argmax(1))
             top.append(logits.topk(min(TOP, logits.shape[1]), dim=1).indices)
+            if isinstance(learner, RoutedLearner):
+                x = features[rows].to(cache.accelerator.device)
+                routed.append(learner.route(x).cpu())
+                oracle.append(learner.routed_logits(x, torch.from_numpy(task[rows]).to(x.device)).argmax(1).cpu())
     learner.train(was_training)
     return Predictions(
-        index, task, label, torch.cat(predicted).numpy(), torch.cat(within).numpy(), torch.cat(top).numpy(), passes
+        index,
+        task,
+        label,
+        torch.cat(predicted).numpy(),
+        torch.cat(within).numpy(),
+        torch.cat(top).numpy(),
+        passes,
+        torch.cat(routed).numpy() if routed else None,
+        torch.cat(oracle).numpy() if oracle else None,
     )
 
 
@@ -109,7 +126,7 @@ def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int
     task_of = np.zeros(seen, dtype=np.int64)
     for j, members in enumerate(classes):
         task_of[list(members)] = j
-    return {
+    row: dict[str, list[int] | int | float | None] = {
         "correct": np.bincount(found.task[hit], minlength=stages).tolist(),
         "correct_within_task": np.bincount(found.task[hit_within], minlength=stages).tolist(),
         "total": np.bincount(found.task, minlength=stages).tolist(),
@@ -120,6 +137,10 @@ def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int
         # domains share their classes, so a predicted class says nothing about the task there
         "task_id_accuracy": metrics.task_id_accuracy(task_of[found.predicted], found.task) if disjoint else None,
     }
+    if found.routed is not None and found.oracle is not None:
+        row["router_accuracy"] = metrics.task_id_accuracy(found.routed, found.task)
+        row["oracle_router_accuracy"] = float(np.mean(found.oracle == found.label))
+    return row
 
 
 def _mixed(items: np.ndarray) -> np.ndarray:
