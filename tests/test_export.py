@@ -47,6 +47,8 @@ LEARNERS = {
     "fecam": {"shrinkage": [10, 10]},
     "ease": {"epochs": 1, "bottleneck": 4, "init_ptm": True, "beta": 0.5},
     "slca": {"epochs": 1, "milestones": [1], "samples": 8, "alignment_epochs": 1},
+    "tuna": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
+    "mos": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
     "lae": {"epochs": 2, "frozen_epochs": 1, "tuner": {"name": "prefix", "compensate": True}},
     "l2p": {"epochs": 1, "pool": 4, "top": 2},
     "dualprompt": {"epochs": 1, "general_blocks": [0], "expert_blocks": [1]},
@@ -58,7 +60,7 @@ LEARNERS = {
     "avalanche": {"epochs": 1},
     "avalanche_replay": {"epochs": 1},
 }
-ONNX = ["ranpac", "fecam", "ease", "lae", "l2p"]
+ONNX = ["ranpac", "fecam", "ease", "mos", "lae", "l2p"]
 """Learners whose operations the others share; what is left to ONNX is to translate these."""
 
 

@@ -80,7 +80,7 @@ class AdapterBank(RoutedLearner):
         groups = [Group(self.adapters[-1].parameters()), Group(rows.rows, self.config.head_lr)]
         fit(loss, groups, task.train, self.config, ctx, after_step)
         self.head.extend(rows)
-        self.gaussians.partial_fit(*ctx.features(self._newest, task.train))
+        self.gaussians.partial_fit(*ctx.features(self._newest, task.train))  # type: ignore[arg-type]  # as read only
         if task.index and self.config.alignment_epochs:
             self.align(task.index, ctx)
 
@@ -126,22 +126,26 @@ class AdapterBank(RoutedLearner):
 
     def scores_by_view(self, views: Tensor) -> Tensor:
         """[B, S, F] → [B, S, C]."""
-        return self.scores(views.flatten(0, 1)).unflatten(0, (-1, views.shape[1]))
+        return torch.stack([self.scores(view) for view in views.unbind(1)], dim=1)
 
 
 def chosen(by_adapter: Tensor, tasks: Tensor) -> Tensor:
     """Row i of the result is ``by_adapter[i, tasks[i]]``: [B, T, C], int64 [B] → [B, C]."""
-    return by_adapter.take_along_dim(tasks[:, None, None], dim=1)[:, 0]
+    # not take_along_dim, which fixes the batch size of an exported program
+    return by_adapter.gather(1, tasks[:, None, None].expand(-1, 1, by_adapter.shape[2]))[:, 0]
 
 
 class _Newest:
     """Eyes of the newest adapter alone. With a version a stage, the cache drops the training features of the last."""
 
     def __init__(self, learner: AdapterBank) -> None:
-        self.learner, self.training = learner, False
+        self.learner = learner
+
+    @property
+    def training(self) -> bool:
+        return self.learner.training
 
     def train(self, mode: bool = True) -> Any:
-        self.training = mode
         return self.learner.train(mode)
 
     def views(self) -> Mapping[Hashable, View]:
