@@ -11,7 +11,7 @@ import torch
 from cil import metrics
 from cil.errors import PluginError
 from cil.features import FeatureCache
-from cil.learner import Learner
+from cil.learner import Learner, RoutedLearner
 from cil.stream import Stream
 
 TOP = 5
@@ -30,6 +30,8 @@ class Predictions:
         top: The min(5, C) best classes, best first, int64 [N, min(5, C)].
         passes: Images this evaluation needed to send through the backbone, in this process; read or computed.
         read: Of these, images whose features came from the store.
+        routed: The task a :class:`cil.learner.RoutedLearner` took each image for, int64 [N]; None for other learners.
+        oracle: argmax over all classes seen when it is told the task, int64 [N]; None for other learners.
     """
 
     index: np.ndarray
@@ -40,6 +42,8 @@ class Predictions:
     top: np.ndarray
     passes: int
     read: int
+    routed: np.ndarray | None = None
+    oracle: np.ndarray | None = None
 
 
 def evaluate(
@@ -81,6 +85,7 @@ def evaluate(
     for j, classes in enumerate(task_classes):
         allowed[j, classes] = 0
     predicted, within, top = [], [], []
+    routed, oracle = [], []
     was_training = learner.training
     learner.eval()
     with torch.inference_mode(), cache.accelerator.autocast():
@@ -95,9 +100,14 @@ def evaluate(
             predicted.append(logits.argmax(1))
             within.append((logits + allowed[torch.from_numpy(task[rows])]).argmax(1))
             top.append(logits.topk(min(TOP, logits.shape[1]), dim=1).indices)
+            if isinstance(learner, RoutedLearner):
+                x = features[rows].to(cache.accelerator.device)
+                routed.append(learner.route(x).cpu())
+                oracle.append(learner.routed_logits(x, torch.from_numpy(task[rows]).to(x.device)).argmax(1).cpu())
     learner.train(was_training)
     first, own, best = (torch.cat(parts).numpy() for parts in (predicted, within, top))
-    return Predictions(index, task, label, first, own, best, passes, read)
+    asked = (torch.cat(parts).numpy() if parts else None for parts in (routed, oracle))
+    return Predictions(index, task, label, first, own, best, passes, read, *asked)
 
 
 def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int] | int | float | None]:
@@ -110,7 +120,7 @@ def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int
     task_of = np.zeros(seen, dtype=np.int64)
     for j, members in enumerate(classes):
         task_of[list(members)] = j
-    return {
+    row: dict[str, list[int] | int | float | None] = {
         "correct": np.bincount(found.task[hit], minlength=stages).tolist(),
         "correct_within_task": np.bincount(found.task[hit_within], minlength=stages).tolist(),
         "total": np.bincount(found.task, minlength=stages).tolist(),
@@ -121,6 +131,10 @@ def counts(found: Predictions, stream: Stream, stage: int) -> dict[str, list[int
         # domains share their classes, so a predicted class says nothing about the task there
         "task_id_accuracy": metrics.task_id_accuracy(task_of[found.predicted], found.task) if disjoint else None,
     }
+    if found.routed is not None and found.oracle is not None:
+        row["router_accuracy"] = metrics.task_id_accuracy(found.routed, found.task)
+        row["oracle_router_accuracy"] = float(np.mean(found.oracle == found.label))
+    return row
 
 
 def _mixed(items: np.ndarray) -> np.ndarray:

@@ -178,3 +178,22 @@ class Learner(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         match_saved_shapes(self, state_dict, prefix, rows_only=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RoutedLearner(Learner):
+    """A learner with a part for every task that chooses one of them for each image by itself.
+
+    Results then say how often the choice is the image's task (``router_accuracy``) and how well the learner would do
+    if it always were (``oracle_router_accuracy``). The true task is known to the evaluation only.
+    """
+
+    @abstractmethod
+    def route(self, features: Tensor) -> Tensor:
+        """Features [B, F] → the index of the task whose part each image takes, int64 [B]."""
+
+    @abstractmethod
+    def routed_logits(self, features: Tensor, tasks: Tensor) -> Tensor:
+        """Scores [B, C] of features [B, F] when image i takes the part of task ``tasks[i]``."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.routed_logits(features, self.route(features))

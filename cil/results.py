@@ -12,6 +12,9 @@ import numpy as np
 from cil import metrics
 from cil.errors import RunError
 
+ROUTER = ("router_accuracy", "oracle_router_accuracy")
+"""What only the rows of learners that choose an adapter for an image have."""
+
 
 def matrices(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(R, R_task, total) of the stages so far: float [T, T], float [T, T], int [T]."""
@@ -39,6 +42,7 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
         "bwt": [metrics.backward_transfer(r, i) for i in stages],
         "task_id_accuracy": [math.nan if row["task_id_accuracy"] is None else row["task_id_accuracy"] for row in rows],
         "within_task_accuracy": metrics.within_task_accuracy(r_task, total).tolist(),
+        **{name: [row[name] for row in rows] for name in ROUTER if all(name in row for row in rows)},
     }
 
 
@@ -49,7 +53,7 @@ def assemble(header: dict[str, Any], rows: list[dict[str, Any]], stages: int) ->
     r, r_task, total = matrices(rows)
     summary = metrics.summary(r, r_task, total)
     drawn = curves(rows)
-    summary["task_id_accuracy"] = drawn["task_id_accuracy"][-1]
+    summary |= {name: drawn[name][-1] for name in ("task_id_accuracy", *ROUTER) if name in drawn}
     costs = [row["costs"] for row in rows]
     summary |= {
         "trainable_parameters": max(c["trainable_parameters"] for c in costs),

@@ -49,6 +49,8 @@ LEARNERS = {
     "slca": {"epochs": 1, "milestones": [1], "samples": 8, "alignment_epochs": 1},
     "ssiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1},
     "rsiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1, "code": 8},
+    "tuna": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
+    "mos": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
     "lae": {"epochs": 2, "frozen_epochs": 1, "tuner": {"name": "prefix", "compensate": True}},
     "l2p": {"epochs": 1, "pool": 4, "top": 2},
     "dualprompt": {"epochs": 1, "general_blocks": [0], "expert_blocks": [1]},
@@ -61,7 +63,7 @@ LEARNERS = {
     "avalanche": {"epochs": 1},
     "avalanche_replay": {"epochs": 1},
 }
-ONNX = ["ranpac", "fecam", "ease", "lae", "l2p"]
+ONNX = ["ranpac", "fecam", "ease", "mos", "lae", "l2p"]
 """Learners whose operations the others share; what is left to ONNX is to translate these."""
 
 

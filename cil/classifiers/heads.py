@@ -38,6 +38,11 @@ class Head(Classifier):
     def num_classes(self) -> int:
         return len(self.weight)
 
+    @property
+    def rows(self) -> list[nn.Parameter]:
+        """The parameters with one row a class; not the σ of a cosine head."""
+        return [getattr(self, name) for name in self._row_names]
+
     def grow(self, classes: int, generator: torch.Generator | None = None) -> None:
         """Make room for labels 0…classes−1, drawing the new rows from ``generator`` (None: from a fixed one)."""
         new = classes - self.num_classes

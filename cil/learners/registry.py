@@ -27,6 +27,8 @@ BUILTIN = {
     "fecam": "cil.learners.fecam:FeCAM",
     "slda": "cil.learners.slda:SLDA",
     "ease": "cil.learners.ease:EASE",
+    "tuna": "cil.learners.tuna:TUNA",
+    "mos": "cil.learners.mos:MOS",
     "slca": "cil.learners.slca:SLCA",
     "lae": "cil.learners.lae:LAE",
     "l2p": "cil.learners.l2p:L2P",

@@ -122,6 +122,8 @@ FURTHER: tuple[Column, ...] = (
     ),
     _percent("accuracy_last_task_mean", "A_last % (tasks)", "accuracy after the last stage, mean over tasks"),
     _percent("accuracy_average_task_mean", "A_avg % (tasks)", "mean over stages of the accuracy, mean over tasks"),
+    _percent("router_accuracy", "router %", "how often a learner with an adapter a task takes an image for its task"),
+    _percent("oracle_router_accuracy", "A_last % routed", "accuracy after the last stage if it always did"),
     Column("forgetting_clipped", "forgetting ≥ 0", "forgetting as PyCIL and Mammoth print it", 100, ".1f", True),
 )
 NAMED = {column.name: column for column in (*COLUMNS, *FURTHER)}
