@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cil.learners import bank
+from cil.learners import aligning
 from cil.learners.mos import MOS, contrast
 from cil.learners.tuna import TUNA, fused, overlap, upward
 from cil.merging import TIES
@@ -98,9 +98,9 @@ def test_every_image_passes_once_through_each_adapter_and_one_view_beside_them(c
 @pytest.mark.parametrize("cls", [TUNA, MOS])
 def test_alignment_draws_from_all_gaussians_older_means_nearer_to_zero(cls, shrink, monkeypatch):
     asked, recipes = [], []
-    original, fit = bank.SampledFeatures, bank.fit
-    monkeypatch.setattr(bank, "SampledFeatures", lambda *a: asked.append(a) or original(*a))
-    monkeypatch.setattr(bank, "fit", lambda *a, **k: recipes.append(a[3]) or fit(*a, **k))
+    original, fit = aligning.SampledFeatures, aligning.fit
+    monkeypatch.setattr(aligning, "SampledFeatures", lambda *a, **k: asked.append(a) or original(*a, **k))
+    monkeypatch.setattr(aligning, "fit", lambda *a, **k: recipes.append(a[3]) or fit(*a, **k))
     Case(cls, {**SMALL, "shrink_means": shrink}).run()
     assert len(asked) == 2, "the first task's rows were trained together"
     for current, (gaussians, samples, scales) in enumerate(asked, start=1):
@@ -119,7 +119,7 @@ def test_alignment_trains_all_rows_and_nothing_else(monkeypatch):
     learner = Case(TUNA, SMALL).run(stop_after=2).learner.train()
     before = learner.head.weight.detach().clone()
     adapters = [vector(a) for a in learner.adapters]
-    learner.align(1, context(1))
+    learner.align(context(1))
     assert bool((learner.head.weight != before).any(1).all()) and learner.head.sigma.item() == 1
     assert all(torch.equal(vector(a), old) for a, old in zip(learner.adapters, adapters, strict=True))
 

@@ -1,11 +1,14 @@
-"""What SLCA and SSIAT share: re-balancing a head on vectors drawn from a Gaussian per class."""
+"""What SLCA, SSIAT, TUNA, MOS and LCA share: re-balancing a head on vectors drawn from a Gaussian per class."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from cil.classifiers import Gaussians, SampledFeatures, mean_scales, with_variation
+from cil.classifiers import Gaussians, SampledFeatures, with_variation
 from cil.classifiers.alignment import Alignment
 from cil.learner import Context
 from cil.training import Group, Recipe, fit
@@ -22,16 +25,26 @@ class AlignedRecipe(Recipe):
     )
 
 
+def softmax_of(scores: Callable[[Tensor], Tensor]) -> Alignment:
+    """CE(scores(z), y) as a loss for :func:`align`."""
+
+    def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
+        logits = scores(features)
+        return F.cross_entropy(logits, labels, reduction=reduction), logits
+
+    return loss
+
+
 def align(
-    loss: Alignment, group: Group, gaussians: Gaussians, task_of: Tensor, config: AlignedRecipe, ctx: Context
+    loss: Alignment, group: Group, gaussians: Gaussians, scales: Tensor | None, config: AlignedRecipe, ctx: Context
 ) -> None:
-    """Minimise ``loss`` over vectors from N(s_c μ_c, Σ_c), s_c = 0.9 + 0.1 (τ(c) + 1)/(t + 1): older means shrink more.
+    """Minimise ``loss`` over vectors from N(s_c μ_c, Σ_c).
 
     Args:
         loss: (features, labels, reduction) → (loss, logits), see :func:`cil.classifiers.with_variation`.
         group: The head's parameters.
         gaussians: Of all classes so far.
-        task_of: τ, the task each class came with, int64 [C]; t is the last of them.
+        scales: s, [C], e.g. :func:`cil.classifiers.mean_scales`; None: 1.
         config: Epochs, rates and numbers of the alignment.
         ctx: Logs under ``alignment_``.
     """
@@ -42,6 +55,5 @@ def align(
         weight_decay=config.weight_decay,
         schedule_per="epoch",
     )
-    scales = mean_scales(task_of, int(task_of.max()))
     drawn = SampledFeatures(gaussians, config.samples, scales, pairs=config.variation > 0)
     fit(with_variation(loss, config.variation), [group], drawn, recipe, ctx, prefix="alignment_")

@@ -13,16 +13,17 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.classifiers import Gaussians, SampledFeatures, mean_scales
+from cil.classifiers import Gaussians, mean_scales
 from cil.classifiers.heads import Head
 from cil.features import View
 from cil.learner import Context, RoutedLearner
+from cil.learners.aligning import AlignedRecipe, align, softmax_of
 from cil.stream import Task
-from cil.training import Group, Loss, Recipe, cross_entropy, fit
+from cil.training import Group, Loss, fit
 from cil.tuning import Adapter
 
 
-class BankRecipe(Recipe):
+class BankRecipe(AlignedRecipe):
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty, in the alignment too")
     bottleneck: PositiveInt = Field(16, description="width of the adapters")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout inside the adapters, in training")
@@ -82,21 +83,12 @@ class AdapterBank(RoutedLearner):
         self.head.extend(rows)
         self.gaussians.partial_fit(*ctx.features(self._newest, task.train))  # type: ignore[arg-type]  # as read only
         if task.index and self.config.alignment_epochs:
-            self.align(task.index, ctx)
+            self.align(ctx)
 
-    def align(self, current: int, ctx: Context) -> None:
+    def align(self, ctx: Context) -> None:
         """CE over all classes on vectors from N(s_c μ_c, Σ_c), for all rows; half a cosine wave over all epochs."""
-        config = self.config
-        recipe = Recipe(
-            epochs=config.alignment_epochs,
-            train_batch_size=config.samples,
-            lr=config.alignment_lr,
-            weight_decay=config.weight_decay,
-            schedule_per="epoch",
-        )
-        scales = mean_scales(self.task_of, current) if config.shrink_means else None
-        drawn = SampledFeatures(self.gaussians, config.samples, scales)
-        fit(cross_entropy(self.scores, recipe), [Group(self.head.rows)], drawn, recipe, ctx)
+        scales = mean_scales(self.task_of, int(self.task_of.max())) if self.config.shrink_means else None
+        align(softmax_of(self.scores), Group(self.head.rows), self.gaussians, scales, self.config, ctx)
 
     def scores(self, features: Tensor) -> Tensor:
         """Features [B, F] of one view → logits [B, C]."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers import CosineHead, Gaussians
+from cil.classifiers import CosineHead, Gaussians, mean_scales
 from cil.learner import Context
-from cil.learners.aligning import AlignedRecipe, align
+from cil.learners.aligning import AlignedRecipe, align, softmax_of
 from cil.learners.merge import Merge
 from cil.merging import RuleConfig
 from cil.merging.table import MagMaxConfig
@@ -73,9 +72,7 @@ class MergeLCA(Merge):
 
     def align(self, ctx: Context) -> None:
         """All rows and σ, on vectors from all Gaussians."""
-
-        def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
-            logits = self.classifier(features)
-            return F.cross_entropy(logits, labels, reduction=reduction), logits
-
-        align(loss, Group(self.classifier.parameters()), self.gaussians, self.task_of, self.config, ctx)
+        scales = mean_scales(self.task_of, int(self.task_of.max()))
+        align(
+            softmax_of(self.classifier), Group(self.classifier.parameters()), self.gaussians, scales, self.config, ctx
+        )

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers import Gaussians, LinearHead, normalized_cross_entropy
+from cil.classifiers import Gaussians, LinearHead, mean_scales, normalized_cross_entropy
 from cil.learner import Context, Learner
 from cil.learners.aligning import AlignedRecipe, align
 from cil.stream import Task
@@ -83,7 +83,8 @@ class SLCA(Learner):
             logits = self.aligned(features)
             return normalized_cross_entropy(logits, labels, self.task_of, temperature, reduction), logits
 
-        align(loss, Group(self.aligned.parameters()), self.gaussians, self.task_of, self.config, ctx)
+        scales = mean_scales(self.task_of, int(self.task_of.max()))
+        align(loss, Group(self.aligned.parameters()), self.gaussians, scales, self.config, ctx)
 
     def features(self, images: Tensor) -> Tensor:
         return self.backbone(images, self.tuner)

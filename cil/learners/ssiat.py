@@ -11,10 +11,10 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers import CosineHead, Gaussians
+from cil.classifiers import CosineHead, Gaussians, mean_scales
 from cil.classifiers.drift import local_shifts
 from cil.learner import Context, Learner
-from cil.learners.aligning import AlignedRecipe, align
+from cil.learners.aligning import AlignedRecipe, align, softmax_of
 from cil.stream import Task
 from cil.training import Group, Loss, Recipe, cosface, fit
 from cil.tuning import TunerConfig, build_tuner
@@ -107,12 +107,8 @@ class SSIAT(Learner):
 
     def align(self, ctx: Context) -> None:
         """CE(s · cos(z, W), y) on vectors from all Gaussians, over all rows."""
-
-        def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
-            logits = self.head(features)
-            return F.cross_entropy(logits, labels, reduction=reduction), logits
-
-        align(loss, Group([self.head.weight]), self.gaussians, self.task_of, self.config, ctx)
+        scales = mean_scales(self.task_of, int(self.task_of.max()))
+        align(softmax_of(self.head), Group([self.head.weight]), self.gaussians, scales, self.config, ctx)
 
     def features(self, images: Tensor) -> Tensor:
         return self.backbone(images, self.tuner)
