@@ -42,10 +42,10 @@ HEADS: dict[str, Callable[[int], Classifier]] = {
 RANPAC = 2000
 NATURE = {
     "ncm": "keeps F numbers a class",
-    "slda": "keeps F numbers a class and F² once",
+    "slda": "keeps F numbers a class and F² once; a solve takes F³ + F² C products",
     "ranpac": "keeps M numbers a class and M² once; a solve takes M³/6 + M² C products, which grow once C nears M / 6",
     "fecam": "keeps F² numbers a class, twice that once it predicts; an image takes F² products a class",
-    "merge": "keeps 2 F numbers a class and 4 F² once",
+    "merge": "keeps 2 F numbers a class and 4 F² once; a solve and a map take products of F³ and F² C",
 }
 MIB = 2**20
 PER_CLASS, TESTED = 20, 8
