@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cil.configfile import load as load_config
     from cil.data.images import load_images
     from cil.errors import CilError
-    from cil.learner import Context, Learner, LearnerConfig
+    from cil.learner import Context, Learner, LearnerConfig, RoutedLearner
     from cil.learners.registry import build_learner
     from cil.merging import build_rule
     from cil.protocol import ClassIncremental, DomainIncremental
@@ -34,6 +34,7 @@ _WHERE = {
     "DomainIncremental": "cil.protocol",
     "Group": "cil.training",
     "Learner": "cil.learner",
+    "RoutedLearner": "cil.learner",
     "LearnerConfig": "cil.learner",
     "Recipe": "cil.training",
     "Stream": "cil.stream",
@@ -61,6 +62,7 @@ __all__ = [
     "Learner",
     "LearnerConfig",
     "Recipe",
+    "RoutedLearner",
     "Stream",
     "Task",
     "Tuner",
