@@ -115,15 +115,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "bench")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    learners = [{"name": "ncm"}, {"name": "ranpac", "projection": arguments.projection}]
-    found = long(arguments, learners)
-    found |= {"machine": hardware.facts(hardware.accelerator("cpu")), "versions": versions()}
+    learners: list[Found] = [{"name": "ncm"}, {"name": "ranpac", "projection": arguments.projection}]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "long.json").write_text(to_json(found), encoding="utf-8")
-    draw_long(found, arguments.out / "long.png")
-    for name, run in found["learners"].items():
+    result: Found = {"machine": hardware.facts(hardware.accelerator("cpu")), "versions": versions(), "learners": {}}
+    for learner in learners:
+        found = long(arguments, [learner])
+        result = {**found, **result, "learners": result["learners"] | found["learners"]}
+        # after every learner: a run that is stopped has measured something all the same
+        (arguments.out / "long.json").write_text(to_json(result), encoding="utf-8")
+        draw_long(result, arguments.out / "long.png")
+        run = found["learners"][learner["name"]]
         seconds = np.add(run["seconds_learn"], run["seconds_test"])
-        print(f"{name}: {run['tasks']} tasks, {seconds.sum():.0f} s, accuracy {run['accuracy_last']:.3f}")
+        print(
+            f"{learner['name']}: {run['tasks']} tasks, {seconds.sum():.0f} s, accuracy {run['accuracy_last']:.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
