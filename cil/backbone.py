@@ -118,6 +118,12 @@ def load_backbone(config: BackboneConfig | str = EMBEDDED, device: str | torch.d
     # local weights are tensors in a known order; layer constructors draw (and throw away) global random numbers
     with isolated(0):
         model, name, data_config = _embedded(config) if config.name == EMBEDDED else _from_timm(config)
+    if config.attention == "explicit":
+        switched = [module for module in model.modules() if hasattr(module, "fused_attn")]
+        if not switched:
+            raise BackboneError(f"backbone.attention: {config.name} has no attention that timm can compute explicitly")
+        for module in switched:
+            setattr(module, "fused_attn", False)  # noqa: B010  # a plain assignment is taken for one of a tensor
     return Backbone(model, name, data_config).to(device)
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from pydantic import ValidationError
 
 from cil import hardware, results
 from cil.backbone import Backbone
 from cil.checkpoint import RunFolder
+from cil.config import Config
 from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
-from cil.errors import RunError
-from cil.plan import Plan, dump
+from cil.errors import CilError, RunError
+from cil.plan import Plan, dump, plans
 from cil.stream import Stream
 
 Header = dict[str, Any]
@@ -93,13 +95,23 @@ def check_same_run(folder: RunFolder, header: Header) -> None:
                 "move it away or use another --results"
             )
         return
-    old, new = _identity(results.load(folder.path)), _identity(header)
+    found = results.load(folder.path)
+    old, new = _identity({**found, "config": _completed(found["config"])}), _identity(header)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise RunError(
                 f"{folder.path}: holds a run with {key} = {old.get(key)!r}, now {new.get(key)!r}; "
                 "give the new one another name= or label, or another --results"
             )
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the keys that came after it: at their defaults, under which nothing is otherwise."""
+    try:
+        [plan] = plans(Config.model_validate(config))
+    except (CilError, ValidationError):  # of a learner or a key that is there no more: as it stands
+        return config
+    return dump(plan.config)
 
 
 def _identity(header: Header) -> dict[str, Any]:

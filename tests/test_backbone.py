@@ -221,3 +221,21 @@ def test_weight_tuner_is_a_second_set_of_weights():
     assert sum(p.numel() for p in biases.parameters()) == sum(
         p.numel() for n, p in backbone.model.named_parameters() if n.endswith("bias")
     )
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_explicit_attention_is_the_same_function(precision):
+    fused = load_backbone()
+    explicit = load_backbone(BackboneConfig(attention="explicit"))
+    blocks = [block.attn.fused_attn for block in explicit.model.blocks]
+    assert blocks and not any(blocks) and all(block.attn.fused_attn for block in fused.model.blocks)
+    assert explicit.fingerprint == fused.fingerprint
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        a, b = fused(images).float(), explicit(images).float()
+    assert (a - b).norm() / a.norm() < (1e-5 if precision == torch.float32 else 0.05)
+
+
+def test_explicit_attention_where_there_is_none():
+    with pytest.raises(BackboneError, match=r"backbone\.attention: resnet18 has no attention"):
+        load_backbone(BackboneConfig(name="resnet18", weights="random", attention="explicit"))

@@ -260,6 +260,20 @@ def test_a_folder_of_another_run_is_refused(tmp_path, changes, key):
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize("value", ["timm", "explicit"])
+def test_a_folder_from_before_a_key_was_there_holds_the_run_at_its_default(tmp_path, value):
+    [folder] = run(settings(), tmp_path)
+    found = json.loads((folder / "metrics.json").read_text())
+    del found["config"]["backbone"]["attention"], found["config"]["learners"][0]["metric"]
+    (folder / "metrics.json").write_text(json.dumps(found))
+    again = settings(backbone={**TINY, "attention": value})
+    if value == "timm":
+        assert run(again, tmp_path) == [folder]
+    else:
+        with pytest.raises(RunError, match=r"backbone\.attention = 'timm', now 'explicit'"):
+            run(again, tmp_path)
+
+
 def test_a_later_run_that_cannot_be_is_found_before_the_first_starts(tmp_path):
     with pytest.raises(CilError, match="must hold each of the 10 classes once"):
         run(settings(orders=[1993, [0, 1, 2]]), tmp_path)
