@@ -244,7 +244,7 @@ def draw(result: Found, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--parts", nargs="+", choices=["evaluation", "training", "attention"])
@@ -308,8 +308,7 @@ def main() -> int:
             keep(size, "training", tuner, bench.training(tuner))
         for what in ("forward", "backward") if "attention" in parts else ():
             keep(size, "attention", what, bench.attention(what == "backward"))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -297,8 +297,9 @@ def test_a_sweep_runs_retries_reports_and_goes_on(cil, place, workers):  # noqa:
     assert machine["threads"] == 1
 
 
-def test_no_cluster_at_the_address_is_one_line(cil, place):  # noqa: F811
-    pytest.importorskip("ray")
+def test_no_cluster_at_the_address_is_one_line(cil, place, monkeypatch):  # noqa: F811
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # by other tests, whose cluster would be kept
     found = cil("sweep", write(place / "c.yaml"), "--address", "127.0.0.1:1")
     assert found.returncode == 2 and found.stderr.startswith("cil: Ray 127.0.0.1:1: ConnectionRefusedError")
 
@@ -342,7 +343,15 @@ def test_a_driver_that_is_stopped_or_killed_loses_nothing(place):
         command = [sys.executable, "-m", "cil", "sweep", "c.yaml"]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         return subprocess.Popen(
-            command, text=True, stdout=-1, stderr=-1, start_new_session=True, env=environment, cwd=place
+            command,
+            text=True,
+            stdout=-1,
+            stderr=-1,
+            start_new_session=True,
+            env=environment,
+            cwd=place,
+            # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def stop_in_stage_1(how: int) -> tuple[int, str]:
