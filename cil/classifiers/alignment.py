@@ -122,13 +122,14 @@ class Gaussians(ClassMoments):
         return self.solved((c,), solve)
 
 
-def mean_scales(task_of_class: Tensor, current: int) -> Tensor:
+def mean_scales(task_of_class: Tensor, current: int | None = None) -> Tensor:
     """Factor of each class's mean when sampled after task t: 0.9 + 0.1 · (τ(c) + 1) / (t + 1), float32 [C].
 
     Args:
         task_of_class: τ(c), the task each class came with, from 0, [C].
-        current: t.
+        current: t; by default the newest of these tasks.
     """
+    current = int(task_of_class.max()) if current is None else current
     return 0.9 + 0.1 * (task_of_class + 1).float() / (current + 1)
 
 

@@ -208,6 +208,14 @@ def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
     )
 
 
+def training_part(source: ImageSource, config: DataConfig) -> ImageSource:
+    """The training pictures a configuration uses: all, or the first ``per_class`` of each class."""
+    if not config.per_class:
+        return source
+    first = np.flatnonzero(rank_in_class(source.labels) < config.per_class)
+    return subset(source, first, f"first {config.per_class}")
+
+
 class LoadedSplit:
     """A split ready for any backbone: its source, where it lies, and what was skipped.
 
@@ -223,9 +231,8 @@ class LoadedSplit:
     ) -> None:
         self._memory, self._workers = hardware.memory_gib * GIB, hardware.workers
         source = open_source(config, split)
-        if split == "train" and config.per_class:
-            first = np.flatnonzero(rank_in_class(source.labels) < config.per_class)
-            source = subset(source, first, f"first {config.per_class}")
+        if split == "train":
+            source = training_part(source, config)
         given = (config.train if split == "train" else config.test) or split
         self.title = str(config.root / given) if config.root else f"{config.dataset} {given}"
         self.source, self.skipped = Held(source, self._memory, hardware.workers), []

@@ -87,7 +87,7 @@ class AdapterBank(RoutedLearner):
 
     def align(self, ctx: Context) -> None:
         """CE over all classes on vectors from N(s_c μ_c, Σ_c), for all rows; half a cosine wave over all epochs."""
-        scales = mean_scales(self.task_of, int(self.task_of.max())) if self.config.shrink_means else None
+        scales = mean_scales(self.task_of) if self.config.shrink_means else None
         align(softmax_of(self.scores), Group(self.head.rows), self.gaussians, scales, self.config, ctx)
 
     def scores(self, features: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class MergeLCA(Merge):
 
     def align(self, ctx: Context) -> None:
         """All rows and σ, on vectors from all Gaussians."""
-        scales = mean_scales(self.task_of, int(self.task_of.max()))
+        scales = mean_scales(self.task_of)
         align(
             softmax_of(self.classifier), Group(self.classifier.parameters()), self.gaussians, scales, self.config, ctx
         )

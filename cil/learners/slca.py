@@ -83,7 +83,7 @@ class SLCA(Learner):
             logits = self.aligned(features)
             return normalized_cross_entropy(logits, labels, self.task_of, temperature, reduction), logits
 
-        scales = mean_scales(self.task_of, int(self.task_of.max()))
+        scales = mean_scales(self.task_of)
         align(loss, Group(self.aligned.parameters()), self.gaussians, scales, self.config, ctx)
 
     def features(self, images: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class SSIAT(Learner):
 
     def align(self, ctx: Context) -> None:
         """CE(s · cos(z, W), y) on vectors from all Gaussians, over all rows."""
-        scales = mean_scales(self.task_of, int(self.task_of.max()))
+        scales = mean_scales(self.task_of)
         align(softmax_of(self.head), Group([self.head.weight]), self.gaussians, scales, self.config, ctx)
 
     def features(self, images: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from cil.backbone import Backbone, load_backbone
 from cil.config import Config, StreamConfig
 from cil.data.held import Held
-from cil.data.images import GIB, ImageSet, subset
+from cil.data.images import GIB, ImageSet, subset, training_part
 from cil.data.opening import open_source
-from cil.data.sources import ImageSource, rank_in_class
+from cil.data.sources import ImageSource
 from cil.data.transforms import Transforms
 from cil.errors import StreamError
 from cil.plan import Plan
@@ -60,11 +60,7 @@ class FirstTasks:
 
     def _open(self, config: Config, transforms: Transforms) -> tuple[ImageSource, bool]:
         data, machine = config.data, config.hardware
-        source = open_source(data, "train")
-        if data.per_class:
-            source = subset(
-                source, np.flatnonzero(rank_in_class(source.labels) < data.per_class), f"first {data.per_class}"
-            )
+        source = training_part(open_source(data, "train"), data)
         stream, members = self._members(config, source, transforms)
         broken = [i for i in members if source.read_or_none(int(i)) is None] if data.on_error == "skip" else []
         if broken:
