@@ -3,7 +3,8 @@
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
 ``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
-bench.py and bench_growth.py measured, and ``steps`` for what follow_tutorial.py took.
+bench.py and bench_growth.py measured, ``stages`` (with a folder) for what runs took at an early and at the last stage,
+and ``steps`` for what follow_tutorial.py took.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import stage_costs
 
 from cil import report, results
 
@@ -118,7 +120,14 @@ def growth(file: Path) -> str:
 
 def render(page: Path) -> str:
     """The page with its tables made anew."""
-    kinds = {"table": markdown, "ablation": ablation, "throughput": throughput, "growth": growth, "steps": steps}
+    kinds = {
+        "table": markdown,
+        "ablation": ablation,
+        "throughput": throughput,
+        "growth": growth,
+        "stages": stage_costs.table,
+        "steps": steps,
+    }
     return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
 
 

@@ -216,3 +216,26 @@ def test_covariances_that_grow_in_place_are_those_of_one_fit(tmp_path):
     fresh.grow(40)
     assert torch.equal(fresh.outers[:33], other.outers) and not fresh.outers[33:].any()
     assert len(fresh.to(torch.float32).outers) == 40
+
+
+def test_stage_costs_by_hand(script, tmp_path, capsys):
+    """Seconds are means of five stages, the rest a stage's own; bytes of three kinds are added."""
+
+    def stage(t, log):
+        costs = {"seconds_learn": t, "seconds_test": 2 * t, "peak_memory_bytes": (t + 1) * 2**20}
+        kept = {"parameter_bytes": t * 2**20, "statistics_bytes": 2**19, "exemplar_bytes": 2**19}
+        return {"costs": costs | kept, "unchanged_since": list(range(t)), "log": log}
+
+    for name, log in (("bank", []), ("closed", [["condition_number", 1e3], ["condition_number", 1e4]])):
+        run = {"learner": name, "complete": True, "stages": [stage(t, log) for t in range(1, 21)]}
+        folder = tmp_path / name / "order1993-seed0"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(run), encoding="utf-8")
+    bench = script("stage_costs", tmp_path)
+    assert bench.logged(run, "condition_number") == [1e4] * 20
+    bench.main()
+    head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert "task 10, task 20" in head
+    numbers = "8.0, 18.0 | 16.0, 36.0 | 10, 20 | 11.0, 21.0 | 11, 21"
+    assert rows == [f"| {name} | {numbers} |" for name in ("bank", "closed")]
+    assert (tmp_path / "stage_costs.png").stat().st_size > 1000

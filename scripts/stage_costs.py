@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Draw what every stage of finished runs cost and kept, from their metrics.json; one colour a learner.
+
+    python scripts/stage_costs.py results/reference/split_tiny_imagenet100_records_50_tasks
+
+writes ``stage_costs.png`` into the folder. One run a learner; peak memory is a process's, so each needs one of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cil import results
+from cil.figures import new_figure, styles
+
+Run = dict[str, Any]
+MIB = 2**20
+WINDOW = 5
+"""Stages a number of seconds in the table is the mean of: a single stage's is noisy."""
+PANELS = {
+    "learn": "seconds to learn a stage",
+    "test": "seconds to test a stage, all classes seen",
+    "passes": "backbones a new image passes",
+    "kept": "MiB kept",
+    "peak": "peak memory so far, MiB",
+}
+CONDITIONS = ("condition_number_uncut", "condition_number", "leave_one_out_accuracy")
+
+
+def series(run: Run) -> dict[str, np.ndarray]:
+    """Per stage, in the units of :data:`PANELS`."""
+    costs = [stage["costs"] for stage in run["stages"]]
+    kept = [sum(cost[f"{what}_bytes"] for what in ("parameter", "statistics", "exemplar")) for cost in costs]
+    return {
+        "learn": np.array([cost["seconds_learn"] for cost in costs]),
+        "test": np.array([cost["seconds_test"] for cost in costs]),
+        # a benchmark computes a test image once per version of the backbone; one that just came passes all of them
+        "passes": np.array([len(stage["unchanged_since"]) for stage in run["stages"]]),
+        "kept": np.array(kept) / MIB,
+        "peak": np.array([cost["peak_memory_bytes"] for cost in costs]) / MIB,
+    }
+
+
+def logged(run: Run, name: str) -> list[float]:
+    """The last value a learner logged under a name at every stage; empty if it never did."""
+    found = [[value for key, value in stage["log"] if key == name] for stage in run["stages"]]
+    return [values[-1] for values in found if values]
+
+
+def table(folder: Path) -> str:
+    """A row a learner: the costs of an early and of the last stages."""
+    runs = {run["learner"]: run for run in results.find([folder])}
+    first = min(10, min(len(run["stages"]) for run in runs.values()))
+    last = min(len(run["stages"]) for run in runs.values())
+    lines = [
+        f"| learner | s to learn a stage: task {first}, task {last} | s to test it | backbones a new image passes | "
+        "MiB kept | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for learner, run in runs.items():
+        found = series(run)
+        cells = []
+        for name, digits in (("learn", 1), ("test", 1), ("passes", 0), ("kept", 1), ("peak", 0)):
+            window = WINDOW if name in ("learn", "test") else 1
+            at = [found[name][max(0, stage - window) : stage].mean() for stage in (first, last)]
+            cells.append(", ".join(f"{value:.{digits}f}" for value in at))
+        lines.append(f"| {learner} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(folder: Path, path: Path) -> None:
+    runs = {run["learner"]: run for run in results.find([folder])}
+    look = styles(list(runs))
+    figure = new_figure(13, 7)
+    panels = figure.subplots(2, 3).ravel()
+    for axes, (name, label) in zip(panels, PANELS.items(), strict=False):
+        for learner, run in runs.items():
+            values, (colour, line) = series(run)[name], look[learner]
+            axes.plot(range(1, len(values) + 1), values, line, color=colour, label=learner, lw=1.1)
+        axes.set(xlabel="task", ylabel=label, yscale="log")
+    axes = panels[5]
+    for learner, run in runs.items():
+        for name, line in zip(CONDITIONS, ("-", "--"), strict=False):
+            if values := logged(run, name):
+                told = f"{learner}, {'before the cut' if name.endswith('uncut') else 'kept'}"
+                axes.plot(range(1, len(values) + 1), values, line, color=look[learner][0], label=told, lw=1.1)
+    axes.set(xlabel="task", ylabel="condition number of the features' Gram matrix", yscale="log")
+    if axes.lines:
+        axes.legend(fontsize=8)
+    else:
+        axes.remove()
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=6, loc="outside lower center")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="holds the runs, at any depth")
+    parser.add_argument("--out", type=Path, help="default: stage_costs.png in the folder")
+    arguments = parser.parse_args()
+    draw(arguments.folder, arguments.out or arguments.folder / "stage_costs.png")
+    print(table(arguments.folder))
+
+
+if __name__ == "__main__":
+    main()
