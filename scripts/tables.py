@@ -2,6 +2,7 @@
 """Write the tables of README.md, results/README.md and docs/ from the results they name; --check only compares.
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
+``differences`` (with FOLDER:BASELINE,…) for what runs gain over others on the same class orders and what they take,
 ``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
 bench.py and bench_growth.py measured, ``stages`` (with a folder) for what runs took at an early and at the last stage,
 and ``steps`` for what follow_tutorial.py took.
@@ -46,6 +47,34 @@ def markdown(folder: Path) -> str:
 def ranked(runs: Sequence[dict]) -> str:
     """The ranked table of runs of one protocol."""
     return report.markdown(report.Comparison(1, report.rank(report.rows(runs))), report.chosen(COLUMNS))
+
+
+def differences(argument: Path) -> str:
+    """Of ``FOLDER:BASELINE,BASELINE``: A_last less each baseline's on the same class orders, mean ± standard deviation.
+
+    Beside it what a learner takes: passes a training image, passes a new image takes in the end, bytes kept.
+    """
+    folder, _, names = str(argument).rpartition(":")
+    rows = report.rank(report.rows(results.find([Path(folder)])))
+    baselines = [next(row for row in rows if row.learner == name) for name in names.split(",")]
+    heads = "".join(f" less {row.learner} |" for row in baselines)
+    lines = [f"| learner | A_last % |{heads} passes a training image | a new image | MiB kept |"]
+    lines.append("|" + "---|" * (len(baselines) + 5))
+    for row in rows:
+        cells = [_spread(100 * np.array(row.values("accuracy_last")), "")]
+        for baseline in baselines:
+            found = 100 * np.array(report.paired(row, baseline))
+            cells.append("" if row is baseline else _spread(found, "+"))
+        cells.append(f"{np.mean(row.values('passes_per_train_image')):.1f}")
+        cells.append(f"{max(stage_costs.passes(run)[-1] for run in row.runs):.0f}")
+        cells.append(f"{np.mean(row.values('kept_bytes')) / 2**20:.1f}")
+        lines.append(f"| {row.title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: np.ndarray, sign: str) -> str:
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.1f}{spread}" if len(values) else "–"
 
 
 def ablation(stem: Path) -> str:
@@ -122,6 +151,7 @@ def render(page: Path) -> str:
     """The page with its tables made anew."""
     kinds = {
         "table": markdown,
+        "differences": differences,
         "ablation": ablation,
         "throughput": throughput,
         "growth": growth,

@@ -224,7 +224,8 @@ def test_stage_costs_by_hand(script, tmp_path, capsys):
     def stage(t, log):
         costs = {"seconds_learn": t, "seconds_test": 2 * t, "peak_memory_bytes": (t + 1) * 2**20}
         kept = {"parameter_bytes": t * 2**20, "statistics_bytes": 2**19, "exemplar_bytes": 2**19}
-        return {"costs": costs | kept, "unchanged_since": list(range(t)), "log": log}
+        costs["test_passes"] = 2 * 30 * t  # two a view, as with prompts, and 30 images; read of the first stage alone
+        return {"costs": costs | kept, "total": [30] * t, "unchanged_since": list(range(t)), "log": log}
 
     for name, log in (("bank", []), ("closed", [["condition_number", 1e3], ["condition_number", 1e4]])):
         run = {"learner": name, "complete": True, "stages": [stage(t, log) for t in range(1, 21)]}
@@ -236,6 +237,6 @@ def test_stage_costs_by_hand(script, tmp_path, capsys):
     bench.main()
     head, _, *rows = capsys.readouterr().out.strip().splitlines()
     assert "task 10, task 20" in head
-    numbers = "8.0, 18.0 | 16.0, 36.0 | 10, 20 | 11.0, 21.0 | 11, 21"
+    numbers = "8.0, 18.0 | 16.0, 36.0 | 20, 40 | 11.0, 21.0 | 11, 21"
     assert rows == [f"| {name} | {numbers} |" for name in ("bank", "closed")]
     assert (tmp_path / "stage_costs.png").stat().st_size > 1000
