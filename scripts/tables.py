@@ -17,8 +17,8 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-
 import values
+
 from cil import report, results
 from cil.errors import CilError
 

@@ -4,16 +4,17 @@ The mark is a comment, so a reader sees the number alone; ``scripts/tables.py`` 
 
     <!-- from reference/split_tiny_imagenet100_50 -->        where the files of the marks below it are looked for first
     <!-- = ease within_task_accuracy -->67.9 %               a key of the summary
-    <!-- = ease R.-1.0 -->22.4 %                             R[-1, 0], in the README's words; R.-1.1: are the other tasks
+    <!-- = ease R.-1.0 -->22.4 %                             R[-1, 0] of the README; R.-1.1: are the other tasks
     <!-- = ewc accuracy_last - ncm accuracy_last -->4.5      points; run by run where both have several, then the mean
     <!-- = min l2p,lae_* task_id_accuracy -->28.8 %          the smallest of several runs
-    <!-- = bench/merge.json memory.thin.step_mib .0f -->104  any other JSON file, by a dotted path
-    <!-- = lae kept_bytes / 1e6 .0f -->219 MB                from left to right, no brackets
+    <!-- = ewc kept_bytes / 1e6 .0f -->230 MB                from left to right, no brackets
+    <!-- = bench/merge.json weights / 1e6 .1f -->85.8        any other JSON file, by a dotted path
+    <!-- from bench/merge.json -->                           a file at once: the marks below it need only say KEY
 
-An expression is ``[REDUCER] TERM [+|-|*|/ TERM …] [FORMAT]``; a TERM is a number, or FILE and KEY.
+An expression is ``[REDUCER] TERM [+|-|*|/ TERM …] [FORMAT]``; a TERM is a number, FILE and KEY, or KEY alone.
 
-- FILE, below the folder of the last ``from`` or below results/: a JSON file, a run's folder or a label's folder with
-  its runs; ``*`` and commas name several.
+- FILE, below what the last ``from`` names or below results/: a JSON file, a run's folder or a label's folder with its
+  runs; ``*`` and commas name several.
 - KEY: a name of the summary, ``R``, ``R_task``, or a path of names, list indices and slices joined by dots.
 - Several numbers (runs, files, a list) become one by REDUCER: mean unless said, or min, max, median, sum.
 - FORMAT is Python's, ``.1%`` unless said: times 100, one decimal; the sign % stays outside the mark.
@@ -28,7 +29,6 @@ import operator
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ import numpy as np
 from cil.errors import CilError, nearest
 
 NUMBER = r"[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+−-]?\d+)?"
-MARK = re.compile(rf"<!--\s*(?:from\s+(?P<folder>\S+)\s*-->|=\s*(?P<expression>.*?)\s*-->(?P<number>{NUMBER})?)", re.S)
+MARK = re.compile(rf"<!--\s*(?:from\s+(?P<origin>\S+)\s*-->|=\s*(?P<expression>.*?)\s*-->(?P<number>{NUMBER})?)", re.S)
 BEGINS = re.compile(r"\s*(?:[-*+>]\s+|\d+\.\s+)*")
 """What may stand on a line before its first word."""
 FORMAT = re.compile(r",?\.\d+[f%e]")
@@ -47,42 +47,42 @@ ALIASES = {"R": "accuracy_matrix", "R_task": "accuracy_matrix_within_task"}
 
 
 class Mark(NamedTuple):
-    """A value's mark in a page: where it is, what it says, and the folder of the last ``from`` before it."""
+    """A value's mark in a page: where it is, what it says, and what the last ``from`` before it names."""
 
     match: re.Match[str]
     line: int
     expression: str
-    folder: Path
+    origin: str
 
 
-def marks(text: str, root: Path) -> Iterator[Mark]:
-    """The marks of a page in order; ``root`` holds results/.
+def marks(text: str) -> Iterator[Mark]:
+    """The marks of a page, in order.
 
     Raises:
         CilError: A mark begins a line.
     """
-    folder = root / "results"
+    origin = ""
     for match in MARK.finditer(text):
-        if match["folder"]:
-            folder = root / "results" / match["folder"]
+        if match["origin"]:
+            origin = match["origin"]
             continue
         line = text.count("\n", 0, match.start()) + 1
         before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
         if BEGINS.fullmatch(before):
             raise CilError(f"line {line}: the mark '{match['expression']}' begins its line; put a word before it")
-        yield Mark(match, line, match["expression"], folder)
+        yield Mark(match, line, match["expression"], origin)
 
 
 def rendered(text: str, root: Path) -> str:
-    """The page with every marked number made anew.
+    """The page with every marked number made anew; ``root`` holds results/.
 
     Raises:
         CilError: A mark that cannot be read, or a file or key that is not there; with its line.
     """
     parts, end = [], 0
-    for mark in marks(text, root):
+    for mark in marks(text):
         try:
-            number = value(mark.expression, mark.folder, root)
+            number = value(mark.expression, mark.origin, root)
         except CilError as error:
             raise CilError(f"line {mark.line}: '{mark.expression}': {error}") from None
         comment = mark.match.start("number") if mark.match["number"] else mark.match.end()
@@ -94,19 +94,23 @@ def rendered(text: str, root: Path) -> str:
 def files(mark: Mark, root: Path) -> list[Path]:
     """The files that an expression reads."""
     _, terms, _ = parsed(mark.expression)
-    return [file for term in terms[::2] if len(term) == 2 for file in found(term[0], mark.folder, root)]
+    return [file for term in terms[::2] if not constant(term) for file in found(term[:-1], mark.origin, root)]
 
 
-def value(expression: str, folder: Path, root: Path) -> str:
+def value(expression: str, origin: str, root: Path) -> str:
     """An expression's number as it is printed: with a minus sign, and without one on zero."""
     reducer, terms, spec = parsed(expression)
-    result, runs = numbers(terms[0], folder, root)
+    result, runs = numbers(terms[0], origin, root)
     for [sign], term in zip(terms[1::2], terms[2::2], strict=True):
-        other, their = numbers(term, folder, root)
+        other, their = numbers(term, origin, root)
         if len(result) > 1 and len(other) > 1 and (len(result) != len(other) or runs != their):
             raise CilError(f"{' '.join(term)}: other runs than before ({len(other)} numbers against {len(result)})")
-        result, runs = OPERATORS[sign](result, other), runs if len(result) > 1 else their
-    text = format(float(REDUCERS[reducer](result)), spec).rstrip("%")
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused below
+            result, runs = OPERATORS[sign](result, other), runs if len(result) > 1 else their
+    one = float(REDUCERS[reducer](result))
+    if not np.isfinite(one):
+        raise CilError(f"comes to {one}")
+    text = format(one, spec).rstrip("%")
     if not text.strip("-0.,"):
         return text.lstrip("-")
     return text.replace("-", "−") if text.startswith("-") else text
@@ -131,44 +135,48 @@ def parsed(expression: str) -> tuple[str, list[list[str]], str]:
         else:
             terms[-1].append(word)
     for term in terms[::2]:
-        if len(term) != 2 and not (len(term) == 1 and re.fullmatch(NUMBER, term[0])):
-            raise CilError(f"a term is FILE KEY or a number, got '{' '.join(term)}'")
+        if len(term) not in (1, 2):
+            raise CilError(f"a term is a number, FILE KEY, or KEY alone, got '{' '.join(term)}'")
     return reducer, terms, spec
 
 
-def numbers(term: Sequence[str], folder: Path, root: Path) -> tuple[np.ndarray, list[str]]:
+def constant(term: Sequence[str]) -> bool:
+    return len(term) == 1 and bool(re.fullmatch(NUMBER, term[0]))
+
+
+def numbers(term: Sequence[str], origin: str, root: Path) -> tuple[np.ndarray, list[str]]:
     """A term's numbers, all in one row [N], and the names of the runs they come from."""
-    if len(term) == 1:
+    if constant(term):
         return np.array([float(term[0])]), []
-    all_files = found(term[0], folder, root)
-    rows = []
-    for file in all_files:
-        at = looked_up(content(file), term[1], str(file.relative_to(root)))
-        row = at if isinstance(at, list) else [at]
-        if not row or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in row):
-            raise CilError(f"{file.relative_to(root)}: {term[1]} is no number and no list of numbers")
-        rows += row
-    return np.array(rows, dtype=float), [file.parent.name for file in all_files]
+    inputs = found(term[:-1], origin, root)
+    row: list[Any] = []
+    for file in inputs:
+        at = looked_up(content(file), term[-1], str(file.relative_to(root)))
+        row += at if isinstance(at, list) else [at]
+    if not row or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in row):
+        raise CilError(f"{inputs[0].relative_to(root)}: {term[-1]!r} is no number and no list of numbers")
+    return np.array(row, dtype=float), [file.parent.name for file in inputs]
 
 
-def found(pattern: str, folder: Path, root: Path) -> list[Path]:
-    """The JSON files that FILE names: itself, or the metrics.json of its runs."""
-    every: list[Path] = []
-    for part in pattern.split(","):
-        matches = sorted(folder.glob(part)) or sorted((root / "results").glob(part))
-        here = [
-            file
-            for match in matches
-            for file in ([match] if match.is_file() else sorted([*match.glob("metrics.json"), *match.glob("*/metrics.json")]))
-        ]
+def found(names: Sequence[str], origin: str, root: Path) -> list[Path]:
+    """The JSON files that a FILE names, or ``origin`` if there is none: themselves, or the metrics.json of their runs.
+
+    Raises:
+        CilError: There is none.
+    """
+    results, every = root / "results", []
+    for name in names[0].split(",") if names else [origin]:
+        below = [str(Path(origin, name)), name] if names else [origin] if origin else []
+        matches: list[Path] = next(filter(None, (sorted(results.glob(pattern)) for pattern in below)), [])
+        here = [match for match in matches if match.suffix == ".json"]
+        for label in filter(Path.is_dir, matches):
+            here += sorted([*label.glob("metrics.json"), *label.glob("*/metrics.json")])
         if not here:
-            where = f"{folder.relative_to(root)} and " if folder != root / "results" else ""
-            raise CilError(f"no file and no run is called {part} below {where}results")
+            raise CilError(f"no JSON file and no run is results/{' or results/'.join(below) or ': name a FILE'}")
         every += here
     return every
 
 
-@lru_cache(maxsize=None)
 def content(file: Path) -> dict[str, Any]:
     """A JSON file; of a run, with its summary's names and those of the matrices at the top."""
     try:
@@ -194,8 +202,9 @@ def looked_up(at: Any, key: str, file: str) -> Any:
                 raise CilError(f"{file}: no key {part!r} in {key!r}{nearest(part, at)}")
             at = at[part]
         elif isinstance(at, list) and re.fullmatch(r"-?\d+|-?\d*:-?\d*", part):
+            ends = [int(end) if end else None for end in part.split(":")]
             try:
-                at = at[slice(*[int(end) if end else None for end in part.split(":")])] if ":" in part else at[int(part)]
+                at = at[slice(*ends)] if ":" in part else at[int(part)]
             except IndexError:
                 raise CilError(f"{file}: no index {part} in {key!r}, the list has {len(at)}") from None
         else:
