@@ -5,7 +5,7 @@ The mark is a comment, so a reader sees the number alone; ``scripts/tables.py`` 
     <!-- from reference/split_tiny_imagenet100_50 -->        where the files of the marks below it are looked for first
     <!-- = ease within_task_accuracy -->67.9 %               a key of the summary
     <!-- = ease R.-1.0 -->22.4 %                             R[-1, 0] of the README; R.-1.1: are the other tasks
-    <!-- = ewc accuracy_last - ncm accuracy_last -->4.5      points; run by run where both have several, then the mean
+    <!-- = ewc accuracy_last - lwf accuracy_last -->2.7      points; run by run where both have several, then the mean
     <!-- = min l2p,lae_* task_id_accuracy -->28.8 %          the smallest of several runs
     <!-- = ewc kept_bytes / 1e6 .0f -->230 MB                from left to right, no brackets
     <!-- = bench/merge.json weights / 1e6 .1f -->85.8        any other JSON file, by a dotted path
