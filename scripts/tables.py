@@ -5,7 +5,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
 ``differences`` (with FOLDER:BASELINE,…) for what runs gain over others on the same class orders and what they take,
 ``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
 bench.py and bench_growth.py measured, ``stages`` (with a folder) for what runs took at an early and at the last stage,
-and ``steps`` for what follow_tutorial.py took.
+and ``steps`` for what follow_tutorial.py took. Numbers in prose have marks of their own: values.py.
 """
 
 from __future__ import annotations
@@ -19,21 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import stage_costs
+import values
 
 from cil import report, results
+from cil.errors import CilError
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(
-    ROOT / page
-    for page in (
-        "README.md",
-        "results/README.md",
-        "docs/merging.md",
-        "docs/tried.md",
-        "docs/your_own_learner.md",
-        "docs/speed.md",
-    )
-)
+PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
 TREATMENTS = ("lda stale", "lda translate", "lda linear", "lda oracle", "lda linear + anchor", "lda oracle + anchor")
 MARK = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -148,7 +140,7 @@ def growth(file: Path) -> str:
 
 
 def render(page: Path) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables and its marked numbers made anew."""
     kinds = {
         "table": markdown,
         "differences": differences,
@@ -158,17 +150,25 @@ def render(page: Path) -> str:
         "stages": stage_costs.table,
         "steps": steps,
     }
-    return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
+    try:
+        tables = MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
+        return values.rendered(tables, ROOT)
+    except CilError as error:
+        raise CilError(f"{page.relative_to(ROOT)}: {error}") from None
 
 
 def main() -> int:
-    stale = [page for page in PAGES if render(page) != page.read_text(encoding="utf-8")]
+    try:
+        stale = {page: new for page in PAGES if (new := render(page)) != page.read_text(encoding="utf-8")}
+    except CilError as error:
+        print(error)
+        return 2
     if "--check" in sys.argv:
         for page in stale:
-            print(f"{page.relative_to(ROOT)}: its tables are not what results/ says; run scripts/tables.py")
+            print(f"{page.relative_to(ROOT)}: its numbers are not what results/ says; run scripts/tables.py")
         return 1 if stale else 0
-    for page in stale:
-        page.write_text(render(page), encoding="utf-8")
+    for page, new in stale.items():
+        page.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -1,0 +1,212 @@
+"""Numbers in prose, each read from a file below results/: ``<!-- = EXPRESSION -->`` before the number it stands for.
+
+The mark is a comment, so a reader sees the number alone; ``scripts/tables.py`` writes it, ``--check`` compares it.
+
+    <!-- from reference/split_tiny_imagenet100_50 -->        where the files of the marks below it are looked for first
+    <!-- = ease within_task_accuracy -->67.9 %               a key of the summary
+    <!-- = ease R.-1.0 -->22.4 %                             R[-1, 0] of the README; R.-1.1: are the other tasks
+    <!-- = ewc accuracy_last - lwf accuracy_last -->2.7      points; run by run where both have several, then the mean
+    <!-- = min l2p,lae_* task_id_accuracy -->28.8 %          the smallest of several runs
+    <!-- = ewc kept_bytes / 1e6 .0f -->230 MB                from left to right, no brackets
+    <!-- = bench/merge.json weights / 1e6 .1f -->85.8        any other JSON file, by a dotted path
+    <!-- from bench/merge.json -->                           a file at once: the marks below it need only say KEY
+
+An expression is ``[REDUCER] TERM [+|-|*|/ TERM …] [FORMAT]``; a TERM is a number, FILE and KEY, or KEY alone.
+
+- FILE, below what the last ``from`` names or below results/: a JSON file, a run's folder or a label's folder with its
+  runs; ``*`` and commas name several.
+- KEY: a name of the summary, ``R``, ``R_task``, or a path of names, list indices and slices joined by dots.
+- Several numbers (runs, files, a list) become one by REDUCER: mean unless said, or min, max, median, sum.
+- FORMAT is Python's, ``.1%`` unless said: times 100, one decimal; the sign % stays outside the mark.
+
+Words with spaces stand in quotes. A mark may not begin a line or a list item: what follows would be taken for HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cil.errors import CilError, nearest
+
+NUMBER = r"[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+−-]?\d+)?"
+MARK = re.compile(rf"<!--\s*(?:from\s+(?P<origin>\S+)\s*-->|=\s*(?P<expression>.*?)\s*-->(?P<number>{NUMBER})?)", re.S)
+BEGINS = re.compile(r"\s*(?:[-*+>]\s+|\d+\.\s+)*")
+"""What may stand on a line before its first word."""
+FORMAT = re.compile(r",?\.\d+[f%e]")
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+REDUCERS = {"mean": np.mean, "min": np.min, "max": np.max, "median": np.median, "sum": np.sum}
+ALIASES = {"R": "accuracy_matrix", "R_task": "accuracy_matrix_within_task"}
+
+
+class Mark(NamedTuple):
+    """A value's mark in a page: where it is, what it says, and what the last ``from`` before it names."""
+
+    match: re.Match[str]
+    line: int
+    expression: str
+    origin: str
+
+
+def marks(text: str) -> Iterator[Mark]:
+    """The marks of a page, in order.
+
+    Raises:
+        CilError: A mark begins a line.
+    """
+    origin = ""
+    for match in MARK.finditer(text):
+        if match["origin"]:
+            origin = match["origin"]
+            continue
+        line = text.count("\n", 0, match.start()) + 1
+        before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+        if BEGINS.fullmatch(before):
+            raise CilError(f"line {line}: the mark '{match['expression']}' begins its line; put a word before it")
+        yield Mark(match, line, match["expression"], origin)
+
+
+def rendered(text: str, root: Path) -> str:
+    """The page with every marked number made anew; ``root`` holds results/.
+
+    Raises:
+        CilError: A mark that cannot be read, or a file or key that is not there; with its line.
+    """
+    parts, end = [], 0
+    for mark in marks(text):
+        try:
+            number = value(mark.expression, mark.origin, root)
+        except CilError as error:
+            raise CilError(f"line {mark.line}: '{mark.expression}': {error}") from None
+        comment = mark.match.start("number") if mark.match["number"] else mark.match.end()
+        parts += [text[end:comment], number]
+        end = mark.match.end()
+    return "".join(parts) + text[end:]
+
+
+def files(mark: Mark, root: Path) -> list[Path]:
+    """The files that an expression reads."""
+    _, terms, _ = parsed(mark.expression)
+    return [file for term in terms[::2] if not constant(term) for file in found(term[:-1], mark.origin, root)]
+
+
+def value(expression: str, origin: str, root: Path) -> str:
+    """An expression's number as it is printed: with a minus sign, and without one on zero."""
+    reducer, terms, spec = parsed(expression)
+    result, runs = numbers(terms[0], origin, root)
+    for [sign], term in zip(terms[1::2], terms[2::2], strict=True):
+        other, their = numbers(term, origin, root)
+        if len(result) > 1 and len(other) > 1 and (len(result) != len(other) or runs != their):
+            raise CilError(f"{' '.join(term)}: other runs than before ({len(other)} numbers against {len(result)})")
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused below
+            result, runs = OPERATORS[sign](result, other), runs if len(result) > 1 else their
+    one = float(REDUCERS[reducer](result))
+    if not np.isfinite(one):
+        raise CilError(f"comes to {one}")
+    text = format(one, spec).rstrip("%")
+    if not text.strip("-0.,"):
+        return text.lstrip("-")
+    return text.replace("-", "−") if text.startswith("-") else text
+
+
+def parsed(expression: str) -> tuple[str, list[list[str]], str]:
+    """(reducer, terms and operators in turn as lists of words, format).
+
+    Raises:
+        CilError: The words do not make an expression.
+    """
+    try:
+        words = shlex.split(expression)
+    except ValueError as error:
+        raise CilError(f"{error}") from None
+    reducer = words.pop(0) if words and words[0] in REDUCERS else "mean"
+    spec = words.pop() if words and FORMAT.fullmatch(words[-1]) else ".1%"
+    terms: list[list[str]] = [[]]
+    for word in words:
+        if word in OPERATORS:
+            terms += [[word], []]
+        else:
+            terms[-1].append(word)
+    for term in terms[::2]:
+        if len(term) not in (1, 2):
+            raise CilError(f"a term is a number, FILE KEY, or KEY alone, got '{' '.join(term)}'")
+    return reducer, terms, spec
+
+
+def constant(term: Sequence[str]) -> bool:
+    return len(term) == 1 and bool(re.fullmatch(NUMBER, term[0]))
+
+
+def numbers(term: Sequence[str], origin: str, root: Path) -> tuple[np.ndarray, list[str]]:
+    """A term's numbers, all in one row [N], and the names of the runs they come from."""
+    if constant(term):
+        return np.array([float(term[0])]), []
+    inputs = found(term[:-1], origin, root)
+    row: list[Any] = []
+    for file in inputs:
+        at = looked_up(content(file), term[-1], str(file.relative_to(root)))
+        row += at if isinstance(at, list) else [at]
+    if not row or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in row):
+        raise CilError(f"{inputs[0].relative_to(root)}: {term[-1]!r} is no number and no list of numbers")
+    return np.array(row, dtype=float), [file.parent.name for file in inputs]
+
+
+def found(names: Sequence[str], origin: str, root: Path) -> list[Path]:
+    """The JSON files that a FILE names, or ``origin`` if there is none: themselves, or the metrics.json of their runs.
+
+    Raises:
+        CilError: There is none.
+    """
+    results, every = root / "results", []
+    for name in names[0].split(",") if names else [origin]:
+        below = [str(Path(origin, name)), name] if names else [origin] if origin else []
+        matches: list[Path] = next(filter(None, (sorted(results.glob(pattern)) for pattern in below)), [])
+        here = [match for match in matches if match.suffix == ".json"]
+        for label in filter(Path.is_dir, matches):
+            here += sorted([*label.glob("metrics.json"), *label.glob("*/metrics.json")])
+        if not here:
+            raise CilError(f"no JSON file and no run is results/{' or results/'.join(below) or ': name a FILE'}")
+        every += here
+    return every
+
+
+def content(file: Path) -> dict[str, Any]:
+    """A JSON file; of a run, with its summary's names and those of the matrices at the top."""
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CilError(f"{file}: damaged ({error})") from None
+    if file.name != "metrics.json":
+        return read
+    if not read.get("complete"):
+        raise CilError(f"{file}: the run is not finished")
+    return {**read, **read["summary"], **{short: read[name] for short, name in ALIASES.items()}}
+
+
+def looked_up(at: Any, key: str, file: str) -> Any:
+    """What a dotted path leads to.
+
+    Raises:
+        CilError: It leads nowhere; with the nearest name.
+    """
+    for part in key.split("."):
+        if isinstance(at, dict):
+            if part not in at:
+                raise CilError(f"{file}: no key {part!r} in {key!r}{nearest(part, at)}")
+            at = at[part]
+        elif isinstance(at, list) and re.fullmatch(r"-?\d+|-?\d*:-?\d*", part):
+            ends = [int(end) if end else None for end in part.split(":")]
+            try:
+                at = at[slice(*ends)] if ":" in part else at[int(part)]
+            except IndexError:
+                raise CilError(f"{file}: no index {part} in {key!r}, the list has {len(at)}") from None
+        else:
+            raise CilError(f"{file}: {key!r} has nothing to look {part!r} up in")
+    return at
