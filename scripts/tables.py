@@ -3,7 +3,8 @@
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
 ``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
-bench.py and bench_growth.py measured, and ``steps`` for what follow_tutorial.py took.
+bench.py and bench_growth.py measured, ``steps`` for what follow_tutorial.py took, and ``published`` (with
+results/published.json/DATASET) for others' numbers beside ours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from published import published
 
 from cil import report, results
 
@@ -29,6 +31,7 @@ PAGES = tuple(
         "docs/tried.md",
         "docs/your_own_learner.md",
         "docs/speed.md",
+        "docs/published.md",
     )
 )
 COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
@@ -118,7 +121,8 @@ def growth(file: Path) -> str:
 
 def render(page: Path) -> str:
     """The page with its tables made anew."""
-    kinds = {"table": markdown, "ablation": ablation, "throughput": throughput, "growth": growth, "steps": steps}
+    kinds = {"table": markdown, "ablation": ablation, "throughput": throughput, "growth": growth}
+    kinds |= {"steps": steps, "published": published}
     return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
 
 
