@@ -8,6 +8,7 @@ checkpoint and increment, and are never typed.
 from __future__ import annotations
 
 import json
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def ours(row: dict[str, Any], reference: Path) -> str:
     """A_avg / A_last of the finished runs of a row below ``reference``, mean ± standard deviation if of several."""
     if not any(reference.glob(f"{row['dataset']}_*")):
         return NOT_RUN  # names of these runs start with the dataset's; reading its configuration is spared
-    config = load(row["config"], row["overrides"])
+    config = configuration(row["config"], tuple(row["overrides"]))
     try:
         runs = results.find([reference / config.name / row["learner"]])
     except RunError:  # no such folder, or nothing finished in it
@@ -43,6 +44,11 @@ def ours(row: dict[str, Any], reference: Path) -> str:
         values = 100 * np.array([run["summary"][key] for run in runs])
         cells.append(f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""))
     return " / ".join(cells) + (f" ({len(runs)} runs)" if len(runs) > 1 else "")
+
+
+@cache
+def configuration(name: str, overrides: tuple[str, ...]) -> Config:
+    return load(name, overrides)
 
 
 def fits(row: dict[str, Any], config: Config, run: dict[str, Any]) -> bool:

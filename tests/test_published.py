@@ -28,7 +28,7 @@ def named(row: dict) -> str:
 
 @pytest.fixture(scope="module")
 def configs() -> dict[str, Config]:
-    return {named(row): load(row["config"], row["overrides"]) for row in ROWS}
+    return {named(row): published.configuration(row["config"], tuple(row["overrides"])) for row in ROWS}
 
 
 def test_every_row_is_of_its_configuration(configs):
