@@ -5,7 +5,8 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
 ``differences`` (with FOLDER:BASELINE,…) for what runs gain over others on the same class orders and what they take,
 ``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
 bench.py and bench_growth.py measured, ``stages`` (with a folder) for what runs took at an early and at the last stage,
-and ``steps`` for what follow_tutorial.py took. Numbers in prose have marks of their own: values.py.
+``steps`` for what follow_tutorial.py took, and ``published`` (with results/published.json/DATASET) for others' numbers
+beside ours. Numbers in prose have marks of their own: values.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import stage_costs
 import values
+from published import published
 
 from cil import report, results
 from cil.errors import CilError
@@ -149,6 +151,7 @@ def render(page: Path) -> str:
         "growth": growth,
         "stages": stage_costs.table,
         "steps": steps,
+        "published": published,
     }
     try:
         tables = MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))

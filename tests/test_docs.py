@@ -72,6 +72,7 @@ ELSEWHERE = {
     r"^(\.venv/bin/)?python -m pytest -q -n 2 --dist loadfile$": (".ci/run", "README.md holds no test line"),
     r"^\. \.venv/bin/activate$": (".ci/run", ".venv/bin/cil"),
     r"^(\.venv/bin/)?cil tensorboard ": ("tests/test_board.py", "def test_it_serves_and_stops"),
+    r"^cil prepare-data ": ("tests/test_prepare.py", 'app, ["prepare-data"'),
     r"^accelerate launch ": ("tests/test_processes.py", "accelerate.commands.launch"),
 }
 """Pattern → the file that executes such a command, and a text in it."""

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from cil.cli import benchmark, cache, learners, models, sweep
+from cil.cli import benchmark, cache, data, learners, models, sweep
 from cil.errors import CilError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(sweep.sweep)
 app.command()(sweep.tune)
 app.command()(benchmark.compare)
 app.command()(benchmark.tensorboard)
+app.command()(data.prepare_data)
 app.command("list")(learners.list_)
 app.command()(learners.check_learner)
 app.command()(learners.new_learner)

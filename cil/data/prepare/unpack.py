@@ -1,0 +1,83 @@
+"""Archives to folders, whole or not at all, and nothing outside of them."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from cil.errors import DataError
+
+DAMAGED = (tarfile.ReadError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+
+
+def unpacked(archive: Path, place: Path) -> Path:
+    """The content of a tar (compressed or not) or zip below ``place``, which appears in one step.
+
+    What an earlier call left there whole is taken as it is, if it was of the same file in the same state.
+
+    Raises:
+        DataError: No such file, no archive, a damaged or an encrypted one, or one with names that lead outside.
+    """
+    fact = archive.stat()
+    state = place / f".of-{archive.name}-{fact.st_size}-{fact.st_mtime_ns}"
+    if state.exists():
+        return place
+    half = place.with_name(f"{place.name}.half")
+    for old in (half, place):
+        shutil.rmtree(old, ignore_errors=True)
+    half.mkdir(parents=True)
+    try:
+        if zipfile.is_zipfile(archive):
+            _unzip(archive, half)
+        elif tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                tar.extractall(half, filter="data")
+        else:
+            raise DataError(f"{archive}: neither a tar nor a zip file; give the download as it came, or its folder")
+    except tarfile.FilterError as error:
+        raise DataError(f"{archive}: refused, a member would leave the folder ({error})") from None
+    except DAMAGED as error:
+        raise DataError(f"{archive}: damaged or incomplete ({error}); download it again") from None
+    (half / state.name).touch()
+    half.rename(place)
+    return place
+
+
+def _unzip(archive: Path, place: Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            path = PurePosixPath(member.filename.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts:
+                raise DataError(f"{archive}: refused, member {member.filename!r} would leave the folder")
+            if member.flag_bits & 1:
+                raise DataError(
+                    f"{archive}: encrypted; unpack it with the password its authors give, then give that folder"
+                )
+        file.extractall(place)
+
+
+def md5(path: Path) -> str:
+    """The md5 sum as hex digits, which is what the re-splits' authors published."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def below(root: Path, wanted: Iterable[str], depth: int = 2) -> Path | None:
+    """The first folder, ``root`` or at most ``depth`` levels under it, that holds all ``wanted`` names."""
+    names = tuple(wanted)
+    level = [root]
+    for _ in range(depth + 1):
+        for folder in level:
+            if all((folder / name).exists() for name in names):
+                return folder
+        level = [child for folder in level for child in sorted(folder.iterdir()) if child.is_dir()]
+    return None
