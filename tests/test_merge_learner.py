@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from cil.classifiers import LDA
 from cil.classifiers.drift import ridge_map, translation
 from cil.errors import BackboneError
-from cil.learners.merge import Merge, task_vector
+from cil.learners.merge import Merge
 from cil.learners.merge_lca import MergeLCA
 from cil.learners.merge_oracle import MergeOracle
 from cil.testing import Case, parametrize_learner
@@ -41,7 +41,7 @@ class Followed(Merge):
         object.__setattr__(self, "vectors", [])
 
     def add(self, tuner, head, task, ctx):
-        self.vectors.append({k: v.clone() for k, v in task_vector(tuner, self.backbone).items()})
+        self.vectors.append({k: v.clone() for k, v in self.update(tuner).items()})
         super().add(tuner, head, task, ctx)
 
 
@@ -151,7 +151,7 @@ def test_statistics_are_those_of_the_finetuned_model():
     learner = Case(Merge, {**QUICK, "rule": "regmean", "tuner": "full"}).learner()  # LoRA would run a tree of its own
     task, ctx = stream(learner.backbone).tasks[0], context()
     tuner, head = learner.train_task(task, ctx)
-    update = task_vector(tuner, learner.backbone)
+    update = learner.update(tuner)
     images = torch.cat([x for x, _ in task.train.batches(100)])
     found = learner.measure(update, head, task, ctx).grams["blocks.1.attn.qkv.weight"]
     vit = learner.backbone.model
