@@ -55,7 +55,7 @@ class Mergeable(ABC):
     def given(self, theta: Mapping[str, Tensor]) -> Tuner:
         """What sees through θ. It never trains."""
 
-    def draw(self, generator: torch.Generator) -> None:
+    def draw(self, generator: torch.Generator) -> None:  # noqa: B027  # pre-trained weights are not drawn
         """Draw what of θ_0 is random, before the first task."""
 
 
@@ -78,7 +78,7 @@ class Weights(Mergeable):
             backbone = Backbone(tree, backbone.name, backbone.data_config)
         tuner = build_tuner(self.config, backbone)
         tuner.reset(generator)
-        return tuner
+        return tuner if theta is self.initial or tuner.weights() else OnOtherWeights(tuner, backbone.model)
 
     def update(self, tuner: Tuner, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         delta: Any = getattr(tuner, "delta", None)
@@ -88,6 +88,23 @@ class Weights(Mergeable):
 
     def given(self, theta: Mapping[str, Tensor]) -> Tuner:
         return GivenWeights({name: theta[name] for name in self.names})
+
+
+class OnOtherWeights(Tuner):
+    """A tuner that runs the module tree it was built on, not the backbone's; its ΔW comes on top of these weights."""
+
+    rides_blocks = False
+
+    def __init__(self, tuner: Tuner, tree: nn.Module) -> None:
+        super().__init__()
+        self.tuner, self._tree = tuner, (tree,)  # a tuple, or the weights would become part of this module
+
+    def model(self, model: nn.Module) -> nn.Module:
+        return self.tuner.model(*self._tree)
+
+    def delta(self) -> Mapping[str, Tensor]:
+        tuner: Any = self.tuner
+        return tuner.delta()
 
 
 class Parameters(Mergeable, nn.Module):
