@@ -2,8 +2,9 @@
 """Write the tables of README.md, results/README.md and docs/ from the results they name; --check only compares.
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
-``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``matrix`` for runs of combinations, ``throughput``
-or ``growth`` (with a file) for what bench.py and bench_growth.py measured, and ``steps`` for what follow_tutorial.py took.
+``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``matrix`` (with FOLDER) for runs of combinations,
+``throughput`` or ``growth`` (with a file) for what bench.py and bench_growth.py measured, and ``steps`` for what
+follow_tutorial.py took.
 """
 
 from __future__ import annotations
