@@ -35,7 +35,7 @@ from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
 from cil.features import FeatureCache, View
 from cil.learner import Context
-from cil.learners.merge import Merge, task_vector
+from cil.learners.merge import Merge
 from cil.learners.merge_oracle import MergeOracle
 from cil.merging.statistics import Statistics
 from cil.runner import make_stream
@@ -94,7 +94,7 @@ class Order:
             ctx = Context(accelerator, self.cache, stage=task.index)
             trainer.begin(task, ctx)
             tuner, head = trainer.train_task(task, ctx)
-            self.updates.append(task_vector(tuner, backbone))
+            self.updates.append(trainer.update(tuner))
             self.statistics.append(trainer.measure(self.updates[-1], head, task, ctx))
 
     def learner(self, cls: type[Merge] = Merge, **settings: Any) -> Merge:

@@ -3,10 +3,10 @@
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
 ``differences`` (with FOLDER:BASELINE,…) for what runs gain over others on the same class orders and what they take,
-``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
-bench.py and bench_growth.py measured, ``stages`` (with a folder) for what runs took at an early and at the last stage,
-``steps`` for what follow_tutorial.py took, and ``published`` (with results/published.json/DATASET) for others' numbers
-beside ours. Numbers in prose have marks of their own: values.py.
+``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``matrix`` (with FOLDER) for runs of combinations,
+``throughput`` or ``growth`` (with a file) for what bench.py and bench_growth.py measured, ``stages`` (with a folder) for
+what runs took at an early and at the last stage, ``steps`` for what follow_tutorial.py took, and ``published`` (with
+results/published.json/DATASET) for others' numbers beside ours. Numbers in prose have marks of their own: values.py.
 """
 
 from __future__ import annotations
@@ -102,6 +102,26 @@ def steps(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def matrix(folder: Path) -> str:
+    """A_last of runs labelled <tuner>_<consolidation>_<classifier>, the classifiers side by side, the best rows first.
+
+    A cell whose runs are not finished is left open.
+    """
+    accuracy = report.NAMED["accuracy_last"]
+    lines: dict[tuple[str, str], dict[str, report.Row]] = {}
+    for row in report.rows(results.find([folder])):
+        tuner, consolidation, classifier = row.learner.rsplit("_", 2)
+        lines.setdefault((tuner, consolidation), {})[classifier] = row
+    done = {line: {c: row for c, row in cells.items() if row.finished} for line, cells in lines.items()}
+    best = {line: max((accuracy.mean(row) or 0 for row in cells.values()), default=0) for line, cells in done.items()}
+    classifiers = sorted({classifier for cells in lines.values() for classifier in cells})
+    table = [f"| tuner | consolidation | {' | '.join(classifiers)} |", "|" + "---|" * (len(classifiers) + 2)]
+    for line in sorted(lines, key=lambda line: -best[line]):
+        cells = (accuracy.cell(done[line][c]) if c in done[line] else "" for c in classifiers)
+        table.append(f"| {' | '.join((*line, *cells))} |")
+    return "\n".join(table) + "\n"
+
+
 def throughput(file: Path) -> str:
     """What bench.py measured: our throughput as a share of the bare one, median and range over the pairs."""
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -147,6 +167,7 @@ def render(page: Path) -> str:
         "table": markdown,
         "differences": differences,
         "ablation": ablation,
+        "matrix": matrix,
         "throughput": throughput,
         "growth": growth,
         "stages": stage_costs.table,

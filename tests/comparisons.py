@@ -79,6 +79,7 @@ def rows(correct: list[list[int]], seconds: float = 60.0, parameters: int = 0) -
                 "seconds_test": seconds / 2,
                 "trainable_parameters": parameters,
             },
+            "unchanged_since": [0],
             "log": [],
             "histograms": {},
         }

@@ -150,6 +150,11 @@ def test_tuners_as_programs(tuner, make_run, tmp_path):
     check_same(run, export(run, tmp_path / "p", "torch.export"))
 
 
+def test_merged_parameters_as_a_program(make_run, tmp_path):
+    run = make_run("merge", {"epochs": 1, "tuner": {"name": "adapter", "bottleneck": 2}, "rule": "average"})
+    check_same(run, export(run, tmp_path / "p", "torch.export"))
+
+
 # --- what is in it ---------------------------------------------------------------------------------------------------
 
 

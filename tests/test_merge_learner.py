@@ -6,17 +6,21 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cil.classifiers import LDA
+from cil.classifiers import LDA, CosineHead
 from cil.classifiers.drift import ridge_map, translation
-from cil.errors import BackboneError
-from cil.learners.merge import Merge, task_vector
+from cil.errors import BackboneError, ConfigError
+from cil.learners.merge import Merge
 from cil.learners.merge_lca import MergeLCA
 from cil.learners.merge_oracle import MergeOracle
+from cil.learners.mergeable import Parameters, mergeable
 from cil.testing import Case, parametrize_learner
 from cil.testing.setting import backbone, context, probe_images, stream
+from cil.training import Group, fit, local_cross_entropy
 from cil.tuning import GivenWeights, build_tuner
 
 LORA = {"name": "lora", "rank": 4, "targets": ["qkv", "fc1"]}
+ADAPTER = {"name": "adapter", "bottleneck": 4}
+NEWEST = {"name": "ema", "alpha": 1.0}
 QUICK = {"tuner": LORA, "epochs": 3, "lr": 0.01}
 
 
@@ -25,6 +29,8 @@ QUICK = {"tuner": LORA, "epochs": 3, "lr": 0.01}
         ("merge", QUICK),
         ("merge", {"tuner": "full", "rule": "regmean", "head": "ridge", "prototypes": "translate", "lr": 0.003}),
         ("merge", {**QUICK, "rule": "ties", "head": "concat", "prototypes": "stale", "anchor": False}),
+        ("merge", {**QUICK, "tuner": ADAPTER, "rule": "ema", "start": "merged", "head": "ncm", "anchor": False}),
+        ("merge", {**QUICK, "trained": "first", "head": "ridge", "projection": 40, "prototypes": "stale"}),
         ("merge_lca", {**QUICK, "alignment_epochs": 2, "samples": 16, "prototypes": "linear"}),
         ("merge_oracle", {**QUICK, "rule": "average", "head": "ncm"}),
     ]
@@ -41,23 +47,25 @@ class Followed(Merge):
         object.__setattr__(self, "vectors", [])
 
     def add(self, tuner, head, task, ctx):
-        self.vectors.append({k: v.clone() for k, v in task_vector(tuner, self.backbone).items()})
+        self.vectors.append({k: v.clone() for k, v in self.update(tuner).items()})
         super().add(tuner, head, task, ctx)
 
 
 def merged_update(learner) -> dict[str, torch.Tensor]:
-    frozen = dict(learner.backbone.model.named_parameters())
-    return {k: v - frozen[k] for k, v in learner.rule.merged().items() if k in learner.vectors[0]}
+    start = learner.models.initial
+    return {k: v - start[k] for k, v in learner.rule.merged().items() if k in learner.vectors[0]}
 
 
-@pytest.mark.parametrize("tuner", [LORA, "full", "bitfit", {"name": "lora_kv", "rank": 2}], ids=str)
-def test_every_task_starts_from_the_pretrained_weights(tuner):
+@pytest.mark.parametrize("tuner", [LORA, "full", "bitfit", {"name": "lora_kv", "rank": 2}, ADAPTER, "prefix"], ids=str)
+def test_every_task_starts_from_the_same_point(tuner):
     """A task's update is the same whether other tasks were merged before or not."""
     learner = Case(Followed, {**QUICK, "tuner": tuner, "rule": "average"}).run().learner
     fresh = Case(Followed, {**QUICK, "tuner": tuner, "rule": "average"}).learner()
     task = stream(fresh.backbone).tasks[2]
     ctx = context(2)
     fresh.begin(task, ctx)
+    if isinstance(learner.models, Parameters):  # drawn before the first task
+        fresh.models.load_state_dict(learner.models.state_dict())
     fresh.train()
     fresh.learn(task, ctx)
     for name, value in fresh.vectors[0].items():
@@ -151,7 +159,7 @@ def test_statistics_are_those_of_the_finetuned_model():
     learner = Case(Merge, {**QUICK, "rule": "regmean", "tuner": "full"}).learner()  # LoRA would run a tree of its own
     task, ctx = stream(learner.backbone).tasks[0], context()
     tuner, head = learner.train_task(task, ctx)
-    update = task_vector(tuner, learner.backbone)
+    update = learner.update(tuner)
     images = torch.cat([x for x, _ in task.train.batches(100)])
     found = learner.measure(update, head, task, ctx).grams["blocks.1.attn.qkv.weight"]
     vit = learner.backbone.model
@@ -164,13 +172,115 @@ def test_statistics_are_those_of_the_finetuned_model():
     torch.testing.assert_close(found.squeeze(0), x.T @ x / len(x), atol=1e-5, rtol=1e-4)
 
 
+# --- where tasks start, and which
+
+
+def by_hand(tuner: str | dict, tasks: int) -> torch.nn.Module:
+    """One tuner that is trained on task after task, without any merging."""
+    config, vit = Case(Merge, {**QUICK, "tuner": tuner}).config, backbone()
+    trained = build_tuner(config.tuner, vit)
+    for task in stream(vit).tasks[:tasks]:
+        ctx = context(task.index)
+        if task.index == 0:
+            trained.reset(ctx.generator)
+        head = CosineHead(vit.feature_dim, config.sigma)
+        head.grow(len(task.classes), ctx.generator)
+        loss = local_cross_entropy(lambda x, head=head: head(vit(x, trained)), config, task.classes[0])
+        groups = [Group(trained.parameters()), Group(head.parameters(), lr=config.head_lr)]
+        fit(loss, groups, task.train, config, ctx)
+    return trained.eval()
+
+
+@pytest.mark.parametrize("tuner", [ADAPTER, "full"], ids=str)
+def test_keeping_the_newest_and_going_on_from_it_is_sequential_training(tuner):
+    learner = Case(Merge, {**QUICK, "tuner": tuner, "rule": NEWEST, "start": "merged"}).run().learner
+    trained, images = by_hand(tuner, 3), probe_images()
+    with torch.no_grad():
+        expected = learner.backbone(images, trained)
+        torch.testing.assert_close(learner.merged(images), expected, atol=1e-4, rtol=1e-3)
+        assert float((expected - seen_at_the_start(learner, images)).abs().max()) > 0.1  # it went somewhere
+
+
+def seen_at_the_start(learner, images):
+    return learner.backbone(images, learner.models.given(learner.models.initial))
+
+
+@pytest.mark.parametrize(
+    "tuner", [LORA, {"name": "lora_kv", "rank": 2}, "ssf", "bitfit", ADAPTER, "prefix", "vpt_deep"], ids=str
+)
+def test_a_task_starts_where_merging_has_come_to(tuner):
+    """What sees through θ^(t) sees what the trained tuner sees if nothing of it is averaged away."""
+    learner = Case(Followed, {**QUICK, "tuner": tuner, "rule": NEWEST, "start": "merged", "epochs": 1}).learner()
+    images = probe_images()
+    for task in stream(learner.backbone).tasks[::2]:  # the one between has one class, and nothing to learn
+        ctx = context(task.index)
+        learner.begin(task, ctx)
+        with torch.no_grad():
+            before = learner.merged(images)
+            start = learner.backbone(
+                images, learner.models.tuner(learner.start(), context(task.index).generator).eval()
+            )
+        if tuner != "ssf":  # which starts near where the weights are, on purpose
+            torch.testing.assert_close(start, before, atol=1e-4, rtol=1e-3)
+        trained, head = learner.train_task(task, ctx)
+        learner.add(trained, head, task, ctx)
+        with torch.no_grad():
+            after = learner.merged(images)
+            torch.testing.assert_close(after, learner.backbone(images, trained.eval()), atol=1e-4, rtol=1e-3)
+        assert float((after - before).abs().max()) > 1e-3
+    first, second = learner.vectors
+    if tuner is LORA:  # the second task's own part is of its rank, beside the first's
+        for name in first:
+            assert torch.linalg.matrix_rank(second[name] - first[name], rtol=1e-4) <= 4
+
+
+def test_what_adapters_start_from_is_drawn_with_the_training_seed():
+    drawn = [Case(Merge, {**QUICK, "tuner": ADAPTER}).run(seed=s, stop_after=1).learner.models.drawn for s in (0, 1)]
+    one, two = (tuner.adapters[0].down.weight for tuner in drawn)
+    assert not torch.equal(one, two) and not drawn[0].adapters[0].up.weight.any()
+
+
+def test_the_first_task_alone():
+    """Later tasks are one pass an image; and as nothing moves, statistics are what an oracle has."""
+    settings = {**QUICK, "trained": "first", "anchor": False}
+    one, all_ = (Case(Merge, settings).run(stop_after=n) for n in (1, 3))
+    images = probe_images()
+    with torch.no_grad():
+        assert torch.equal(one.learner.features(images), all_.learner.features(images))
+    assert [row["costs"]["train_passes"] / row["costs"]["train_images"] for row in all_.rows] == [4, 1, 1]
+    oracle = Case(MergeOracle, settings).run().learner
+    torch.testing.assert_close(all_.learner.classifier.sums, oracle.classifier.sums)
+    torch.testing.assert_close(all_.learner.classifier.outer, oracle.classifier.outer)
+
+
+def test_ridge_on_random_features_of_the_merged_backbone():
+    settings = {**QUICK, "trained": "first", "head": "ridge", "projection": 40, "prototypes": "stale", "anchor": False}
+    learner = Case(Merge, settings).run().learner
+    projection = learner.classifier.projection
+    assert projection.shape == (48, 40) and not torch.equal(
+        projection, Case(Merge, settings).run(seed=1, stop_after=1).learner.classifier.projection
+    )
+    with torch.no_grad():
+        seen = torch.cat([learner.features(x) for t in stream(learner.backbone).tasks for x, _ in t.train.batches(100)])
+        hidden = (seen.double() @ projection.double()).relu()
+    torch.testing.assert_close(learner.classifier.gram, hidden.T @ hidden, atol=1e-3, rtol=1e-4)
+
+
 # --- errors
 
 
-@pytest.mark.parametrize("tuner", ["adapter", "vpt_deep", "prefix"])
-def test_tuners_that_add_to_the_network_cannot_be_merged(tuner):
-    with pytest.raises(BackboneError, match="does not come to an update of the weights; use lora"):
-        Merge(Merge.Config(tuner=tuner), backbone())
+@pytest.mark.parametrize("rule", ["opcm", "iso_c", "nufilt", "regmean"])
+@pytest.mark.parametrize("tuner", ["bitfit", "layernorm", "prefix", "vpt_deep"])
+def test_rules_for_matrices_want_some(tuner, rule):
+    with pytest.raises(ConfigError, match=f"tuner {tuner} trains none; choose another rule|needs statistics of the"):
+        Merge(Merge.Config(tuner=tuner, rule=rule), backbone())
+    Merge(Merge.Config(tuner=tuner, rule="average"), backbone())
+
+
+@pytest.mark.parametrize("rule", ["fisher", "gram_merge"])
+def test_statistics_are_of_the_backbones_own_weights(rule):
+    with pytest.raises(ConfigError, match=r"adapter adds to the network, and .* needs statistics"):
+        Merge(Merge.Config(tuner="adapter", rule=rule), backbone())
 
 
 def test_dora_says_why_not():
@@ -181,6 +291,17 @@ def test_dora_says_why_not():
 def test_concatenated_heads_have_nothing_to_carry():
     with pytest.raises(ValidationError, match="set prototypes: stale and anchor: false"):
         Merge.Config(head="concat")
+    with pytest.raises(ValidationError, match="set trained: all"):
+        Merge.Config(head="concat", prototypes="stale", anchor=False, trained="first")
+    with pytest.raises(ValidationError, match="trained"):
+        MergeLCA.Config(trained="first")
+
+
+def test_random_features_are_ridges_and_cannot_be_carried():
+    with pytest.raises(ValidationError, match="projection belongs to head: ridge, not lda"):
+        Merge.Config(projection=50, prototypes="stale")
+    with pytest.raises(ValidationError, match="set prototypes: stale"):
+        Merge.Config(projection=50, head="ridge")
 
 
 def test_lca_without_alignment_is_the_tasks_own_heads():
@@ -216,6 +337,7 @@ def test_lca_aligns_all_rows_on_gaussians_of_the_merged_features():
 
 def test_update_names_are_timms():
     vit = backbone()
-    update, weights = task_vector(build_tuner(LORA, vit), vit), dict(vit.model.named_parameters())
+    models, weights = mergeable(Merge.Config(tuner=LORA).tuner, vit), dict(vit.model.named_parameters())
+    update = models.update(build_tuner(LORA, vit), models.initial)
     assert set(update) == {f"blocks.{i}.{layer}.weight" for i in range(3) for layer in ("attn.qkv", "mlp.fc1")}
     assert all(delta.shape == weights[name].shape for name, delta in update.items())

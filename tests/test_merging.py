@@ -18,6 +18,7 @@ from torch import nn
 from cil.errors import BackboneError, ConfigError, DataError
 from cil.merging import (
     DARE,
+    EMA,
     NUFILT,
     OPCM,
     TIES,
@@ -280,10 +281,16 @@ def test_linear_rules_are_their_formulas(dtype):
     ema = np.zeros_like(theta0)
     for tau in taus:
         ema = 0.7 * ema + 0.3 * tau
+    first = taus[0]
+    for tau in taus[1:]:
+        first = 0.7 * first + 0.3 * tau
     best = np.stack(taus)[np.abs(np.stack(taus)).argmax(0), np.arange(len(theta0))]
     expected = {
         "average": (Average(), theta0 + np.mean(taus, 0)),
         "wise_ft": (WiseFT(0.3), theta0 + ema),
+        "ema": (EMA(0.3), theta0 + first),
+        "newest": (EMA(1.0), theta0 + taus[-1]),
+        "oldest": (EMA(0.0), theta0 + taus[0]),
         "sum": (TaskArithmetic(0.4), theta0 + 0.4 * np.sum(taus, 0)),
         "c/T": (TaskArithmetic(0.4, "tasks"), theta0 + 0.1 * np.sum(taus, 0)),
         "magmax": (MagMax(0.5), theta0 + 0.5 * best),
@@ -966,6 +973,7 @@ def test_configurations():
         lambda: TIES(trim="layer"),
         lambda: ContinualTIES(scale=math.inf),
         lambda: WiseFT(-0.1),
+        lambda: EMA(1.1),
         lambda: TaskArithmetic(math.nan),
         lambda: TaskArithmetic(divide="T"),
         lambda: MagMax(math.inf),

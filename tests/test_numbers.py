@@ -44,6 +44,7 @@ ALLOWED = {
     "docs/learners/l2p.md": {"Two passes an image": FORMULA},
     "docs/learners/lae.md": {"at test two passes an image": FORMULA},
     "docs/learners/loranpac.md": {"160 MB for 2000 × 10,000": FORMULA, "U alone has 4 GB then": FORMULA},
+    "docs/learners/merge.md": {"share of the newest, 0.5": SETTING},
     "docs/learners/merge_lca.md": {"4.7 MB for F = 768": FORMULA},
     "docs/learners/mos.md": {
         "t + 1 times after task t, T + 1 times over": FORMULA,
@@ -216,7 +217,9 @@ def named(text: str, root: Path) -> set[Path]:
     written = {root / name for name in re.findall(r"\bresults/[\w./-]+\.(?:json|png|html)\b", text)}
     made = set()
     for mark in tables.MARK.finditer(text):
-        place = root / mark[3]
+        place = root / mark[3].partition(":")[0]  # behind it: the baselines of a table of differences
+        if place.parent.is_file():  # a part of that file
+            place = place.parent
         inside = place.rglob("*.json") if place.is_dir() else place.parent.glob(f"{place.name}*")
         files = set(inside)
         assert files, f"{mark[3]}: nothing there"

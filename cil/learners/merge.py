@@ -13,15 +13,15 @@ from torch import Tensor
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers import LDA, NCM, Classifier, CosineHead, Ridge
 from cil.classifiers.drift import AffineMap, ridge_map, translation
-from cil.errors import BackboneError
 from cil.features import View
 from cil.learner import Context, Learner
+from cil.learners.mergeable import mergeable
 from cil.merging import RuleConfig, build_rule
 from cil.merging.statistics import Statistics, diagonal_fisher, input_grams
 from cil.merging.table import OPCMConfig
 from cil.stream import Task
 from cil.training import Group, Optimizer, Recipe, fit, local_cross_entropy
-from cil.tuning import GivenWeights, Tuner, TunerConfig, build_tuner
+from cil.tuning import Tuner, TunerConfig
 from cil.tuning.frozen import replaced_tree
 from cil.tuning.table import LoraConfig
 
@@ -34,13 +34,24 @@ class Merge(Learner):
     closed form on [φ_0; φ_{θ^(t)}] (``anchor``) or φ_{θ^(t)}. Statistics of old classes were taken under θ^(t−1): a map
     fitted on the current images, seen under both, carries them along (:mod:`cil.classifiers.drift`); those under θ_0
     stay exact. Passes per training image: the epochs, and one under each of θ_0, θ^(t−1) and θ^(t).
+
+    θ are the backbone's weights where the tuner comes to an update of them, else the tuner's own parameters
+    (:mod:`cil.learners.mergeable`). With ``start: merged`` tasks go on from θ^(t−1), the rule seeing θ_t − θ_0 as
+    before: ``ema`` then averages along the way, and with α = 1 this is sequential training. ``trained: first`` is
+    adaptation on the first task alone.
     """
 
     class Config(Recipe):
         rule: RuleConfig = Field(OPCMConfig(), description="how updates are merged")
         tuner: TunerConfig = Field(
             LoraConfig(rank=16, alpha=16, targets=["qkv", "attn.proj", "fc1", "fc2"]),
-            description="what a task trains: anything that comes to an update of the weights",
+            description="what a task trains; merged are the weights it comes to, or else its own parameters",
+        )
+        start: Literal["pretrained", "merged"] = Field(
+            "pretrained", description="where every task's training starts: at θ_0, or where merging has come to"
+        )
+        trained: Literal["all", "first"] = Field(
+            "all", description="tasks that are trained and merged; first: later ones are classified only"
         )
         optimizer: Optimizer = Field("adamw", description="SGD with momentum, Adam or AdamW")
         lr: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -55,12 +66,21 @@ class Merge(Learner):
             "lda", description="class means, LDA, ridge regression, or the tasks' own heads side by side"
         )
         shrinkage: float = Field(1e-2, ge=0, le=1, description="of LDA's covariance")
+        projection: PositiveInt | None = Field(
+            None, description="width of a random projection before the ridge regression (RanPAC has 10,000); null: none"
+        )
         statistics: PositiveInt = Field(256, description="images a task for rules that need Fisher or Gram matrices")
 
         @model_validator(mode="after")
-        def _concat(self) -> Any:
+        def _fit_together(self) -> Any:
             if self.head == "concat" and (self.anchor or self.prototypes != "stale"):
                 raise ValueError("head: concat has no statistics to carry; set prototypes: stale and anchor: false")
+            if self.head == "concat" and self.trained == "first":
+                raise ValueError("head: concat has a head of every task; set trained: all")
+            if self.projection is not None and self.head != "ridge":
+                raise ValueError(f"projection belongs to head: ridge, not {self.head}; leave it out")
+            if self.projection is not None and self.prototypes in ("translate", "linear"):
+                raise ValueError("no map carries what passed the projection's ReLU; set prototypes: stale")
             return self
 
     name = "merge"
@@ -69,27 +89,39 @@ class Merge(Learner):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        trained = task_vector(build_tuner(config.tuner, backbone), backbone)
-        self.rule = build_rule(config.rule).start(dict(backbone.model.named_parameters()), names=trained)
+        self.models = mergeable(config.tuner, backbone)
+        self.rule = self.models.start(build_rule(config.rule))
         self.classifier = self.make_classifier()
-        self._merged: GivenWeights | None = None
+        self._seen_through: tuple[Tuner, ...] = ()  # a tuple, or the tuner would become part of the state
 
     def make_classifier(self) -> Classifier:
         """The classifier on :meth:`features`, without statistics."""
         width = self.backbone.feature_dim * len(self.views())
         if self.config.head == "lda":
             return LDA(width, self.config.shrinkage, priors="uniform", blocks=len(self.views()))
-        return {"ncm": NCM, "ridge": Ridge, "concat": CosineHead}[self.config.head](width)
+        if self.config.head == "ridge":
+            return Ridge(width, self.config.projection)
+        return {"ncm": NCM, "concat": CosineHead}[self.config.head](width)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
         if not isinstance(self.classifier, CosineHead):  # whose rows come with their training
             self.classifier.grow(len(task.seen))
+        if task.index == 0:
+            self.models.draw(ctx.generator)
+            self._seen_through = ()
+            if isinstance(self.classifier, Ridge):
+                self.classifier.draw(ctx.generator)
+
+    def trains(self, task: Task) -> bool:
+        """Whether the task moves θ; else it is classified as others left it."""
+        return task.index == 0 or self.config.trained == "all"
 
     def learn(self, task: Task, ctx: Context) -> None:
-        carries = task.index > 0 and self.config.prototypes != "stale"
+        carries = task.index > 0 and self.trains(task) and self.config.prototypes != "stale"
         before = ctx.features(self, task.train)[0] if carries else None
-        self.add(*self.train_task(task, ctx), task, ctx)
+        if self.trains(task):
+            self.add(*self.train_task(task, ctx), task, ctx)
         if self.config.head == "concat":
             return
         after, labels = ctx.features(self, task.train)
@@ -98,9 +130,8 @@ class Merge(Learner):
         self.classifier.partial_fit(after, labels)
 
     def train_task(self, task: Task, ctx: Context) -> tuple[Tuner, CosineHead]:
-        """θ_t from θ_0, with the task's own classes in the softmax."""
-        tuner = build_tuner(self.config.tuner, self.backbone)
-        tuner.reset(ctx.generator)
+        """θ_t from :meth:`start`, with the task's own classes in the softmax."""
+        tuner = self.models.tuner(self.start(), ctx.generator)
         head = CosineHead(self.backbone.feature_dim, self.config.sigma)
         head.grow(len(task.classes), ctx.generator)
         head.to(ctx.device)
@@ -114,9 +145,17 @@ class Merge(Learner):
         )
         return tuner, head
 
+    def start(self) -> Mapping[str, Tensor]:
+        """Where the next task's training starts, by name."""
+        return self.rule.merged() if self.config.start == "merged" else self.models.initial
+
+    def update(self, tuner: Tuner) -> dict[str, Tensor]:
+        """τ_t = θ_t − θ_0 of what a task trained, by name; before it is merged."""
+        return self.models.update(tuner, self.start())
+
     def add(self, tuner: Tuner, head: CosineHead, task: Task, ctx: Context) -> None:
         """θ^(t) from θ^(t−1) and τ_t, and what else the rule needs to know of the task."""
-        update = task_vector(tuner, self.backbone)
+        update = self.update(tuner)
         ctx.log("task_vector_norm", math.hypot(*[float(delta.norm()) for delta in update.values()]))
         self.fold(update, self.measure(update, head, task, ctx))
         if isinstance(self.classifier, CosineHead):
@@ -125,7 +164,7 @@ class Merge(Learner):
     def fold(self, update: Mapping[str, Tensor], stats: Statistics | None) -> None:
         """θ^(t) from θ^(t−1) and τ_t alone."""
         self.rule.add_update(update, stats)
-        self._merged = None
+        self._seen_through = ()
 
     def measure(self, update: Mapping[str, Tensor], head: CosineHead, task: Task, ctx: Context) -> Statistics | None:
         """Fisher information or Gram matrices of θ_t on some of the task's images, where the rule asks for them."""
@@ -164,10 +203,9 @@ class Merge(Learner):
 
     def merged(self, images: Tensor) -> Tensor:
         """φ_{θ^(t)}(x), [B, F]."""
-        if self._merged is None:
-            weights, names = self.rule.merged(), [entry.name for entry in self.rule.layout.entries]
-            self._merged = GivenWeights({name: weights[name] for name in names})
-        return self.backbone(images, self._merged)
+        if not self._seen_through:
+            self._seen_through = (self.models.given(self.rule.merged()),)
+        return self.backbone(images, *self._seen_through)
 
     def views(self) -> Mapping[Hashable, View]:
         merged: dict[Hashable, View] = {("merged", int(self.rule.count)): self.merged}
@@ -184,22 +222,3 @@ class Merge(Learner):
     @property
     def feature_version(self) -> Hashable:
         return int(self.rule.count)
-
-
-def task_vector(tuner: Tuner, backbone: Backbone) -> dict[str, Tensor]:
-    """τ = θ − θ_0 of each weight a tuner changes, by its name in the timm model.
-
-    Raises:
-        BackboneError: The tuner adds to the network instead of changing its weights.
-    """
-    delta: Any = getattr(tuner, "delta", None)
-    if delta is not None:  # LoRA: formed from its factors, never merged factor by factor
-        return dict(delta())
-    frozen = dict(backbone.model.named_parameters())
-    found = {name: (weight - frozen[name]).detach() for name, weight in tuner.weights().items()}
-    if not found:
-        raise BackboneError(
-            f"merge: {type(tuner).__name__} does not come to an update of the weights; use lora, osf, lora_kv, ssf, "
-            "full, partial, bitfit or layernorm"
-        )
-    return found

@@ -31,6 +31,7 @@ class MergeLCA(Merge):
     class Config(Merge.Config, AlignedRecipe):
         rule: RuleConfig = Field(MagMaxConfig(scale=1.0), description="how updates are merged")
         anchor: Literal[False] = Field(False, description="heads are trained on the task's own features alone")
+        trained: Literal["all"] = Field("all", description="every task has a head to align")
         head: Literal["aligned"] = Field("aligned", description="the tasks' heads, aligned")  # type: ignore[assignment]
         prototypes: Literal["stale", "translate", "linear"] = Field(
             "stale", description="old classes' Gaussians: as they were, shifted, or mapped with a ridge regression"

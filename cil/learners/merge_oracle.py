@@ -37,7 +37,8 @@ class MergeOracle(Merge):
         self.tasks.append(task.train)
 
     def learn(self, task: Task, ctx: Context) -> None:
-        self.add(*self.train_task(task, ctx), task, ctx)
+        if self.trains(task):
+            self.add(*self.train_task(task, ctx), task, ctx)
         self.classifier = self.make_classifier().to(ctx.device)
         for data in self.tasks:
             self.classifier.partial_fit(*ctx.features(self, data))

@@ -14,6 +14,7 @@ rule                what                                          order-free   s
 =================== ============================================= ============ =============== ==================
 average             running mean                                  yes          P
 wise_ft             interpolation with each new model             no           P
+ema                 the same, but the first model as it is        no           P
 task_arithmetic     scaled sum of updates                         yes          P
 ties                trim, elect a sign, merge                     yes          2 P (others 4)
 continual_ties      TIES of merged and new, as published          no           P
@@ -38,7 +39,7 @@ from cil.merging.dare import DARE, DareTIES
 from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
 from cil.merging.fisher import Fisher
 from cil.merging.layout import HEADS, Entry, Layout, layout
-from cil.merging.linear import Average, TaskArithmetic, WiseFT
+from cil.merging.linear import EMA, Average, TaskArithmetic, WiseFT
 from cil.merging.magmax import MagMax
 from cil.merging.nufilt import NUFILT
 from cil.merging.opcm import OPCM
@@ -50,6 +51,7 @@ from cil.merging.ties import TIES, ContinualTIES
 
 __all__ = [
     "DARE",
+    "EMA",
     "HEADS",
     "NUFILT",
     "OPCM",

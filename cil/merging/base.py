@@ -71,6 +71,8 @@ class Rule(nn.Module, ABC):
     """Statistics of every task that :meth:`add` must be given."""
     order_free: ClassVar[bool] = True
     """Whether the order of the tasks does not matter (up to rounding)."""
+    matrices: ClassVar[bool] = False
+    """Whether it does something of its own to the weights of linear maps only; without any it is a mean or a sum."""
     surveys: ClassVar[bool] = False
     """Whether :meth:`read` needs the sum of :meth:`survey` over all entries."""
 

@@ -1,4 +1,4 @@
-"""Linear combinations of task vectors: running average, WiSE-FT, task arithmetic."""
+"""Linear combinations of task vectors: running average, WiSE-FT, moving average, task arithmetic."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class WiseFT(SumRule):
     def __init__(self, alpha: float = 0.5, *, finalisers: Sequence[Finaliser] = ()) -> None:
         super().__init__(finalisers)
         if not 0 <= alpha <= 1:
-            raise ConfigError(f"WiseFT: alpha is {alpha}; it must be in [0, 1]")
+            raise ConfigError(f"{type(self).__name__}: alpha is {alpha}; it must be in [0, 1]")
         self.alpha = alpha
 
     def update(self, entry: Entry, state: State, tau: Tensor, task: Task, stats: TaskStatistics | None) -> State:
@@ -64,6 +64,20 @@ class WiseFT(SumRule):
 
     def read(self, entry: Entry, state: State, surveyed: float) -> Tensor:
         return state["sum"]
+
+
+class EMA(WiseFT):
+    """Exponential moving average of the models: A_1 = τ_1, then A_t = (1 − α) A_{t−1} + α τ_t.
+
+    WiSE-FT but for its start: the first model counts whole, not as far as α away from θ_0. With α = 1 the newest model
+    stays, with α = 0 the first. LAE (arXiv 2303.10070) averages after every optimiser step, this after every task.
+
+    Raises:
+        ConfigError: ``alpha`` is not in [0, 1].
+    """
+
+    def update(self, entry: Entry, state: State, tau: Tensor, task: Task, stats: TaskStatistics | None) -> State:
+        return super().update(entry, state, tau, task, stats) if int(self.count) else {"sum": tau}
 
 
 class TaskArithmetic(SumRule):

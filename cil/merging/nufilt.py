@@ -59,6 +59,7 @@ class NUFILT(SumRule):
     """
 
     order_free = False
+    matrices = True
 
     def __init__(
         self,

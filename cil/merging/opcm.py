@@ -82,6 +82,7 @@ class OPCM(SumRule):
     """
 
     order_free = False
+    matrices = True
     surveys = True
 
     def __init__(

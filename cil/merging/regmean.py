@@ -54,6 +54,7 @@ class RegMean(Rule):
     """
 
     needs = "grams"
+    matrices = True
 
     def __init__(
         self,

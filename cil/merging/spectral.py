@@ -67,6 +67,8 @@ class IsoC(SumRule):
         ConfigError: ``scale`` is not finite.
     """
 
+    matrices = True
+
     def __init__(self, scale: float = 1.0, split_qkv: bool = True, *, finalisers: Sequence[Finaliser] = ()) -> None:
         super().__init__(finalisers)
         if not math.isfinite(scale):

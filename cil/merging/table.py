@@ -16,7 +16,7 @@ from cil.merging.base import Rule
 from cil.merging.dare import DARE, DareTIES
 from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
 from cil.merging.fisher import Fisher
-from cil.merging.linear import Average, TaskArithmetic, WiseFT
+from cil.merging.linear import EMA, Average, TaskArithmetic, WiseFT
 from cil.merging.magmax import MagMax
 from cil.merging.nufilt import NUFILT
 from cil.merging.opcm import OPCM, Variant
@@ -75,6 +75,13 @@ class WiseFTConfig(_Rule):
 
     name: Literal["wise_ft"] = "wise_ft"
     alpha: Share = Field(0.5, description="weight of the new model")
+
+
+class EMAConfig(_Rule):
+    """Exponential moving average of the models; see :class:`cil.merging.EMA`."""
+
+    name: Literal["ema"] = "ema"
+    alpha: Share = Field(0.5, description="weight of the new model; 1: it replaces the merged one, 0: the first stays")
 
 
 class TaskArithmeticConfig(_Rule):
@@ -192,6 +199,7 @@ class OPCMConfig(_Rule):
 RuleSection = (
     AverageConfig
     | WiseFTConfig
+    | EMAConfig
     | TaskArithmeticConfig
     | TIESConfig
     | ContinualTIESConfig
@@ -227,6 +235,7 @@ RuleConfig = Annotated[
 RULES: dict[str, type[Rule]] = {
     "average": Average,
     "wise_ft": WiseFT,
+    "ema": EMA,
     "task_arithmetic": TaskArithmetic,
     "ties": TIES,
     "continual_ties": ContinualTIES,

@@ -1,0 +1,55 @@
+"""The tables that scripts/tables.py makes, from runs made by hand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from comparisons import falling, write
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+import tables  # noqa: E402
+
+
+def test_a_matrix_has_classifiers_side_by_side_and_the_best_rows_first(tmp_path):
+    """A_last of counts (n, n, 90) of 300: twice n, and 90."""
+    for order, last in ((1, 30), (2, 60)):  # 50 % and 70 %
+        write(tmp_path, "lora_opcm_lda", falling(last), order)
+    write(tmp_path, "vpt_deep_ema_lda", falling(75))  # 80 %; the tuner's name has two words
+    write(tmp_path, "vpt_deep_ema_ncm", falling(15))  # 40 %
+    write(tmp_path, "none_frozen_ncm", falling(45)[:2])  # one stage short
+    assert tables.matrix(tmp_path) == (
+        "| tuner | consolidation | lda | ncm |\n"
+        "|---|---|---|---|\n"
+        "| vpt_deep | ema | 80.0 | 40.0 |\n"
+        "| lora | opcm | 60.0 ± 14.1 |  |\n"
+        "| none | frozen |  |  |\n"
+    )
+
+
+def test_a_page_names_the_matrix_it_shows(tmp_path):
+    write(tmp_path, "adapter_first_ridge", falling(60))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- matrix: {tmp_path} -->\nold\n<!-- /table -->\nafter\n", encoding="utf-8")
+    assert tables.render(page).splitlines()[1:-1] == [
+        f"<!-- matrix: {tmp_path} -->",
+        "| tuner | consolidation | ridge |",
+        "|---|---|---|",
+        "| adapter | first | 70.0 |",
+        "<!-- /table -->",
+    ]
+
+
+def test_differences_pair_class_orders(tmp_path):
+    """Over orders 1 and 2: +10 and +30 points; the third order of one learner has no partner."""
+    for order, last in ((1, 45), (2, 75)):  # 60 %, 80 %
+        write(tmp_path, "bank", falling(last), order)
+    for order, last in ((1, 30), (2, 30), (3, 90)):  # 50 %, 50 %, 90 %
+        write(tmp_path, "ncm", falling(last), order)
+    # COSTS: one pass a training image; 200 passes over the first stage's 100 test images; 1 MiB
+    assert tables.differences(Path(f"{tmp_path}:ncm")) == (
+        "| learner | A_last % | less ncm | passes a training image | a new image | MiB kept |\n"
+        "|---|---|---|---|---|---|\n"
+        "| bank | 70.0 ± 14.1 | +20.0 ± 14.1 | 1.0 | 2 | 1.0 |\n"
+        "| ncm | 63.3 ± 23.1 |  | 1.0 | 2 | 1.0 |\n"
+    )
