@@ -2,11 +2,17 @@
 """Write the tables of README.md, results/README.md and docs/ from the results they name; --check only compares.
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
-``differences`` (with FOLDER:BASELINE,…) for what runs gain over others on the same class orders and what they take,
-``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``matrix`` (with FOLDER) for runs of combinations,
-``throughput`` or ``growth`` (with a file) for what bench.py and bench_growth.py measured, ``stages`` (with a folder) for
-what runs took at an early and at the last stage, ``steps`` for what follow_tutorial.py took, and ``published`` (with
-results/published.json/DATASET) for others' numbers beside ours. Numbers in prose have marks of their own: values.py.
+
+    differences   FOLDER:BASELINE,…   what runs gain over others on the same class orders, and what they take
+    matrix        FOLDER              runs of combinations, labelled <tuner>_<consolidation>_<classifier>
+    stages        FOLDER              what runs took at an early and at the last stage
+    steps         FOLDER              what follow_tutorial.py took
+    ablation      FOLDER/LABEL        what ablate_merging.py found
+    throughput    FILE                what bench.py measured
+    growth        FILE                what bench_growth.py measured
+    published     FILE/DATASET        others' numbers beside ours
+
+Numbers in prose have marks of their own: values.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 from comparisons import falling, write
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-import tables  # noqa: E402
+import tables
 
 
 def test_a_matrix_has_classifiers_side_by_side_and_the_best_rows_first(tmp_path):

@@ -114,6 +114,7 @@ class Parameters(Mergeable, nn.Module):
     units in no common order, and a mean of them is the mean of nothing. The draw is part of the state.
     """
 
+    backbone: Backbone
     exclude = ()  # no name of its own is a classifier's
 
     def __init__(self, config: TunerConfig, backbone: Backbone) -> None:
