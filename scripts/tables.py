@@ -3,7 +3,7 @@
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
 ``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
-bench.py and bench_growth.py measured, and ``steps`` for what follow_tutorial.py took.
+bench.py and bench_growth.py measured, ``steps`` for what follow_tutorial.py took, and ``costs`` for what all took.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import campaigns
 import numpy as np
 
 from cil import report, results
@@ -119,6 +120,7 @@ def growth(file: Path) -> str:
 def render(page: Path) -> str:
     """The page with its tables made anew."""
     kinds = {"table": markdown, "ablation": ablation, "throughput": throughput, "growth": growth, "steps": steps}
+    kinds["costs"] = campaigns.costs
     return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
 
 
