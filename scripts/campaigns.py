@@ -58,8 +58,9 @@ CAMPAIGNS = (
     Campaign(
         f"{TINY}_long",
         (f"{TINY}/long", f"{TINY}/long_chosen"),
-        section="A long stream, 50 tasks × 2 classes of Split-Tiny-ImageNet-100, 50 training images a class, in bfloat16;\n"
-        "learners whose cost and state grow with the classes alone, at their defaults and at the settings chosen on 10 × 10:\n"
+        section="A long stream, 50 tasks × 2 classes of Split-Tiny-ImageNet-100, 50 training images a class, in\n"
+        "bfloat16; learners whose cost and state grow with the classes alone, at their defaults and at the settings\n"
+        'that 10 tasks × 10 classes chose ("…_chosen"):\n'
         f"`cil run {TINY}/long data.root=../shared/data` and `cil run {TINY}/long_chosen data.root=../shared/data`",
     ),
 )

@@ -84,7 +84,7 @@ def run(todo: Sequence[Job], root: Path, at_a_time: int, say: Callable[[str], No
 
 
 def _start(job: Job, root: Path) -> Running:
-    output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115: closed when it ends
+    output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed when it ends)
     process = subprocess.Popen(
         [sys.executable, "-m", "cil", "run", *job.trial.command, "--results", str(root)],
         stdout=output,
@@ -143,8 +143,8 @@ def listing(found: Sequence[Job]) -> str:
     done, todo = ([job for job in found if job.complete is wanted] for wanted in (True, False))
     timed = [job.seconds for job in todo if job.seconds is not None]
     lines.append(
-        f"{len(done)} runs done in {sum(job.seconds or 0 for job in done) / 3600:.1f} hours of single runs, {len(todo)} "
-        f"to do; {len(timed)} of these, like others already done, about {sum(timed) / 3600:.1f} hours"
+        f"{len(done)} runs done in {sum(job.seconds or 0 for job in done) / 3600:.1f} hours of single runs, "
+        f"{len(todo)} to do; {len(timed)} of these, like others already done, about {sum(timed) / 3600:.1f} hours"
     )
     return "\n".join(lines)
 
