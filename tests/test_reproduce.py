@@ -138,6 +138,10 @@ def test_longest_first_and_a_failure_stops_nobody(reproduce, campaigns, monkeypa
     assert lines[1] == "[2/4] digits_50/slda/order1993-seed0  failed: cil: no"
 
 
+def begun(folder: Path) -> bool:
+    return (folder / "metrics.json").exists() and bool(results.load(folder)["stages"])
+
+
 @pytest.mark.slow
 def test_stopped_resumed_and_drawn_again(reproduce, tmp_path, capsys):
     """Real runs: stopped after a stage, gone on with beside another learner, then nothing left to do."""
@@ -146,7 +150,7 @@ def test_stopped_resumed_and_drawn_again(reproduce, tmp_path, capsys):
     first = tmp_path / "digits_50_at_6" / "finetune" / "order1993-seed0"
     driver = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 400
-    while not [*first.glob("stage-*")] and driver.poll() is None and time.monotonic() < deadline:
+    while not begun(first) and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     driver.send_signal(signal.SIGTERM)
     assert b"give the same command to go on" in driver.communicate(timeout=60)[1]
