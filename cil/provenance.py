@@ -95,8 +95,7 @@ def check_same_run(folder: RunFolder, header: Header) -> None:
                 "move it away or use another --results"
             )
         return
-    found = results.load(folder.path)
-    old, new = _identity({**found, "config": _completed(found["config"])}), _identity(header)
+    old, new = _identity(results.load(folder.path)), _identity(header)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise RunError(
@@ -114,12 +113,18 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     return dump(plan.config)
 
 
-def _identity(header: Header) -> dict[str, Any]:
-    """What makes two runs the same: everything but the machine, the name, and where the data lies."""
-    config = {k: v for k, v in header["config"].items() if k not in ("hardware", "name")}
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's configuration makes it this run, by dotted key: all but the machine, the name, and where data and
+    weights lie. Keys that are newer than a stored configuration are at their defaults."""
+    config = {k: v for k, v in _completed(config).items() if k not in ("hardware", "name")}
     config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download")}
     config["backbone"] = {k: v for k, v in config["backbone"].items() if k != "weights"}
-    flat = dict(_flatten(config))
+    return dict(_flatten(config))
+
+
+def _identity(header: Header) -> dict[str, Any]:
+    """What makes two runs the same: the settings, the backbone's weights, the data."""
+    flat = settings(header["config"])
     flat["backbone weights (sha256)"] = header["backbone"]["sha256"]
     for split in ("train", "test"):
         flat[f"{split} data (sha256)"] = header["data"][split]["sha256"]

@@ -6,6 +6,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     differences   FOLDER:BASELINE,…   what runs gain over others on the same class orders, and what they take
     matrix        FOLDER              runs of combinations, labelled <tuner>_<consolidation>_<classifier>
     stages        FOLDER              what runs took at an early and at the last stage
+    costs         FOLDER              what all runs of the campaigns took
     steps         FOLDER              what follow_tutorial.py took
     ablation      FOLDER/LABEL        what ablate_merging.py found
     throughput    FILE                what bench.py measured
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+import campaigns
 import numpy as np
 import stage_costs
 import values
@@ -177,6 +179,7 @@ def render(page: Path) -> str:
         "throughput": throughput,
         "growth": growth,
         "stages": stage_costs.table,
+        "costs": campaigns.costs,
         "steps": steps,
         "published": published,
     }

@@ -1,0 +1,224 @@
+"""What is published: streams, the shipped configurations that make up each, and which of their runs are there."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from cil import report, results
+from cil.configfile import written
+from cil.errors import ConfigError, RunError, nearest
+from cil.sweep.grid import Trial, flow, trials
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """Runs that share a folder below the results, and a table.
+
+    Attributes:
+        name: The folder, which is also the ``name`` of its configurations.
+        configs: Shipped configurations; where two hold the same run the first counts.
+        overrides: Of single configurations.
+        section: What results/README.md says above the table, once there is one.
+    """
+
+    name: str
+    configs: tuple[str, ...]
+    overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    section: str = ""
+
+
+TINY = "split_tiny_imagenet100"
+EVERYTHING = (
+    "every built-in learner at its default setting, in bfloat16, beside the settings that the first tasks of\n"
+    'Split-Tiny-ImageNet-100 chose ("…_chosen"; epochs there are in part what one core does in minutes):'
+)
+CAMPAIGNS = (
+    Campaign("quickstart", ("quickstart",)),
+    Campaign(TINY, (f"{TINY}/ncm", f"{TINY}/frozen"), {f"{TINY}/ncm": ("orders=[1993, natural]",)}),
+    Campaign(
+        f"{TINY}_50", tuple(f"{TINY}/{n}" for n in ("bounds", "adapted", "prompts", "merging", "avalanche", "ewc"))
+    ),
+    Campaign(f"{TINY}_records", (f"{TINY}/records",)),
+    Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",)),
+    Campaign(
+        "cifar10_200",
+        ("cifar10/defaults", "cifar10/chosen"),
+        section=f"CIFAR-10 subset, 5 tasks × 2 classes, 200 training images a class; {EVERYTHING}\n"
+        "`cil run cifar10/defaults data.root=../shared/data` and `cil run cifar10/chosen data.root=../shared/data`",
+    ),
+    Campaign(
+        "digits_50",
+        ("digits/defaults", "digits/chosen"),
+        section=f"Digits, 5 tasks × 2 classes, 50 training images a class; {EVERYTHING}\n"
+        "`cil run digits/defaults` and `cil run digits/chosen`",
+    ),
+    Campaign(
+        f"{TINY}_long",
+        (f"{TINY}/long", f"{TINY}/long_chosen"),
+        section="A long stream, 50 tasks × 2 classes of Split-Tiny-ImageNet-100, 50 training images a class, in\n"
+        "bfloat16; learners whose cost and state grow with the classes alone, at their defaults and at the settings\n"
+        'that 10 tasks × 10 classes chose ("…_chosen"):\n'
+        f"`cil run {TINY}/long data.root=../shared/data` and `cil run {TINY}/long_chosen data.root=../shared/data`",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, and how far it is.
+
+    Attributes:
+        trial: Its plan, and the ``cil run`` command that makes it.
+        stages: Finished ones; None: the folder holds a run of other settings.
+        complete: All stages are there.
+        seconds: They took; of what is not there, what the setting's other class orders took, or the learner in other
+            settings; None: never timed.
+    """
+
+    trial: Trial
+    stages: int | None
+    complete: bool
+    seconds: float | None
+
+    @property
+    def title(self) -> str:
+        return self.trial.plan.place.as_posix()
+
+    def state(self) -> str:
+        if self.complete:
+            return f"done in {self.seconds:.0f} s"
+        if self.stages is None:
+            return "holds a run of other settings"
+        return f"{self.stages} stages done" if self.stages else "to do"
+
+
+def pick(patterns: Sequence[str]) -> list[Campaign]:
+    """Campaigns by name or pattern, all without one.
+
+    Raises:
+        ConfigError: A pattern that matches none.
+    """
+    names = [campaign.name for campaign in CAMPAIGNS]
+    wanted = _matching("--streams", patterns, names)
+    return [campaign for campaign in CAMPAIGNS if campaign.name in wanted]
+
+
+def runs(
+    campaigns: Iterable[Campaign],
+    learners: Sequence[str] = (),
+    orders: Sequence[str] = (),
+    per_class: int | None = None,
+    data_root: Path | None = None,
+) -> list[Trial]:
+    """The runs of campaigns, each once, in the order of the configurations; all of them are valid.
+
+    Args:
+        campaigns: Which.
+        learners: Patterns of labels; empty: all.
+        orders: Class orders in place of the configurations'; a learner that names its own keeps those of them.
+        per_class: Training images a class in place of the configurations', in folders of their own (``…_at_20``).
+        data_root: In place of the configurations' ``data.root``.
+
+    Raises:
+        CilError: A pattern that matches none, a configuration that is not valid, data that is not there.
+    """
+    found: dict[Path, Trial] = {}
+    for campaign in campaigns:
+        for name in campaign.configs:
+            given = [*campaign.overrides.get(name, ()), *([f"orders=[{', '.join(orders)}]"] if orders else [])]
+            data = written(name).get("data", {})
+            if data_root is not None and "root" in data:
+                given.append(f"data.root={flow(str(data_root))}")
+            if per_class is not None and per_class != data.get("per_class"):
+                given += [f"data.per_class={per_class}", f"name={campaign.name}_at_{per_class}"]
+            for trial in trials(name, given, []):
+                if not orders or str(trial.plan.order) in orders:
+                    found.setdefault(trial.plan.place, trial)
+    titles = list(dict.fromkeys(trial.plan.entry.title for trial in found.values()))
+    wanted = _matching("--learners", learners, titles)
+    picked = [trial for trial in found.values() if trial.plan.entry.title in wanted]
+    if not picked:
+        raise ConfigError(f"--orders {' '.join(orders)}: none of these learners has a run of these class orders")
+    for data in dict.fromkeys((t.plan.config.data.root, t.plan.config.data.train) for t in picked):
+        if data[0] is not None and not (data[0] / (data[1] or "")).exists():
+            raise ConfigError(f"data.root: {data[0] / (data[1] or '')} does not exist; say where with --data-root")
+    return picked
+
+
+def _matching(option: str, patterns: Sequence[str], known: Sequence[str]) -> set[str]:
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            few = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+            raise ConfigError(f"{option} {pattern}: matches none{nearest(pattern, known)}; there are: {few}")
+    return {name for pattern in patterns or ["*"] for name in fnmatch.filter(known, pattern)}
+
+
+def jobs(wanted: Sequence[Trial], root: Path) -> list[Job]:
+    """How far each run is below the results folder ``root``.
+
+    Raises:
+        RunError: A ``metrics.json`` is damaged.
+    """
+    from cil.plan import dump
+    from cil.provenance import settings
+
+    there = {file.parent: results.load(file.parent) for file in root.glob("*/*/*/metrics.json")}
+    times: dict[Path | str | None, list[float]] = {}  # by the label's folder and by the learner's name
+    for folder, run in there.items():
+        if run["complete"]:
+            for key in (folder.parent, run["config"]["learners"][0].get("name")):
+                times.setdefault(key, []).append(run["summary"]["seconds"])
+    found = []
+    for trial in wanted:
+        folder = root / trial.plan.place
+        run = there.get(folder)
+        known = times.get(folder.parent) or times.get(trial.plan.entry.name)
+        expected = mean(known) if known else None
+        if run is None:
+            found.append(Job(trial, 0, False, expected))
+        elif settings(run["config"]) != settings(dump(trial.plan.config)):
+            found.append(Job(trial, None, False, expected))
+        else:
+            seconds = run["summary"]["seconds"] if run["complete"] else expected
+            found.append(Job(trial, len(run["stages"]), run["complete"], seconds))
+    return found
+
+
+def costs(root: Path) -> str:
+    """A table of the published runs: how many, of which configurations, and the hours they took one after the other."""
+    lines = ["| runs in | made by | finished | class orders | hours |", "|---|---|---|---|---|"]
+    every: list[dict] = []
+    for campaign in CAMPAIGNS:
+        try:
+            found = [run for run in results.find([root / campaign.name]) if run["complete"]]
+        except RunError:  # nothing there yet
+            continue
+        every += found
+        orders = sorted({str(run["config"]["orders"][0]) for run in found})
+        lines.append(
+            f"| `{campaign.name}` | {', '.join(f'`{name}`' for name in campaign.configs)} | {len(found)} | "
+            f"{', '.join(orders)} | {_hours(found):.1f} |"
+        )
+    lines.append(f"| all | | {len(every)} | | {_hours(every):.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _hours(found: Iterable[dict]) -> float:
+    return sum(run["summary"]["seconds"] for run in found) / 3600
+
+
+def sections(page: str, root: Path) -> str:
+    """results/README.md with a section for every campaign that has finished runs and no table yet."""
+    for campaign in CAMPAIGNS:
+        mark = f"<!-- table: results/reference/{campaign.name} -->"
+        if not campaign.section or mark in page or not (root / campaign.name).is_dir():
+            continue
+        if not any(row.finished for one in report.load([root / campaign.name]) for row in one.rows):
+            continue
+        before, heading, after = page.partition("## Make it again\n")
+        page = f"{before}{campaign.section}\n\n{mark}\n<!-- /table -->\n\n{heading}{after}"
+    return page
