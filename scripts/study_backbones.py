@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 
 from cil import load_config, rank_backbones, results, run
@@ -34,14 +35,15 @@ from cil.transferability import SCORES, agreement
 CONFIG = "split_tiny_imagenet100/ncm"
 LEARNERS = ("ncm", "ranpac")
 SIDE = 64
+QUICK = ["precision=bf16"]
+"""With explicit attention what is fastest on a CPU; see docs/speed.md."""
 SCRATCH = ["--plan", "0.6:32,0.9:48,1.0:64"]
 TUNED = ["--plan", "0.5:48,1.0:64", "--muon-lr", "0.002", "--lr", "0.0002"]
 VARIANTS: dict[str, tuple[str, int, list[str]]] = {
-    "cifar10_1": ("cifar10", 5_000, SCRATCH),
     "cifar10_3": ("cifar10", 15_000, SCRATCH),
     "shipped_cifar10_1": ("cifar10", 5_000, TUNED),
     "digits_4": ("digits", 5_400, SCRATCH),
-    "shipped_digits_2": ("digits", 2_700, TUNED),
+    "cifar10_1": ("cifar10", 5_000, SCRATCH),
 }
 """Name → (training images, how many are seen with repetition, arguments). The number in a name: epochs, about."""
 
@@ -49,7 +51,9 @@ VARIANTS: dict[str, tuple[str, int, list[str]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", default=["data.root=../shared/data"], help="key=value, for all runs")
-    parser.add_argument("--work", type=Path, default=Path("results/backbones"), help="weights, ranking and runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path("results/backbones"), help="weights, ranking and runs, of one configuration"
+    )
     parser.add_argument("--per-class", type=int, default=50, help="training images of each class in the whole stream")
     parser.add_argument("--projection", type=int, default=2000, help="width of RanPAC's random projection")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS, help="which to train")
@@ -60,19 +64,19 @@ def main() -> None:
     files = {name: trained(name, args.work, load_config(CONFIG, args.overrides).data.root) for name in args.variants}
     if args.only_train:
         return
+    weights = {"shipped": None, "random": "random", **{name: str(file) for name, file in files.items()}}
     candidates = {
-        "shipped": {"name": EMBEDDED},
-        "random": {"name": EMBEDDED, "weights": "random"},
-        **{name: {"name": EMBEDDED, "weights": str(file)} for name, file in files.items()},
+        name: {"name": EMBEDDED, "attention": "explicit", **({"weights": given} if given else {})}
+        for name, given in weights.items()
     }
-    display = Display()
-    ranking = rank_backbones(load_config(CONFIG, args.overrides), list(candidates.values()), args.work, display=display)
-    record = json.loads(ranking.record.read_text(encoding="utf-8"))
+    display = Display(Console())
+    record = ranked(list(candidates.values()), [*args.overrides, *QUICK], args.work, display)
     scored = {json.dumps(one["candidate"], sort_keys=True): one for one in record["ranked"]}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, section in candidates.items():
         overrides = [
             *args.overrides,
+            *QUICK,
             f"name={name}",
             f"data.per_class={args.per_class}",
             f"backbone={json.dumps(section)}",
@@ -85,20 +89,30 @@ def main() -> None:
             for found in map(results.load, folders)
         }
         rows.append({"candidate": name, **row_of(scored, section), "trained": told(name), "stream": streams})
-        print(name, rows[-1], flush=True)
-    outcomes = {learner: [row["stream"][learner]["accuracy_last"] for row in rows] for learner in LEARNERS}
-    found = {
-        "config": CONFIG,
-        "overrides": args.overrides,
-        "first_task": {key: record[key] for key in ("images", "order", "data", "classes", "training_images")},
-        "stream": {"per_class": args.per_class, "projection": args.projection},
-        "candidates": rows,
-        "agreement_with_stream": agreement({**{k: [row[k] for row in rows] for k in SCORES}, **outcomes}),
-        "versions": record["versions"],
-        "machine": record["machine"],
-    }
-    if args.out:
-        write(args.out, to_json(found))
+        outcomes = {f"{key} stream": [row["stream"][key]["accuracy_last"] for row in rows] for key in LEARNERS}
+        found = {
+            "config": CONFIG,
+            "overrides": [*args.overrides, *QUICK],
+            "first_task": {key: record[key] for key in ("tasks", "images", "order", "data")},
+            "stream": {"per_class": args.per_class, "projection": args.projection},
+            "candidates": rows,
+            "agreement": agreement({**{k: [row[k] for row in rows] for k in SCORES}, **outcomes}),
+            "versions": record["versions"],
+            "machine": record["machine"],
+        }
+        if args.out:
+            write(args.out, to_json(found))
+
+
+def ranked(candidates: list[dict[str, Any]], overrides: list[str], work: Path, display: Display) -> dict[str, Any]:
+    """What ``cil rank-backbones`` records of these candidates; read where it is there already."""
+    config = load_config(CONFIG, overrides)
+    file = work / config.name / "backbones.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"ranked": []}
+    if not all(candidate in [one["candidate"] for one in found["ranked"]] for candidate in candidates):
+        rank_backbones(config, candidates, work, display=display)
+        found = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def row_of(scored: dict[str, Any], section: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
 ``ablation`` (with FOLDER/LABEL) for what ablate_merging.py found, ``throughput`` or ``growth`` (with a file) for what
-bench.py and bench_growth.py measured, and ``steps`` for what follow_tutorial.py took.
+bench.py and bench_growth.py measured, ``steps`` for what follow_tutorial.py took, and ``backbones`` for what
+study_backbones.py found.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PAGES = tuple(
         "docs/tried.md",
         "docs/your_own_learner.md",
         "docs/speed.md",
+        "docs/backbones.md",
     )
 )
 COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
@@ -116,9 +118,29 @@ def growth(file: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def backbones(file: Path) -> str:
+    """What study_backbones.py found, best stream first; below, Kendall's τ of each score with each learner's A_last."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    learners = list(found["candidates"][0]["stream"])
+    lines = [
+        f"| backbone | NCM % | ridge % | LogME | effective rank | {' | '.join(f'A_last {name} %' for name in learners)} |",
+        "|---" * (5 + len(learners)) + "|",
+    ]
+    for row in sorted(found["candidates"], key=lambda row: -row["stream"][learners[0]]["accuracy_last"]):
+        ends = " | ".join(f"{100 * row['stream'][name]['accuracy_last']:.1f}" for name in learners)
+        scores = f"{100 * row['ncm']:.1f} | {100 * row['ridge']:.1f} | {row['logme']:.4f} | {row['effective_rank']:.1f}"
+        lines.append(f"| {row['candidate']} | {scores} | {ends} |")
+    for name in learners:
+        taus = [found["agreement"][f"{name} stream"][score] for score in ("ncm", "ridge", "logme", "effective_rank")]
+        told = " | ".join("–" if tau is None else f"{tau:.2f}" for tau in taus)
+        lines.append(f"| **τ with A_last of {name}** | {told} |{'  |' * len(learners)}")
+    return "\n".join(lines) + "\n"
+
+
 def render(page: Path) -> str:
     """The page with its tables made anew."""
     kinds = {"table": markdown, "ablation": ablation, "throughput": throughput, "growth": growth, "steps": steps}
+    kinds["backbones"] = backbones
     return MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
 
 
