@@ -122,10 +122,8 @@ def backbones(file: Path) -> str:
     """What study_backbones.py found, best stream first; below, Kendall's τ of each score with each learner's A_last."""
     found = json.loads(file.read_text(encoding="utf-8"))
     learners = list(found["candidates"][0]["stream"])
-    lines = [
-        f"| backbone | NCM % | ridge % | LogME | effective rank | {' | '.join(f'A_last {name} %' for name in learners)} |",
-        "|---" * (5 + len(learners)) + "|",
-    ]
+    head = ["backbone", "NCM %", "ridge %", "LogME", "effective rank", *(f"A_last {name} %" for name in learners)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in sorted(found["candidates"], key=lambda row: -row["stream"][learners[0]]["accuracy_last"]):
         ends = " | ".join(f"{100 * row['stream'][name]['accuracy_last']:.1f}" for name in learners)
         scores = f"{100 * row['ncm']:.1f} | {100 * row['ridge']:.1f} | {row['logme']:.4f} | {row['effective_rank']:.1f}"
