@@ -4,7 +4,8 @@
 One small architecture with weights that differ: the shipped ones, none, and some trained here in minutes on CIFAR-10 or
 the digits, from scratch or from the shipped ones (``pretrain_backbone.py``; none is an image of the stream, though
 CIFAR-10's classes have relatives there). They are scored as ``cil rank-backbones`` does it, and then taken through the
-whole stream by ``ncm`` and ``ranpac``, tested on training images held out. What is finished in ``--work`` is not done again.
+whole stream by ``ncm`` and ``ranpac``, tested on training images held out. What is finished in ``--work`` is not done
+again.
 
     python scripts/study_backbones.py data.root=../shared/data --out results/bench/backbones.json
 """
