@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cil.protocol import ClassIncremental, DomainIncremental
     from cil.runner import run, run_stages
     from cil.stream import Stream, Task
+    from cil.sweep.backbones import rank_backbones
     from cil.training import Group, Recipe, fit
     from cil.tuning import build_tuner
     from cil.vit import Tuner
@@ -47,6 +48,7 @@ _WHERE = {
     "load_backbone": "cil.backbone",
     "load_config": "cil.configfile:load",
     "load_images": "cil.data.images",
+    "rank_backbones": "cil.sweep.backbones",
     "run": "cil.runner",
     "run_stages": "cil.runner",
 }
@@ -74,6 +76,7 @@ __all__ = [
     "load_backbone",
     "load_config",
     "load_images",
+    "rank_backbones",
     "run",
     "run_stages",
 ]

@@ -11,6 +11,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     ablation      FOLDER/LABEL        what ablate_merging.py found
     throughput    FILE                what bench.py measured
     growth        FILE                what bench_growth.py measured
+    backbones     FILE                what study_backbones.py found
     published     FILE/DATASET        others' numbers beside ours
 
 Numbers in prose have marks of their own: values.py.
@@ -169,6 +170,23 @@ def growth(file: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def backbones(file: Path) -> str:
+    """What study_backbones.py found, best stream first; below, Kendall's τ of each score with each learner's A_last."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    learners = list(found["candidates"][0]["stream"])
+    head = ["backbone", "NCM %", "ridge %", "LogME", "effective rank", *(f"A_last {name} %" for name in learners)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in sorted(found["candidates"], key=lambda row: -row["stream"][learners[0]]["accuracy_last"]):
+        ends = " | ".join(f"{100 * row['stream'][name]['accuracy_last']:.1f}" for name in learners)
+        scores = f"{100 * row['ncm']:.1f} | {100 * row['ridge']:.1f} | {row['logme']:.4f} | {row['effective_rank']:.1f}"
+        lines.append(f"| {row['candidate']} | {scores} | {ends} |")
+    for name in learners:
+        taus = [found["agreement"][f"{name} stream"][score] for score in ("ncm", "ridge", "logme", "effective_rank")]
+        told = " | ".join("–" if tau is None else f"{tau:.2f}" for tau in taus)
+        lines.append(f"| **τ with A_last of {name}** | {told} |{'  |' * len(learners)}")
+    return "\n".join(lines) + "\n"
+
+
 def render(page: Path) -> str:
     """The page with its tables and its marked numbers made anew."""
     kinds = {
@@ -179,6 +197,7 @@ def render(page: Path) -> str:
         "throughput": throughput,
         "growth": growth,
         "stages": stage_costs.table,
+        "backbones": backbones,
         "costs": campaigns.costs,
         "steps": steps,
         "published": published,

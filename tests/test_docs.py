@@ -63,6 +63,7 @@ SHORTENED = {
     r"^python \S*/bench_long.py": "--train pictures/train --test pictures/val --classes 1 --projection 16 --out bench",
     r"^python \S*/bench_merge.py": "--small --tasks 2 --repeats 1 --out bench",
     r"^python \S*/reproduce.py": "--streams quickstart --render",
+    r"^python \S*/study_backbones.py": f"{FEW_DIGITS} --variants --per-class 3 --projection 9 --work w --out b.json",
     r"^python \S*/ablate_merging.py": f"{FEW_DIGITS} learners.merge.epochs=1 --orders 1993 --rules average opcm",
 }
 """Pattern → arguments that are added; every pattern that matches counts."""

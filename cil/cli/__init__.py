@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command()(benchmark.run)
 app.command()(sweep.sweep)
 app.command()(sweep.tune)
+app.command()(sweep.rank_backbones)
 app.command()(benchmark.compare)
 app.command()(benchmark.tensorboard)
 app.command()(data.prepare_data)

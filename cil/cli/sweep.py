@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,3 +135,56 @@ def tune(
                 soft_wrap=True,
             )
     console.print(f"\nrecord:    {tuned.record}\nnext:      cil run {tuned.config}", markup=False, highlight=False)
+
+
+class By(str, Enum):
+    """A score that ranks; more is better in each."""
+
+    NCM = "ncm"
+    RIDGE = "ridge"
+    LOGME = "logme"
+
+
+def rank_backbones(
+    config: Source,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as for cil run")] = None,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(help="A name as in backbone.name, or a section, e.g. '{name: …, weights: FILE}'; repeatable."),
+    ] = None,
+    by: Annotated[By, typer.Option(help="The score to rank by.")] = By.NCM,
+    results: Results = Path("results"),
+) -> None:
+    """Rank backbones on the first task's training images, without training: leave-one-out accuracies, LogME.
+
+    No test image is opened, no image of a later task. Writes RESULTS/<name>/backbones.json.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from cil.configfile import load
+
+    settings = load(config, overrides or [])
+    console = Console(quiet=not is_main_process())
+    with console.status("loading torch, data and backbones …"):
+        from cil.console import Display
+        from cil.sweep.backbones import rank_backbones as rank
+    found = rank(settings, backbone or [], results, by=by.value, display=Display(console))
+    head = ("NCM %", "ridge %", "LogME", "effective rank", "λ", "width", "seconds")
+    table = Table("rank", "backbone", box=None, pad_edge=False)
+    for heading in head:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for rank_, one in enumerate(found.ranked, 1):
+        s = one.scores
+        accuracies = f"{100 * s.ncm:.2f}", f"{100 * s.ridge:.2f}"
+        others = f"{s.logme:.4f}", f"{s.effective_rank:.1f}", f"{s.ridge_strength:g}", str(one.feature_dim)
+        table.add_row(str(rank_), Text(one.title), *accuracies, *others, f"{sum(one.seconds):.1f}")
+    wide = Console(width=None if console.is_terminal else 10_000, quiet=console.quiet)
+    wide.print("", table, sep="\n")
+    pairs = [("ncm", "ridge"), ("ncm", "logme"), ("ridge", "logme")]
+    taus = [(one, other, found.agreement[one][other]) for one, other in pairs]
+    told = ", ".join(f"{one} and {other} {tau:.2f}" for one, other, tau in taus if tau is not None)
+    if told:
+        console.print(f"\nKendall's τ: {told}", markup=False, highlight=False)
+    console.print(f"\nrecord:    {found.record}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""A stream of which the first tasks can be read and nothing else: what choosing hyper-parameters may see."""
+"""A stream of which the first tasks can be read and nothing else: what choosing settings or a backbone may see."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ from cil.errors import StreamError
 from cil.plan import Plan
 from cil.runner import make_stream
 from cil.stream import Stream
+
+
+def first_order(config: Config) -> Config:
+    """The same benchmark on one first task: the first class order, whatever orders a learner lists."""
+    entries = [entry.model_copy(update={"orders": None}) for entry in config.learners]
+    return config.model_copy(update={"learners": entries, "orders": config.orders[:1]})
 
 
 class FirstTasks:
@@ -107,6 +113,11 @@ class FirstTasks:
         """The stream of a source that is not read yet, and the positions of the first tasks' images."""
         images = ImageSet(source, transforms, memory_bytes=0)
         stream = make_stream(config, images, images)
+        if len(stream) == 1:
+            raise StreamError(
+                "the stream is a single task, and a choice on all of it says nothing about tasks to come; "
+                "give it more, e.g. by a smaller stream.increment"
+            )
         if self.count >= len(stream):
             raise StreamError(
                 f"--first-tasks {self.count}: the stream has {len(stream)} tasks, and a choice on all of them says "

@@ -26,7 +26,7 @@ from cil.provenance import versions
 from cil.report.files import write
 from cil.results import matrices
 from cil.runner import build, run_stages
-from cil.sweep.first_tasks import FirstTasks
+from cil.sweep.first_tasks import FirstTasks, first_order
 from cil.sweep.grid import Setting, settings
 
 FRACTION = 0.2
@@ -156,13 +156,7 @@ def _wanted(name: str, overrides: Sequence[str], grid: Sequence[str]) -> list[tu
     found = [setting for setting in found if setting.values]
     if not found:
         raise ConfigError("cil tune needs a grid to choose from, e.g. --grid learner.lr=0.1,0.01")
-    return [(setting, list(plans(_first_order(setting.config)))) for setting in found]
-
-
-def _first_order(config: Config) -> Config:
-    """All learners are tuned on one first task, whatever orders a learner or the configuration lists."""
-    entries = [entry.model_copy(update={"orders": None}) for entry in config.learners]
-    return config.model_copy(update={"learners": entries, "orders": config.orders[:1]})
+    return [(setting, list(plans(first_order(setting.config)))) for setting in found]
 
 
 def _try(
@@ -216,7 +210,7 @@ def _record(choice: Choice) -> dict[str, Any]:
                 "seeds": one.setting.config.learners[0].seeds or one.setting.config.seeds,
                 "failed": one.reason or None,
                 "seconds": one.seconds,
-                "config": dump(next(plans(_first_order(one.setting.config))).config),
+                "config": dump(next(plans(first_order(one.setting.config))).config),
             }
             for one in choice.ranked
         ],
