@@ -40,7 +40,7 @@ REPLACED = {
     r"^\.venv/bin/": "",
     r"^git clone ADDRESS ": f"git clone --quiet --depth 1 file://{ROOT} ",
     r"^python scripts/": f"python {ROOT}/scripts/",
-    r"results/reference/<name>": "results/reference/quickstart",
+    r"results/reference/(<name>|split_\S+)": "results/reference/quickstart",
     r"^tensorboard ": "tensorboard --inspect ",  # a server that ends by itself
 }
 """Pattern → what stands in its place."""
@@ -55,6 +55,7 @@ SHORTENED = {
     r"^cil run cifar100/ranpac_b0_inc10": f"{FEW_DIGITS} {EMBEDDED} 'learners=[{{name: ranpac, projection: 64}}]'",
     r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64",
+    r"^cil run split_tiny_imagenet100/records": "'learners=[ncm, {name: loranpac, projection: 64}]'",
     r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",
     r"^cil sweep ": "data.per_class=3 backbone.weights=random 'backbone.options={depth: 1}'",
     r"^python \S*/bench_l2p.py": "--rounds 1 --per-class 2",
