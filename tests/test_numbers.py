@@ -30,6 +30,8 @@ ALLOWED = {
         "a 192 × 192 covariance": SETTING,
         "the ensemble costs two passes per test image": SETTING,
         "has a standard error of 0.7 points": FORMULA,
+        "an adapter a task and 11 passes a new image": FORMULA,
+        "stream.validation=0.2": SETTING,
     },
     "docs/backbones.md": {"standard error of about 1.5 points": FORMULA},
     "docs/feature_store.md": {"A ViT-B/16 takes 3 kB an image": FORMULA},
