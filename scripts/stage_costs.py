@@ -23,7 +23,7 @@ WINDOW = 5
 """Stages a number of seconds in the table is the mean of: a single stage's is noisy."""
 PANELS = {
     "learn": "seconds to learn a stage",
-    "test": "seconds to test a stage, all classes seen",
+    "test": "seconds to test all classes seen",
     "passes": "passes a new image takes",
     "kept": "MiB kept",
     "peak": "peak memory so far, MiB",
@@ -98,7 +98,7 @@ def draw(folder: Path, path: Path) -> None:
             if values := logged(run, name):
                 told = f"{learner}, {'before the cut' if name.endswith('uncut') else 'kept'}"
                 axes.plot(range(1, len(values) + 1), values, line, color=look[learner][0], label=told, lw=1.1)
-    axes.set(xlabel="task", ylabel="condition number of the features' Gram matrix", yscale="log")
+    axes.set(xlabel="task", ylabel="condition number σ₁²/σ²ₖ", yscale="log")
     if axes.lines:
         axes.legend(fontsize=8)
     else:
