@@ -50,9 +50,9 @@ def passes(run: Run) -> np.ndarray:
     A benchmark computes a test image once per view of the backbone that did not change since, so later stages count
     less. In the first stage every image is new: what a view takes there, times the views after each stage.
     """
+    views = np.array([np.size(stage["unchanged_since"]) for stage in run["stages"]])  # a number alone is one view
     first = run["stages"][0]
-    a_view = first["costs"]["test_passes"] / sum(first["total"]) / len(first["unchanged_since"])
-    return a_view * np.array([len(stage["unchanged_since"]) for stage in run["stages"]])
+    return first["costs"]["test_passes"] / sum(first["total"]) / views[0] * views
 
 
 def logged(run: Run, name: str) -> list[float]:

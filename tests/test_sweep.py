@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -358,9 +359,13 @@ def test_a_driver_that_is_stopped_or_killed_loses_nothing(place):
         (place / "wait").touch()
         (place / "waiting").unlink(missing_ok=True)
         driver = start()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not (place / "waiting").exists() or not (place / "waiting").read_text():
-            assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()
+            if driver.poll() is not None or time.monotonic() > deadline:
+                (place / "wait").unlink()  # or its worker would wait for ever
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(driver.pid, signal.SIGKILL)
+                pytest.fail(f"no run has come to stage 1: {driver.communicate()}")
             time.sleep(0.05)
         os.killpg(driver.pid, how)
         out, _ = driver.communicate(timeout=60)
