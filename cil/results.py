@@ -46,6 +46,11 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     }
 
 
+def kept_bytes(costs: dict[str, Any]) -> int:
+    """What a learner keeps after a stage with these costs: trained parameters, statistics and exemplars."""
+    return sum(costs[what] for what in ("parameter_bytes", "statistics_bytes", "exemplar_bytes"))
+
+
 def assemble(header: dict[str, Any], rows: list[dict[str, Any]], stages: int) -> dict[str, Any]:
     """The content of ``metrics.json``: header, matrices, curves, summary; undefined values are null."""
     if not rows:
@@ -57,7 +62,7 @@ def assemble(header: dict[str, Any], rows: list[dict[str, Any]], stages: int) ->
     costs = [row["costs"] for row in rows]
     summary |= {
         "trainable_parameters": max(c["trainable_parameters"] for c in costs),
-        "kept_bytes": sum(costs[-1][k] for k in ("parameter_bytes", "statistics_bytes", "exemplar_bytes")),
+        "kept_bytes": kept_bytes(costs[-1]),
         "passes_per_train_image": sum(c["train_passes"] for c in costs) / sum(c["train_images"] for c in costs),
         "passes_per_test_image": sum(c["test_passes"] for c in costs) / int(total.sum()),
         "seconds": sum(c["seconds_learn"] + c["seconds_test"] for c in costs),

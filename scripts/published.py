@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cil import results
+from cil import report, results
 from cil.config import Config
 from cil.configfile import load
 from cil.errors import RunError
@@ -42,7 +42,7 @@ def ours(row: dict[str, Any], reference: Path) -> str:
     cells = []
     for key in ("accuracy_average", "accuracy_last"):
         values = 100 * np.array([run["summary"][key] for run in runs])
-        cells.append(f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""))
+        cells.append(report.spread(values, ".2f"))
     return " / ".join(cells) + (f" ({len(runs)} runs)" if len(runs) > 1 else "")
 
 

@@ -28,18 +28,18 @@ PANELS = {
     "kept": "MiB kept",
     "peak": "peak memory so far, MiB",
 }
-CONDITIONS = ("condition_number_uncut", "condition_number", "leave_one_out_accuracy")
+CONDITIONS = {"condition_number_uncut": ("before the cut", "-"), "condition_number": ("kept", "--")}
+"""What LoRanPAC logs → its name in the figure, its line."""
 
 
 def series(run: Run) -> dict[str, np.ndarray]:
     """Per stage, in the units of :data:`PANELS`."""
     costs = [stage["costs"] for stage in run["stages"]]
-    kept = [sum(cost[f"{what}_bytes"] for what in ("parameter", "statistics", "exemplar")) for cost in costs]
     return {
         "learn": np.array([cost["seconds_learn"] for cost in costs]),
         "test": np.array([cost["seconds_test"] for cost in costs]),
         "passes": passes(run),
-        "kept": np.array(kept) / MIB,
+        "kept": np.array([results.kept_bytes(cost) for cost in costs]) / MIB,
         "peak": np.array([cost["peak_memory_bytes"] for cost in costs]) / MIB,
     }
 
@@ -94,10 +94,10 @@ def draw(folder: Path, path: Path) -> None:
         axes.set(xlabel="task", ylabel=label, yscale="log")
     axes = panels[5]
     for learner, run in runs.items():
-        for name, line in zip(CONDITIONS, ("-", "--"), strict=False):
+        for name, (told, line) in CONDITIONS.items():
             if values := logged(run, name):
-                told = f"{learner}, {'before the cut' if name.endswith('uncut') else 'kept'}"
-                axes.plot(range(1, len(values) + 1), values, line, color=look[learner][0], label=told, lw=1.1)
+                label = f"{learner}, {told}"
+                axes.plot(range(1, len(values) + 1), values, line, color=look[learner][0], label=label, lw=1.1)
     axes.set(xlabel="task", ylabel="condition number σ₁²/σ²ₖ", yscale="log")
     if axes.lines:
         axes.legend(fontsize=8)

@@ -64,20 +64,15 @@ def differences(argument: Path) -> str:
     lines = [f"| learner | A_last % |{heads} passes a training image | a new image | MiB kept |"]
     lines.append("|" + "---|" * (len(baselines) + 5))
     for row in rows:
-        cells = [_spread(100 * np.array(row.values("accuracy_last")), "")]
+        cells = [report.spread(100 * np.array(row.values("accuracy_last")))]
         for baseline in baselines:
             found = 100 * np.array(report.paired(row, baseline))
-            cells.append("" if row is baseline else _spread(found, "+"))
+            cells.append("" if row is baseline else report.spread(found, "+.1f"))
         cells.append(f"{np.mean(row.values('passes_per_train_image')):.1f}")
         cells.append(f"{max(stage_costs.passes(run)[-1] for run in row.runs):.0f}")
         cells.append(f"{np.mean(row.values('kept_bytes')) / 2**20:.1f}")
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: np.ndarray, sign: str) -> str:
-    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():{sign}.1f}{spread}" if len(values) else "–"
 
 
 def ablation(stem: Path) -> str:
@@ -91,8 +86,7 @@ def ablation(stem: Path) -> str:
     lines.append("|" + "---|" * (len(TREATMENTS) + 2))
     for rule in orders[0]:
         found = np.array([[order[rule][treatment] for treatment in TREATMENTS] for order in orders])
-        spread = [f" ± {s:.1f}" for s in found.std(0, ddof=1)] if len(orders) > 1 else [""] * len(TREATMENTS)
-        cells = [f"{mean:.1f}{s}" for mean, s in zip(found.mean(0), spread, strict=True)]
+        cells = [report.spread(column) for column in found.T]
         gap = (found[:, TREATMENTS.index("lda oracle")] - found[:, TREATMENTS.index("lda linear")]).mean()
         lines.append(f"| {rule} | {' | '.join(cells)} | {gap:.1f} |")
     return "\n".join(lines) + "\n"

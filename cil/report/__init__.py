@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cil import figures
 from cil.errors import RunError
-from cil.report.columns import COLUMNS, NAMED, Column, chosen, named
+from cil.report.columns import COLUMNS, NAMED, Column, chosen, named, spread
 from cil.report.comparison import Comparison, Filters, load, rank
 from cil.report.export import TABLES, as_csv, check_suffixes, latex, markdown
 from cil.report.files import write
@@ -45,6 +45,7 @@ __all__ = [
     "protocol",
     "rank",
     "rows",
+    "spread",
     "table",
     "write",
     "write_figure",

@@ -62,12 +62,16 @@ class Column:
         if self.difference and baseline is not None and row.title == baseline.title:
             return "baseline"
         values = self.factor * np.array(self.values(row, baseline))
-        if not len(values):
-            return UNKNOWN
-        text = format(float(values.mean()), self.form)
-        if len(values) > 1 and not (self.exact and np.ptp(values) == 0):
-            text += f" ± {format(float(values.std(ddof=1)), self.form.lstrip('+'))}"
-        return f"{text} ({len(values)})" if self.difference else text
+        text = spread(values[:1] if self.exact and len(values) and np.ptp(values) == 0 else values, self.form)
+        return f"{text} ({len(values)})" if self.difference and len(values) else text
+
+
+def spread(values: np.ndarray, form: str = ".1f") -> str:
+    """Mean ± sample standard deviation [N], the latter without a sign and only of several; of none, ``UNKNOWN``."""
+    if not len(values):
+        return UNKNOWN
+    deviation = f" ± {format(float(values.std(ddof=1)), form.lstrip('+'))}" if len(values) > 1 else ""
+    return format(float(values.mean()), form) + deviation
 
 
 def _percent(name: str, heading: str, meaning: str) -> Column:
