@@ -43,12 +43,24 @@ CAMPAIGNS = (
         f"{TINY}_50", tuple(f"{TINY}/{n}" for n in ("bounds", "adapted", "prompts", "merging", "avalanche", "ewc"))
     ),
     Campaign(f"{TINY}_records", (f"{TINY}/records",)),
+    Campaign(f"{TINY}_orders", (f"{TINY}/orders",)),
     Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",)),
     Campaign(
-        "cifar10_200",
+        "cifar10_500",
+        ("cifar10/frozen",),
+        section="CIFAR-10 subset, 5 tasks × 2 classes, all 500 training images a class, learners that train nothing:\n"
+        "`cil run cifar10/frozen data.root=../shared/data`",
+    ),
+    Campaign(
+        "cifar10_50",
         ("cifar10/defaults", "cifar10/chosen"),
-        section=f"CIFAR-10 subset, 5 tasks × 2 classes, 200 training images a class; {EVERYTHING}\n"
+        section=f"CIFAR-10 subset, 5 tasks × 2 classes, 50 training images a class; {EVERYTHING}\n"
         "`cil run cifar10/defaults data.root=../shared/data` and `cil run cifar10/chosen data.root=../shared/data`",
+    ),
+    Campaign(
+        "digits_all",
+        ("digits/frozen",),
+        section="Digits, 5 tasks × 2 classes, all training images, learners that train nothing: `cil run digits/frozen`",
     ),
     Campaign(
         "digits_50",

@@ -3,7 +3,7 @@
 
     python scripts/reproduce.py --list                      # what is there, what it took, what is missing
     python scripts/reproduce.py --jobs 2                    # everything; finished runs are skipped
-    python scripts/reproduce.py --streams cifar10_200 --learners 'ranpac*' ncm --orders 1993 1994
+    python scripts/reproduce.py --streams cifar10_50 --learners 'ranpac*' ncm --orders 1993 1994
     python scripts/reproduce.py --per-class 20              # fewer images, in folders of their own
     python scripts/reproduce.py --render                    # tables and figures alone
 

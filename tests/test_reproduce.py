@@ -67,12 +67,20 @@ def test_chosen_settings_are_those_of_the_first_tasks():
     """Each stands in a configuration of Split-Tiny-ImageNet-100 whose rates were chosen on first tasks."""
     there = [
         (entry.name, registry.configure(entry)[1].model_dump())
-        for name in ("adapted", "prompts", "avalanche", "merging", "records")
+        for name in ("bounds", "adapted", "prompts", "avalanche", "ewc", "merging", "records")
         for entry in load(f"split_tiny_imagenet100/{name}").learners
     ]
-    for name in ("cifar10/chosen", "digits/chosen", "split_tiny_imagenet100/long_chosen"):
+    tiny = "split_tiny_imagenet100"
+    for name in ("cifar10/chosen", "digits/chosen", f"{tiny}/long_chosen", f"{tiny}/orders"):
         for entry in load(name).learners:
             assert (entry.name, registry.configure(entry)[1].model_dump()) in there, entry.title
+
+
+def test_two_configurations_take_every_learner_through_the_same_streams():
+    orders, records = (load(f"split_tiny_imagenet100/{name}") for name in ("orders", "records"))
+    assert {entry.name for entry in (*orders.learners, *records.learners)} == set(registry.BUILTIN)
+    own = {"name", "learners", "chosen_by"}
+    assert orders.model_dump(exclude=own) == records.model_dump(exclude=own)
 
 
 def test_published_runs_are_done_and_budgets_have_folders_of_their_own(campaigns):
@@ -103,7 +111,7 @@ def test_a_run_of_other_settings_is_not_taken_for_done(campaigns, tmp_path):
     [
         (["--streams", "digits_50", "--learners", "nmc"], "--learners nmc: matches none (did you mean 'ncm'?)"),
         (["--streams", "cifar"], "--streams cifar: matches none"),
-        (["--streams", "cifar10_200", "--data-root", "nowhere"], "does not exist; say where with --data-root"),
+        (["--streams", "cifar10_50", "--data-root", "nowhere"], "does not exist; say where with --data-root"),
     ],
 )
 def test_a_users_mistake_is_one_line(reproduce, capsys, tmp_path, given, said):
