@@ -60,7 +60,8 @@ CAMPAIGNS = (
     Campaign(
         "digits_all",
         ("digits/frozen",),
-        section="Digits, 5 tasks × 2 classes, all training images, learners that train nothing: `cil run digits/frozen`",
+        section="Digits, 5 tasks × 2 classes, all training images, learners that train nothing:\n"
+        "`cil run digits/frozen`",
     ),
     Campaign(
         "digits_50",
