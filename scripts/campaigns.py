@@ -23,18 +23,20 @@ class Campaign:
         configs: Shipped configurations; where two hold the same run the first counts.
         overrides: Of single configurations.
         section: What results/README.md says above the table, once there is one.
+        kind: Of that table, in tables.py.
     """
 
     name: str
     configs: tuple[str, ...]
     overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
     section: str = ""
+    kind: str = "table"
 
 
 TINY = "split_tiny_imagenet100"
 EVERYTHING = (
-    "every built-in learner at its default setting, in bfloat16, beside the settings that the first tasks of\n"
-    'Split-Tiny-ImageNet-100 chose ("…_chosen"; epochs there are in part what one core does in minutes):'
+    "every built-in learner at its default setting, in bfloat16, over three class orders, beside the settings that\n"
+    "the first tasks of Split-Tiny-ImageNet-100 chose (epochs there are in part what one core does in minutes):"
 )
 CAMPAIGNS = (
     Campaign("quickstart", ("quickstart",)),
@@ -56,6 +58,7 @@ CAMPAIGNS = (
         ("cifar10/defaults", "cifar10/chosen"),
         section=f"CIFAR-10 subset, 5 tasks × 2 classes, 50 training images a class; {EVERYTHING}\n"
         "`cil run cifar10/defaults data.root=../shared/data` and `cil run cifar10/chosen data.root=../shared/data`",
+        kind="settings",
     ),
     Campaign(
         "digits_all",
@@ -68,14 +71,16 @@ CAMPAIGNS = (
         ("digits/defaults", "digits/chosen"),
         section=f"Digits, 5 tasks × 2 classes, 50 training images a class; {EVERYTHING}\n"
         "`cil run digits/defaults` and `cil run digits/chosen`",
+        kind="settings",
     ),
     Campaign(
         f"{TINY}_long",
         (f"{TINY}/long", f"{TINY}/long_chosen"),
         section="A long stream, 50 tasks × 2 classes of Split-Tiny-ImageNet-100, 50 training images a class, in\n"
         "bfloat16; learners whose cost and state grow with the classes alone, at their defaults and at the settings\n"
-        'that 10 tasks × 10 classes chose ("…_chosen"):\n'
+        "that 10 tasks × 10 classes chose:\n"
         f"`cil run {TINY}/long data.root=../shared/data` and `cil run {TINY}/long_chosen data.root=../shared/data`",
+        kind="settings",
     ),
 )
 
@@ -227,7 +232,7 @@ def _hours(found: Iterable[dict]) -> float:
 def sections(page: str, root: Path) -> str:
     """results/README.md with a section for every campaign that has finished runs and no table yet."""
     for campaign in CAMPAIGNS:
-        mark = f"<!-- table: results/reference/{campaign.name} -->"
+        mark = f"<!-- {campaign.kind}: results/reference/{campaign.name} -->"
         if not campaign.section or mark in page or not (root / campaign.name).is_dir():
             continue
         if not any(row.finished for one in report.load([root / campaign.name]) for row in one.rows):

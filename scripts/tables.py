@@ -4,6 +4,7 @@
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
 
     differences   FOLDER:BASELINE,…   what runs gain over others on the same class orders, and what they take
+    settings      FOLDER              runs labelled <learner> (its default) and <learner>_chosen side by side
     matrix        FOLDER              runs of combinations, labelled <tuner>_<consolidation>_<classifier>
     stages        FOLDER              what runs took at an early and at the last stage
     costs         FOLDER              what all runs of the campaigns took
@@ -125,6 +126,32 @@ def matrix(folder: Path) -> str:
     return "\n".join(table) + "\n"
 
 
+def settings(folder: Path) -> str:
+    """Runs labelled <learner> beside those labelled <learner>_chosen, the best of either first.
+
+    Differences are paired by class order. A setting that was not run, or is not finished, is left open.
+    """
+    rows = {row.learner: row for row in report.rows(results.find([folder])) if row.finished}
+    accuracy, forgetting, seconds = (report.NAMED[name] for name in ("accuracy_last", "forgetting", "seconds"))
+    names = list(dict.fromkeys(label.removesuffix("_chosen") for label in rows))
+    pairs = {name: (rows.get(name), rows.get(f"{name}_chosen")) for name in names}
+    best = {name: max(accuracy.mean(row) or 0 for row in pair if row) for name, pair in pairs.items()}
+    lines = [
+        "| learner | A_last %: default | chosen | chosen less default | forgetting: default | chosen | "
+        "seconds: default | chosen | keeps old images |"
+    ]
+    lines.append("|" + "---|" * 9)
+    for name in sorted(names, key=lambda name: (-best[name], name)):
+        default, chosen = pairs[name]
+        cells = [accuracy.cell(row) if row else "" for row in (default, chosen)]
+        gain = 100 * np.array(report.paired(chosen, default)) if default and chosen else np.array([])
+        cells.append(report.spread(gain, "+.1f") if len(gain) else "")
+        cells += [column.cell(row) if row else "" for column in (forgetting, seconds) for row in (default, chosen)]
+        cells.append("yes" if any(run["stores_images"] for row in (default, chosen) if row for run in row.runs) else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def throughput(file: Path) -> str:
     """What bench.py measured: our throughput as a share of the bare one, median and range over the pairs."""
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -187,6 +214,7 @@ def render(page: Path) -> str:
         "table": markdown,
         "differences": differences,
         "ablation": ablation,
+        "settings": settings,
         "matrix": matrix,
         "throughput": throughput,
         "growth": growth,

@@ -40,6 +40,23 @@ def test_a_page_names_the_matrix_it_shows(tmp_path):
     ]
 
 
+def test_settings_stand_side_by_side_and_are_paired_by_class_order(tmp_path):
+    for order, last in ((1, 30), (2, 45)):  # 50 %, 60 %
+        write(tmp_path, "ease", falling(last), order)
+    for order, last in ((1, 60), (3, 90)):  # 70 %, 90 %; the second has no partner
+        write(tmp_path, "ease_chosen", falling(last), order)
+    write(tmp_path, "ncm", falling(75))  # 80 %, and nothing to choose
+    write(tmp_path, "lwf_chosen", falling(30))
+    write(tmp_path, "l2p", falling(45)[:2])  # one stage short: not here
+    lines = tables.settings(tmp_path).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][:4] for line in lines]
+    assert cells == [
+        ["ease", "55.0 ± 7.1", "80.0 ± 14.1", "+20.0"],
+        ["ncm", "80.0", "", ""],
+        ["lwf", "", "50.0", ""],
+    ]
+
+
 def test_differences_pair_class_orders(tmp_path):
     """Over orders 1 and 2: +10 and +30 points; the third order of one learner has no partner."""
     for order, last in ((1, 45), (2, 75)):  # 60 %, 80 %
