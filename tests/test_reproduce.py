@@ -233,7 +233,7 @@ def test_a_campaign_gets_its_section_once(campaigns, tmp_path):
     assert campaigns.sections(page, tmp_path) == page
     finished(tmp_path / "digits_50", "ncm", 60)
     once = campaigns.sections(page, tmp_path)
-    assert once.count("<!-- table: results/reference/digits_50 -->\n<!-- /table -->") == 1
+    assert once.count("<!-- settings: results/reference/digits_50 -->\n<!-- /table -->") == 1
     assert once.index("digits_50") < once.index("## Make it again") and once.endswith("\n\nend\n")
     assert campaigns.sections(once, tmp_path) == once
 
