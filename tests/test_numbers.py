@@ -33,7 +33,7 @@ ALLOWED = {
         "an adapter a task and 11 passes a new image": FORMULA,
         "stream.validation=0.2": SETTING,
     },
-    "docs/backbones.md": {"standard error of about 1.5 points": FORMULA},
+    "docs/backbones.md": {"standard error of up to 1.5 points": FORMULA},
     "docs/feature_store.md": {"A ViT-B/16 takes 3 kB an image": FORMULA},
     "docs/index.md": {"Python 3.10 or newer": VERSION},
     "docs/learners/aper.md": {"after it two passes an image": FORMULA},
