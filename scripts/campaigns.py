@@ -46,6 +46,7 @@ CAMPAIGNS = (
     ),
     Campaign(f"{TINY}_records", (f"{TINY}/records",)),
     Campaign(f"{TINY}_orders", (f"{TINY}/orders",)),
+    Campaign(f"{TINY}_defaults", (f"{TINY}/defaults",)),
     Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",)),
     Campaign(
         "cifar10_500",

@@ -57,7 +57,7 @@ def finished(folder: Path, name: str, last: int, order: int = 1, label: str | No
 
 
 def test_default_configurations_hold_every_learner_as_it_is():
-    for name in ("cifar10/defaults", "digits/defaults"):
+    for name in ("cifar10/defaults", "digits/defaults", "split_tiny_imagenet100/defaults"):
         entries = load(name).learners
         assert {entry.name for entry in entries} == set(registry.BUILTIN)
         assert [entry.label for entry in entries if entry.parameters] == ["fecam_shrunk"]
@@ -81,6 +81,8 @@ def test_two_configurations_take_every_learner_through_the_same_streams():
     assert {entry.name for entry in (*orders.learners, *records.learners)} == set(registry.BUILTIN)
     own = {"name", "learners", "chosen_by"}
     assert orders.model_dump(exclude=own) == records.model_dump(exclude=own)
+    defaults = load("split_tiny_imagenet100/defaults")
+    assert defaults.model_dump(exclude={*own, "orders"}) == records.model_dump(exclude={*own, "orders"})
 
 
 def test_published_runs_are_done_and_budgets_have_folders_of_their_own(campaigns):
