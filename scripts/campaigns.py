@@ -22,22 +22,16 @@ class Campaign:
         name: The folder, which is also the ``name`` of its configurations.
         configs: Shipped configurations; where two hold the same run the first counts.
         overrides: Of single configurations.
-        section: What results/README.md says above the table, once there is one.
-        kind: Of that table, in tables.py.
+        kind: Of its table in results/README.md; see tables.py.
     """
 
     name: str
     configs: tuple[str, ...]
     overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    section: str = ""
     kind: str = "table"
 
 
 TINY = "split_tiny_imagenet100"
-EVERYTHING = (
-    "every built-in learner at its default setting, in bfloat16, over three class orders, beside the settings that\n"
-    "the first tasks of Split-Tiny-ImageNet-100 chose (epochs there are in part what one core does in minutes):"
-)
 CAMPAIGNS = (
     Campaign("quickstart", ("quickstart",)),
     Campaign(TINY, (f"{TINY}/ncm", f"{TINY}/frozen"), {f"{TINY}/ncm": ("orders=[1993, natural]",)}),
@@ -47,42 +41,12 @@ CAMPAIGNS = (
     Campaign(f"{TINY}_records", (f"{TINY}/records",)),
     Campaign(f"{TINY}_orders", (f"{TINY}/orders",)),
     Campaign(f"{TINY}_defaults", (f"{TINY}/defaults",)),
-    Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",)),
-    Campaign(
-        "cifar10_500",
-        ("cifar10/frozen",),
-        section="CIFAR-10 subset, 5 tasks × 2 classes, all 500 training images a class, learners that train nothing:\n"
-        "`cil run cifar10/frozen data.root=../shared/data`",
-    ),
-    Campaign(
-        "cifar10_50",
-        ("cifar10/defaults", "cifar10/chosen"),
-        section=f"CIFAR-10 subset, 5 tasks × 2 classes, 50 training images a class; {EVERYTHING}\n"
-        "`cil run cifar10/defaults data.root=../shared/data` and `cil run cifar10/chosen data.root=../shared/data`",
-        kind="settings",
-    ),
-    Campaign(
-        "digits_all",
-        ("digits/frozen",),
-        section="Digits, 5 tasks × 2 classes, all training images, learners that train nothing:\n"
-        "`cil run digits/frozen`",
-    ),
-    Campaign(
-        "digits_50",
-        ("digits/defaults", "digits/chosen"),
-        section=f"Digits, 5 tasks × 2 classes, 50 training images a class; {EVERYTHING}\n"
-        "`cil run digits/defaults` and `cil run digits/chosen`",
-        kind="settings",
-    ),
-    Campaign(
-        f"{TINY}_long",
-        (f"{TINY}/long", f"{TINY}/long_chosen"),
-        section="A long stream, 50 tasks × 2 classes of Split-Tiny-ImageNet-100, 50 training images a class, in\n"
-        "bfloat16; learners whose cost and state grow with the classes alone, at their defaults and at the settings\n"
-        "that 10 tasks × 10 classes chose:\n"
-        f"`cil run {TINY}/long data.root=../shared/data` and `cil run {TINY}/long_chosen data.root=../shared/data`",
-        kind="settings",
-    ),
+    Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",), kind="matrix"),
+    Campaign("cifar10_500", ("cifar10/frozen",)),
+    Campaign("cifar10_50", ("cifar10/defaults", "cifar10/chosen"), kind="settings"),
+    Campaign("digits_all", ("digits/frozen",)),
+    Campaign("digits_50", ("digits/defaults", "digits/chosen"), kind="settings"),
+    Campaign(f"{TINY}_long", (f"{TINY}/long", f"{TINY}/long_chosen"), kind="settings"),
 )
 
 
@@ -231,13 +195,18 @@ def _hours(found: Iterable[dict]) -> float:
 
 
 def sections(page: str, root: Path) -> str:
-    """results/README.md with a section for every campaign that has finished runs and no table yet."""
+    """results/README.md with the commands and a table for every campaign that has finished runs and no table yet."""
     for campaign in CAMPAIGNS:
         mark = f"<!-- {campaign.kind}: results/reference/{campaign.name} -->"
-        if not campaign.section or mark in page or not (root / campaign.name).is_dir():
+        if mark in page or not (root / campaign.name).is_dir():
             continue
         if not any(row.finished for one in report.load([root / campaign.name]) for row in one.rows):
             continue
+        commands = "\n".join(f"`{_command(name)}`" for name in campaign.configs)
         before, heading, after = page.partition("## Make it again\n")
-        page = f"{before}{campaign.section}\n\n{mark}\n<!-- /table -->\n\n{heading}{after}"
+        page = f"{before}{commands}\n\n{mark}\n<!-- /table -->\n\n{heading}{after}"
     return page
+
+
+def _command(config: str) -> str:
+    return f"cil run {config}" + (" data.root=../shared/data" if "root" in written(config).get("data", {}) else "")

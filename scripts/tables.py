@@ -144,10 +144,10 @@ def settings(folder: Path) -> str:
     for name in sorted(names, key=lambda name: (-best[name], name)):
         default, chosen = pairs[name]
         cells = [accuracy.cell(row) if row else "" for row in (default, chosen)]
-        gain = 100 * np.array(report.paired(chosen, default)) if default and chosen else np.array([])
-        cells.append(report.spread(gain, "+.1f") if len(gain) else "")
+        gain = report.paired(chosen, default) if default and chosen else None
+        cells.append("" if gain is None else report.spread(100 * np.array(gain), "+.1f"))
         cells += [column.cell(row) if row else "" for column in (forgetting, seconds) for row in (default, chosen)]
-        cells.append("yes" if any(run["stores_images"] for row in (default, chosen) if row for run in row.runs) else "")
+        cells.append("yes" if any(row.runs[0]["stores_images"] for row in (default, chosen) if row) else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
