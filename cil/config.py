@@ -137,7 +137,8 @@ class HardwareConfig(Section):
 
 
 class LearnerEntry(BaseModel):
-    """One learner: ``name`` or ``class``, its hyper-parameters beside them, and its own orders and seeds if any."""
+    """One learner: ``name`` or ``class``, its hyper-parameters beside them, and what it has of its own of the
+    configuration's orders, seeds and ``chosen_by``."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
     name: str | None = Field(None, description="a registered learner")
@@ -145,6 +146,7 @@ class LearnerEntry(BaseModel):
     label: str | None = Field(None, description="name in results; tells settings of one learner apart")
     orders: list[int | str | list[int] | list[str]] | None = None
     seeds: list[int] | None = None
+    chosen_by: str | None = None
 
     @model_validator(mode="after")
     def _one(self) -> LearnerEntry:

@@ -55,13 +55,11 @@ def plans(config: Config) -> Iterator[Plan]:
     for entry, cls, parameters in configured:
         identity = {"class": entry.cls} if entry.cls else {"name": entry.name}
         resolved = LearnerEntry.model_validate({**identity, "label": entry.label, **parameters.model_dump(mode="json")})
+        chosen_by = config.chosen_by if entry.chosen_by is None else entry.chosen_by
         for order in entry.orders or config.orders:
             for seed in entry.seeds or config.seeds:
-                yield Plan(
-                    config.model_copy(update={"learners": [resolved], "orders": [order], "seeds": [seed]}),
-                    cls,
-                    parameters,
-                )
+                only = {"learners": [resolved], "orders": [order], "seeds": [seed], "chosen_by": chosen_by}
+                yield Plan(config.model_copy(update=only), cls, parameters)
 
 
 def dump(config: Config) -> dict[str, Any]:

@@ -173,6 +173,13 @@ def test_learners_may_have_orders_of_their_own(tmp_path):
     ]  # fmt: skip
 
 
+def test_learners_may_say_how_their_own_settings_were_chosen(tmp_path):
+    text = "learners: [ncm, {name: joint, chosen_by: paper}, {name: slda, chosen_by: default}]\nchosen_by: first_task"
+    found = list(plans(load(write(tmp_path, text))))
+    assert [plan.config.chosen_by for plan in found] == ["first_task", "paper", "default"]
+    assert all("chosen_by" not in dump(plan.config)["learners"][0] for plan in found)  # said once
+
+
 def test_explicit_orders_have_a_folder_of_their_own(tmp_path):
     config = load(write(tmp_path, "learner: ncm\norders: [[2, 0, 1], [0, 1, 2]]"))
     names = [p.place.name for p in plans(config)]

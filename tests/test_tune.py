@@ -70,7 +70,7 @@ def test_it_finds_what_ordinary_runs_on_held_out_images_find(place):
 
 
 def test_what_it_writes_can_be_run_and_says_how_it_was_chosen(cil, place):  # noqa: F811
-    file = write(place / "c.yaml", learners=[PROBE, "ncm"], orders=[7, 1993])
+    file = write(place / "c.yaml", learners=[{**PROBE, "chosen_by": "paper"}, "ncm"], orders=[7, 1993])
     grid = [f"--grid={text.replace('learner.', 'learners.linear_probe.')}" for text in GRID]
     found = cil("tune", file, "transform.augment=none", *grid, "--first-tasks", "2")
     assert found.returncode == 0, found.stderr

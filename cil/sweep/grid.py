@@ -161,7 +161,7 @@ def _axis(text: str, raw: dict[str, Any], titles: list[str]) -> Axis:
         override(raw, [f"{key}={one}"])  # says what is wrong with the key in the words of `cil run`
     learner = {"learner": titles[0], "learners": path[0] if path else None}.get(head)
     axis = Axis(key, learner, tuple(values))
-    if learner is not None and axis.inner in ("name", "class", "label", "orders", "seeds"):
+    if learner is not None and axis.inner in ("name", "class", "label", "orders", "seeds", "chosen_by"):
         raise ConfigError(f"--grid {text!r}: {axis.inner} is no axis of a grid; {ELSEWHERE['learners']}")
     return axis
 

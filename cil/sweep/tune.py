@@ -221,6 +221,8 @@ def _as_yaml(choices: Sequence[Choice], chosen_by: str) -> str:
     """The tuned learners in a configuration of their own: where it came from keeps its other learners."""
     best = [(choice.learner, choice.ranked[0].setting.raw) for choice in choices]
     learners = [{**raw["learners"][0], "label": f"{learner}_tuned"} for learner, raw in best]
+    for entry in learners:
+        entry.pop("chosen_by", None)  # how it was chosen before
     raw = {**best[0][1], "chosen_by": chosen_by, "learners": learners}
     validated(Config, raw)
     count = sum(len(choice.ranked) for choice in choices)
