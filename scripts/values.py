@@ -7,6 +7,7 @@ The mark is a comment, so a reader sees the number alone; ``scripts/tables.py`` 
     <!-- = ease R.-1.0 -->22.4 %                             R[-1, 0] of the README; R.-1.1: are the other tasks
     <!-- = ewc accuracy_last - lwf accuracy_last -->2.7      points; run by run where both have several, then the mean
     <!-- = min l2p,lae_* task_id_accuracy -->28.8 %          the smallest of several runs
+    <!-- = lowest *_lda accuracy_last - ncm accuracy_last -->0.5   of several labels, each the mean of its runs
     <!-- = ewc kept_bytes / 1e6 .0f -->230 MB                from left to right, no brackets
     <!-- = bench/merge.json weights / 1e6 .1f -->85.8        any other JSON file, by a dotted path
     <!-- from bench/merge.json -->                           a file at once: the marks below it need only say KEY
@@ -16,7 +17,10 @@ An expression is ``[REDUCER] TERM [+|-|*|/ TERM …] [FORMAT]``; a TERM is a num
 - FILE, below what the last ``from`` names or below results/: a JSON file, a run's folder or a label's folder with its
   runs; ``*`` and commas name several.
 - KEY: a name of the summary, ``R``, ``R_task``, or a path of names, list indices and slices joined by dots.
-- Several numbers (runs, files, a list) become one by REDUCER: mean unless said, or min, max, median, sum.
+- Several numbers (runs, files, a list) become one by REDUCER: mean unless said, or min, max, median, sum; lowest and
+  highest are of the means of labels.
+- Terms with several runs are taken run by run: they have the same ones, or the second has one label's, which each label
+  of the first also has.
 - FORMAT is Python's, ``.1%`` unless said: times 100, one decimal; the sign % stays outside the mark.
 
 Words with spaces stand in quotes. A mark may not begin a line or a list item: what follows would be taken for HTML.
@@ -43,6 +47,7 @@ BEGINS = re.compile(r"\s*(?:[-*+>]\s+|\d+\.\s+)*")
 FORMAT = re.compile(r",?\.\d+[f%e]")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 REDUCERS = {"mean": np.mean, "min": np.min, "max": np.max, "median": np.median, "sum": np.sum}
+OF_LABELS = {"lowest": np.min, "highest": np.max}
 ALIASES = {"R": "accuracy_matrix", "R_task": "accuracy_matrix_within_task"}
 
 
@@ -103,17 +108,38 @@ def value(expression: str, origin: str, root: Path) -> str:
     result, runs = numbers(terms[0], origin, root)
     for [sign], term in zip(terms[1::2], terms[2::2], strict=True):
         other, their = numbers(term, origin, root)
-        if len(result) > 1 and len(other) > 1 and (len(result) != len(other) or runs != their):
-            raise CilError(f"{' '.join(term)}: other runs than before ({len(other)} numbers against {len(result)})")
+        if len(result) > 1 and len(other) > 1:
+            other = other[beside(runs, their, len(result), len(other), " ".join(term))]
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused below
             result, runs = OPERATORS[sign](result, other), runs if len(result) > 1 else their
-    one = float(REDUCERS[reducer](result))
+    if reducer in OF_LABELS:
+        if len(result) != len(runs):
+            raise CilError(f"{reducer} is of runs, got {len(result)} numbers from {len(runs)} runs")
+        labels = [run.parent for run in runs]
+        result = np.array([result[[own == label for own in labels]].mean() for label in dict.fromkeys(labels)])
+    one = float({**REDUCERS, **OF_LABELS}[reducer](result))
     if not np.isfinite(one):
         raise CilError(f"comes to {one}")
     text = format(one, spec).rstrip("%")
     if not text.strip("-0.,"):
         return text.lstrip("-")
     return text.replace("-", "−") if text.startswith("-") else text
+
+
+def beside(runs: Sequence[Path], their: Sequence[Path], count: int, other: int, term: str) -> list[int]:
+    """Which of the second term's numbers belongs to each of the first's.
+
+    Raises:
+        CilError: They are of other runs.
+    """
+    names, own = [run.name for run in their], [run.name for run in runs]
+    if count == other and own == names:
+        return list(range(count))
+    one_label = len({run.parent for run in their}) == 1 and other == len(their) and count == len(runs)
+    labels = {run.parent for run in runs}
+    if one_label and all(sorted(names) == sorted(run.name for run in runs if run.parent == label) for label in labels):
+        return [names.index(name) for name in own]
+    raise CilError(f"{term}: other runs than before ({other} numbers against {count})")
 
 
 def parsed(expression: str) -> tuple[str, list[list[str]], str]:
@@ -126,7 +152,7 @@ def parsed(expression: str) -> tuple[str, list[list[str]], str]:
         words = shlex.split(expression)
     except ValueError as error:
         raise CilError(f"{error}") from None
-    reducer = words.pop(0) if words and words[0] in REDUCERS else "mean"
+    reducer = words.pop(0) if words and words[0] in (*REDUCERS, *OF_LABELS) else "mean"
     spec = words.pop() if words and FORMAT.fullmatch(words[-1]) else ".1%"
     terms: list[list[str]] = [[]]
     for word in words:
@@ -144,8 +170,8 @@ def constant(term: Sequence[str]) -> bool:
     return len(term) == 1 and bool(re.fullmatch(NUMBER, term[0]))
 
 
-def numbers(term: Sequence[str], origin: str, root: Path) -> tuple[np.ndarray, list[str]]:
-    """A term's numbers, all in one row [N], and the names of the runs they come from."""
+def numbers(term: Sequence[str], origin: str, root: Path) -> tuple[np.ndarray, list[Path]]:
+    """A term's numbers, all in one row [N], and the folders of the runs they come from."""
     if constant(term):
         return np.array([float(term[0])]), []
     inputs = found(term[:-1], origin, root)
@@ -155,7 +181,7 @@ def numbers(term: Sequence[str], origin: str, root: Path) -> tuple[np.ndarray, l
         row += at if isinstance(at, list) else [at]
     if not row or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in row):
         raise CilError(f"{inputs[0].relative_to(root)}: {term[-1]!r} is no number and no list of numbers")
-    return np.array(row, dtype=float), [file.parent.name for file in inputs]
+    return np.array(row, dtype=float), [file.parent for file in inputs]
 
 
 def found(names: Sequence[str], origin: str, root: Path) -> list[Path]:

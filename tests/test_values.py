@@ -63,6 +63,13 @@ def root(tmp_path):
         ("max a accuracy_last - b accuracy_last", "32.5"),
         ("b accuracy_last - a accuracy_last", "−16.2"),
         ("max a accuracy_last - c accuracy_last", "20.0"),  # one run against each
+        (
+            "min a,b accuracy_last - a accuracy_last",
+            "−32.5",
+        ),  # each label's runs against one label's
+        ("lowest a,b accuracy_last", "43.8"),  # of the labels' means, 60 and 43.75
+        ("highest a,b,c accuracy_last - c accuracy_last", "10.0"),
+        ("lowest a,b accuracy_last - a accuracy_last", "−16.2"),
         ("c accuracy_last - c R.1", "0.0"),
         ("a kept_bytes / 1e6 .0f", "4"),
         ("c kept_bytes / c stages.-1.usage.0 - 1 * 2 ,.0f", "1,142,855"),  # from left to right
@@ -94,6 +101,8 @@ def test_value(root, expression, number):
         ("bench/b.json gap.x", "nothing to look 'x' up in"),
         ("a accuracy_last - a,b accuracy_last", "other runs than before (4 numbers against 2)"),
         ("a accuracy_last - c,b/order1-seed0 accuracy_last", "other runs"),  # as many, but not the same
+        ("b,c accuracy_last - a accuracy_last", "other runs than before (2 numbers against 3)"),  # c has one of them
+        ("lowest bench/b.json seconds", "lowest is of runs, got 3 numbers from 1 runs"),
         ("c accuracy_last / c R.-1.0", "comes to inf"),
         ("a accuracy_last -", "a term is"),
         ("", "a term is"),

@@ -1,0 +1,1 @@
+"""Supervised pre-training of a small, plain timm ``VisionTransformer`` on a few CPU cores."""
