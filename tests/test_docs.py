@@ -56,7 +56,7 @@ SHORTENED = {
     r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64 learners.loranpac.projection=64",
     r"^cil run split_tiny_imagenet100/records": "'learners=[ncm, {name: loranpac, projection: 64}]'",
-    r"^cil run split_tiny_imagenet100/matrix": "'learners=[{name: merge, label: lora_opcm_ncm, epochs: 1}]' 'orders=[1993]'",
+    r"^cil run split_tiny_imagenet100/matrix": "'learners=[{name: merge, label: lora_opcm_ncm, epochs: 1}]'",
     r"^cil run (cifar10|digits)/": FEW_DIGITS,
     r"^cil run (cifar10|digits)/(defaults|frozen)": "'learners=[ncm, fecam]'",
     r"^cil run (cifar10|digits)/chosen": "'learners=[{name: slda, label: slda_chosen, shrinkage: 0.01}]'",
