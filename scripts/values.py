@@ -46,8 +46,8 @@ BEGINS = re.compile(r"\s*(?:[-*+>]\s+|\d+\.\s+)*")
 """What may stand on a line before its first word."""
 FORMAT = re.compile(r",?\.\d+[f%e]")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-REDUCERS = {"mean": np.mean, "min": np.min, "max": np.max, "median": np.median, "sum": np.sum}
 OF_LABELS = {"lowest": np.min, "highest": np.max}
+REDUCERS = {"mean": np.mean, "min": np.min, "max": np.max, "median": np.median, "sum": np.sum, **OF_LABELS}
 ALIASES = {"R": "accuracy_matrix", "R_task": "accuracy_matrix_within_task"}
 
 
@@ -117,7 +117,7 @@ def value(expression: str, origin: str, root: Path) -> str:
             raise CilError(f"{reducer} is of runs, got {len(result)} numbers from {len(runs)} runs")
         labels = [run.parent for run in runs]
         result = np.array([result[[own == label for own in labels]].mean() for label in dict.fromkeys(labels)])
-    one = float({**REDUCERS, **OF_LABELS}[reducer](result))
+    one = float(REDUCERS[reducer](result))
     if not np.isfinite(one):
         raise CilError(f"comes to {one}")
     text = format(one, spec).rstrip("%")
@@ -152,7 +152,7 @@ def parsed(expression: str) -> tuple[str, list[list[str]], str]:
         words = shlex.split(expression)
     except ValueError as error:
         raise CilError(f"{error}") from None
-    reducer = words.pop(0) if words and words[0] in (*REDUCERS, *OF_LABELS) else "mean"
+    reducer = words.pop(0) if words and words[0] in REDUCERS else "mean"
     spec = words.pop() if words and FORMAT.fullmatch(words[-1]) else ".1%"
     terms: list[list[str]] = [[]]
     for word in words:

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -158,9 +159,8 @@ def test_probes_beside_numpy(part):
     z = np.c_[(x - x.mean(0)) / (x.std(0) + 1e-6), np.ones(90)].astype(float)
     weights = np.linalg.solve(z.T @ z + 0.01 * 90 * np.eye(6), z.T @ np.eye(3)[y])
     assert scores.numpy() == pytest.approx(z @ weights, abs=1e-5)
-    sklearn = pytest.importorskip("sklearn.linear_model")
     penalty = 0.001
     own = probes._logistic(x, y, penalty)(x).softmax(1).detach()
     # cross-entropy + w ‖W‖² is sklearn's Σ cross-entropy · C + ‖W‖² / 2 at C = 1 / (2 w N)
-    theirs = sklearn.LogisticRegression(C=1 / (2 * penalty * 90), max_iter=1000, tol=1e-8).fit(z[:, :5], y)
+    theirs = LogisticRegression(C=1 / (2 * penalty * 90), max_iter=1000, tol=1e-8).fit(z[:, :5], y)
     assert own.numpy() == pytest.approx(theirs.predict_proba(z[:, :5]), abs=0.01)

@@ -63,10 +63,7 @@ def root(tmp_path):
         ("max a accuracy_last - b accuracy_last", "32.5"),
         ("b accuracy_last - a accuracy_last", "−16.2"),
         ("max a accuracy_last - c accuracy_last", "20.0"),  # one run against each
-        (
-            "min a,b accuracy_last - a accuracy_last",
-            "−32.5",
-        ),  # each label's runs against one label's
+        ("min a,b accuracy_last - a accuracy_last", "−32.5"),  # each label's runs against one's
         ("lowest a,b accuracy_last", "43.8"),  # of the labels' means, 60 and 43.75
         ("highest a,b,c accuracy_last - c accuracy_last", "10.0"),
         ("lowest a,b accuracy_last - a accuracy_last", "−16.2"),
