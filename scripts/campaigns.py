@@ -23,12 +23,20 @@ class Campaign:
         configs: Shipped configurations; where two hold the same run the first counts.
         overrides: Of single configurations.
         kind: Of its table in results/README.md; see tables.py.
+        beside: Folders whose runs that table shows as well.
     """
 
     name: str
     configs: tuple[str, ...]
     overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
     kind: str = "table"
+    beside: tuple[str, ...] = ()
+
+    @property
+    def mark(self) -> str:
+        """Above its table in results/README.md."""
+        others = f":{','.join(self.beside)}" if self.beside else ""
+        return f"<!-- {self.kind}: results/reference/{self.name}{others} -->"
 
 
 TINY = "split_tiny_imagenet100"
@@ -40,7 +48,7 @@ CAMPAIGNS = (
     ),
     Campaign(f"{TINY}_records", (f"{TINY}/records",)),
     Campaign(f"{TINY}_orders", (f"{TINY}/orders",)),
-    Campaign(f"{TINY}_defaults", (f"{TINY}/defaults",)),
+    Campaign(f"{TINY}_defaults", (f"{TINY}/defaults",), kind="settings", beside=(f"{TINY}_orders", f"{TINY}_records")),
     Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",), kind="matrix"),
     Campaign("cifar10_500", ("cifar10/frozen",)),
     Campaign("cifar10_50", ("cifar10/defaults", "cifar10/chosen"), kind="settings"),
@@ -197,14 +205,13 @@ def _hours(found: Iterable[dict]) -> float:
 def sections(page: str, root: Path) -> str:
     """results/README.md with the commands and a table for every campaign that has finished runs and no table yet."""
     for campaign in CAMPAIGNS:
-        mark = f"<!-- {campaign.kind}: results/reference/{campaign.name} -->"
-        if mark in page or not (root / campaign.name).is_dir():
+        if campaign.mark in page or not (root / campaign.name).is_dir():
             continue
         if not any(row.finished for one in report.load([root / campaign.name]) for row in one.rows):
             continue
         commands = "\n".join(f"`{_command(name)}`" for name in campaign.configs)
         before, heading, after = page.partition("## Make it again\n")
-        page = f"{before}{commands}\n\n{mark}\n<!-- /table -->\n\n{heading}{after}"
+        page = f"{before}{commands}\n\n{campaign.mark}\n<!-- /table -->\n\n{heading}{after}"
     return page
 
 

@@ -5,6 +5,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
 
     differences   FOLDER:BASELINE,…   what runs gain over others on the same class orders, and what they take
     settings      FOLDER              runs labelled <learner> (its default) and <learner>_chosen side by side
+    settings      FOLDER:NAME,…       the same; what was chosen lies in the folders of these names beside it
     matrix        FOLDER              runs of combinations, labelled <tuner>_<consolidation>_<classifier>
     stages        FOLDER              what runs took at an early and at the last stage
     costs         FOLDER              what all runs of the campaigns took
@@ -24,6 +25,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -126,22 +128,27 @@ def matrix(folder: Path) -> str:
     return "\n".join(table) + "\n"
 
 
-def settings(folder: Path) -> str:
-    """Runs labelled <learner> beside those labelled <learner>_chosen, the best of either first.
+def settings(argument: Path) -> str:
+    """A learner's default setting beside the one that was chosen for it, the best of either first.
 
-    Differences are paired by class order. A setting that was not run, or is not finished, is left open.
+    ``FOLDER`` holds runs labelled <learner> and <learner>_chosen; with ``FOLDER:NAME,…`` it holds the defaults alone,
+    and :func:`_chosen` finds the others in the folders of these names beside it. Differences are paired by class order.
+    A setting that was not run, or is not finished, is left open.
     """
-    rows = {row.learner: row for row in report.rows(results.find([folder])) if row.finished}
+    place, _, names = str(argument).partition(":")
+    rows = _finished(Path(place))
+    if names:
+        rows |= {f"{label}_chosen": row for label, row in _chosen(rows, Path(place).parent, names.split(",")).items()}
     accuracy, forgetting, seconds = (report.NAMED[name] for name in ("accuracy_last", "forgetting", "seconds"))
-    names = list(dict.fromkeys(label.removesuffix("_chosen") for label in rows))
-    pairs = {name: (rows.get(name), rows.get(f"{name}_chosen")) for name in names}
+    learners = list(dict.fromkeys(label.removesuffix("_chosen") for label in rows))
+    pairs = {name: (rows.get(name), rows.get(f"{name}_chosen")) for name in learners}
     best = {name: max(accuracy.mean(row) or 0 for row in pair if row) for name, pair in pairs.items()}
     lines = [
         "| learner | A_last %: default | chosen | chosen less default | forgetting: default | chosen | "
         "seconds: default | chosen | keeps old images |"
     ]
     lines.append("|" + "---|" * 9)
-    for name in sorted(names, key=lambda name: (-best[name], name)):
+    for name in sorted(learners, key=lambda name: (-best[name], name)):
         default, chosen = pairs[name]
         cells = [accuracy.cell(row) if row else "" for row in (default, chosen)]
         gain = report.paired(chosen, default) if default and chosen else None
@@ -150,6 +157,32 @@ def settings(folder: Path) -> str:
         cells.append("yes" if any(row.runs[0]["stores_images"] for row in (default, chosen) if row) else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _finished(folder: Path) -> dict[str, report.Row]:
+    return {row.learner: row for row in report.rows(results.find([folder])) if row.finished}
+
+
+def _chosen(defaults: dict[str, report.Row], root: Path, names: Sequence[str]) -> dict[str, report.Row]:
+    """By the label of a default: the runs, on its class orders, of what was chosen instead, where that is not the same.
+
+    They are labelled <learner>_adapter, where that one of its tuners was chosen, or <learner>; what nobody chose
+    (``chosen_by: default``) is none.
+    """
+    there = {label: row for name in names for label, row in _finished(root / name).items()}
+    found = {}
+    for label, default in defaults.items():
+        row = there.get(f"{label}_adapter") or there.get(label)
+        if row is None or row.runs[0]["chosen_by"] == "default" or _entry(row) == _entry(default):
+            continue
+        orders = {tuple(run["class_order"]) for run in default.runs}
+        found[label] = replace(row, runs=tuple(run for run in row.runs if tuple(run["class_order"]) in orders))
+    return {label: row for label, row in found.items() if row.runs}
+
+
+def _entry(row: report.Row) -> dict:
+    """A row's learner section without its names."""
+    return {k: v for k, v in row.runs[0]["config"]["learners"][0].items() if k not in ("label", "orders", "chosen_by")}
 
 
 def throughput(file: Path) -> str:

@@ -238,6 +238,10 @@ def test_a_campaign_gets_its_section_once(campaigns, tmp_path):
     assert once.count("<!-- settings: results/reference/digits_50 -->\n<!-- /table -->") == 1
     assert once.index("digits_50") < once.index("## Make it again") and once.endswith("\n\nend\n")
     assert campaigns.sections(once, tmp_path) == once
+    finished(tmp_path / "split_tiny_imagenet100_defaults", "ncm", 60)
+    both = campaigns.sections(once, tmp_path)
+    assert "/split_tiny_imagenet100_defaults:split_tiny_imagenet100_orders,split_tiny_imagenet100_records -->" in both
+    assert campaigns.sections(both, tmp_path) == both
 
 
 def test_costs_are_sums_over_finished_runs(campaigns, tmp_path):

@@ -57,6 +57,33 @@ def test_settings_stand_side_by_side_and_are_paired_by_class_order(tmp_path):
     ]
 
 
+def test_what_was_chosen_may_lie_in_folders_beside_the_defaults(tmp_path):
+    """Of the chosen ones only the class order counts that the default was run on."""
+
+    def run(place, label, last, order=1, chosen_by="first_task", **parameters):
+        write(tmp_path / place, label, falling(last), order, chosen_by=chosen_by, parameters=parameters)
+
+    for label, last in (("aper", 30), ("ease", 45), ("merge", 60), ("joint", 75), ("ncm", 15)):  # 50 % … 80 %, 40 %
+        run("defaults", label, last, chosen_by="default", lr=1)
+    run("a", "aper", 45, lr=2)
+    run("b", "aper_adapter", 60, lr=2)  # 70 %: goes before
+    for order, last in ((1, 30), (2, 90)):
+        run("a", "ease", last, order, lr=2)
+    run("b", "merge", 60, lr=1)  # what was chosen is the default
+    run("b", "joint", 90, chosen_by="default", lr=2)  # nobody chose
+    run("b", "ncm", 90, 2, lr=2)  # on another class order
+    run("b", "lwf", 90)  # no default beside it
+    lines = tables.settings(Path(f"{tmp_path / 'defaults'}:a,b")).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][:4] for line in lines]
+    assert cells == [
+        ["joint", "80.0", "", ""],
+        ["aper", "50.0", "70.0", "+20.0"],
+        ["merge", "70.0", "", ""],
+        ["ease", "60.0", "50.0", "-10.0"],
+        ["ncm", "40.0", "", ""],
+    ]
+
+
 def test_differences_pair_class_orders(tmp_path):
     """Over orders 1 and 2: +10 and +30 points; the third order of one learner has no partner."""
     for order, last in ((1, 45), (2, 75)):  # 60 %, 80 %
