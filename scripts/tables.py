@@ -35,7 +35,7 @@ import stage_costs
 import values
 from published import published
 
-from cil import report, results
+from cil import provenance, report, results
 from cil.errors import CilError
 
 ROOT = Path(__file__).parent.parent
@@ -181,8 +181,10 @@ def _chosen(defaults: dict[str, report.Row], root: Path, names: Sequence[str]) -
 
 
 def _entry(row: report.Row) -> dict:
-    """A row's learner section without its names."""
-    return {k: v for k, v in row.runs[0]["config"]["learners"][0].items() if k not in ("label", "orders", "chosen_by")}
+    """A row's learner section without its names; keys that are newer than the runs are at their defaults."""
+    flat = provenance.settings(row.runs[0]["config"])
+    names = ("learners.0.label", "learners.0.orders", "learners.0.chosen_by")
+    return {key: value for key, value in flat.items() if key.startswith("learners.") and key not in names}
 
 
 def throughput(file: Path) -> str:
