@@ -57,6 +57,8 @@ SHORTENED = {
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64 learners.loranpac.projection=64",
     r"^cil run split_tiny_imagenet100/orders": "'learners=[fecam]'",
     r"^cil run split_tiny_imagenet100/defaults": "'learners=[ncm, fecam]'",
+    r"^cil run split_tiny_imagenet100/long ": "'learners=[ncm, fecam]'",
+    r"^cil run split_tiny_imagenet100/long_chosen": "'learners=[{name: slda, label: slda_chosen, shrinkage: 0.01}]'",
     r"^cil run split_tiny_imagenet100/records": "'learners=[ncm, {name: loranpac, projection: 64}]'",
     r"^cil run split_tiny_imagenet100/matrix": "'learners=[{name: merge, label: lora_opcm_ncm, epochs: 1}]'",
     r"^cil run (cifar10|digits)/": FEW_DIGITS,
