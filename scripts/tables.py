@@ -35,8 +35,9 @@ import stage_costs
 import values
 from published import published
 
-from cil import provenance, report, results
+from cil import report, results
 from cil.errors import CilError
+from cil.report.row import pair_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -164,7 +165,7 @@ def _finished(folder: Path) -> dict[str, report.Row]:
 
 
 def _chosen(defaults: dict[str, report.Row], root: Path, names: Sequence[str]) -> dict[str, report.Row]:
-    """By the label of a default: the runs, on its class orders, of what was chosen instead, where that is not the same.
+    """By the label of a default: the runs of what was chosen instead that pair with its own, unless it is the same.
 
     They are labelled <learner>_adapter, where that one of its tuners was chosen, or <learner>; what nobody chose
     (``chosen_by: default``) is none.
@@ -175,14 +176,17 @@ def _chosen(defaults: dict[str, report.Row], root: Path, names: Sequence[str]) -
         row = there.get(f"{label}_adapter") or there.get(label)
         if row is None or row.runs[0]["chosen_by"] == "default" or _entry(row) == _entry(default):
             continue
-        orders = {tuple(run["class_order"]) for run in default.runs}
-        found[label] = replace(row, runs=tuple(run for run in row.runs if tuple(run["class_order"]) in orders))
-    return {label: row for label, row in found.items() if row.runs}
+        partners = {pair_of(run) for run in default.runs}
+        if runs := tuple(run for run in row.runs if pair_of(run) in partners):
+            found[label] = replace(row, runs=runs)
+    return found
 
 
 def _entry(row: report.Row) -> dict:
     """A row's learner section without its names; keys that are newer than the runs are at their defaults."""
-    flat = provenance.settings(row.runs[0]["config"])
+    from cil.provenance import settings  # brings torch, which no other table needs
+
+    flat = settings(row.runs[0]["config"])
     names = ("learners.0.label", "learners.0.orders", "learners.0.chosen_by")
     return {key: value for key, value in flat.items() if key.startswith("learners.") and key not in names}
 
