@@ -24,6 +24,7 @@ from cil.stream import Stream
 
 Header = dict[str, Any]
 PACKAGES = ("cil", "torch", "torchvision", "timm", "peft", "accelerate", "numpy")
+COMPUTES = ("cil", "pyproject.toml")  # of a checkout: what a result can depend on
 
 
 def versions() -> dict[str, str]:
@@ -36,18 +37,25 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     root = Path(__file__).parent.parent
     if (root / ".git").exists():
-        try:
-            commit = subprocess.run(
-                ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-                cwd=root,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            commit = "unknown"
-        found["commit"] = commit
+        found["commit"] = checkout(root)
     return found
+
+
+def checkout(root: Path) -> str:
+    """The commit checked out in ``root`` as 40 hexadecimal digits, and ``-dirty`` where what computes differs
+    from it: a file of the package or ``pyproject.toml`` changed, or a module that is in no commit. Pages, figures and
+    results may differ: a campaign rewrites its tables between runs. ``"unknown"`` without git."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--", *COMPUTES)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def make_header(

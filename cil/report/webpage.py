@@ -111,10 +111,16 @@ def _provenance(row: Row, run: Run) -> list[str]:
         str(seed_of(run)),
         f"{len(run['stages'])} of {len(run['tasks'])}",
         f"{100 * run['summary']['accuracy_last']:.2f}",
-        f"{versions['cil']} {versions.get('commit', '')[:10]}".strip(),
+        f"{versions['cil']} {_short(versions.get('commit', ''))}".strip(),
         f"torch {versions['torch']}, {run['machine']['device']}",
         run["folder"],
     ]
+
+
+def _short(commit: str) -> str:
+    """Ten digits, and the mark of a checkout that was changed."""
+    digits, _, mark = commit.partition("-")
+    return f"{digits[:10]}-{mark}" if mark else digits[:10]
 
 
 def _data(compared: Comparison) -> dict[str, Any]:
