@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from cil.batches import Batches
-from cil.errors import TrainingError
+from cil.errors import ConfigError, TrainingError
 from cil.learner import Context, LearnerConfig
+from cil.processes import sum_gradients
 from cil.randomness import derived_seed, isolated
 
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -126,6 +127,7 @@ def fit(
     ctx: Context,
     after_step: Callable[[], None] | None = None,
     prefix: str = "",
+    together: bool = False,
 ) -> None:
     """Minimise ``loss`` over ``data``; the parameters are left without gradients and frozen again.
 
@@ -141,10 +143,18 @@ def fit(
         ctx: Device, generator, log. Logs loss, accuracy, learning rate and images a second once per epoch.
         after_step: Called after every optimiser step, e.g. for a moving average.
         prefix: Before every name in the log, where a stage trains twice.
+        together: The loss compares images of a step with one another, through :func:`cil.processes.over_step`: it is
+            called in every process at every step, even for no image.
 
     Raises:
+        ConfigError: ``together`` with a ``micro_batch_size``, which would take a step's images apart.
         TrainingError: The loss is not finite.
     """
+    if together and recipe.micro_batch_size is not None:
+        raise ConfigError(
+            f"micro_batch_size is {recipe.micro_batch_size}, and this loss compares all images of a step with one "
+            "another; leave it out and lower train_batch_size where memory is short, or take that term's weight to 0"
+        )
     accelerator = ctx.accelerator
     taken = [Group(list(group.parameters), group.lr, group.start) for group in groups]
     parameters = [p for group in taken for p in group.parameters]
@@ -165,8 +175,8 @@ def fit(
             batches = data.batches(size, generator=ctx.generator, augment=True, device=ctx.device, part=part)
             for step, batch in enumerate(batches):
                 whole = min(size, count - step * size)  # images in this step, over all processes
-                value, correct = _backward(loss, batch, whole, recipe, accelerator)
-                mean = _sum_over_processes(parameters, value, accelerator)
+                value, correct = _backward(loss, batch, whole, recipe, accelerator, together)
+                mean = sum_gradients(parameters, value, accelerator)
                 waiting.append((whole, torch.stack([mean, correct])))
                 if len(waiting) == every or step + 1 == per_epoch:
                     for images, (found, hits) in _asked(waiting):
@@ -195,7 +205,7 @@ def fit(
 
 
 def _backward(
-    loss: Loss, batch: tuple[Tensor, ...], whole: int, recipe: Recipe, accelerator: Accelerator
+    loss: Loss, batch: tuple[Tensor, ...], whole: int, recipe: Recipe, accelerator: Accelerator, together: bool
 ) -> tuple[Tensor, Tensor]:
     """Add the batch's gradients, in micro-batches; this process's share of the step's mean loss, and its hits.
 
@@ -205,6 +215,9 @@ def _backward(
     at_once = recipe.micro_batch_size or whole
     for *inputs, labels in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
         if not len(labels):
+            if together:  # the others wait for this process's rows, none as they are
+                with torch.no_grad(), accelerator.autocast():
+                    loss(*inputs, labels)
             continue
         with accelerator.autocast():
             mean, logits = loss(*inputs, labels)
@@ -228,24 +241,6 @@ def _asked(waiting: list[tuple[int, Tensor]]) -> Iterator[tuple[int, list[float]
     """(images, [loss, correct]) of the steps that wait, read from the device at once."""
     read = torch.stack([figures for _, figures in waiting]).tolist()
     return zip((images for images, _ in waiting), read, strict=True)
-
-
-def _sum_over_processes(parameters: list[nn.Parameter], value: Tensor, accelerator: Accelerator) -> Tensor:
-    """Sum gradients and loss over the processes, in one message; what no process has a gradient for stays without.
-
-    Shares are of one batch, so the sum is the gradient of the whole batch, where averaging equal-sized, padded shares
-    would count the padding.
-    """
-    if accelerator.num_processes == 1:
-        return value
-    there = torch.tensor([float(p.grad is not None) for p in parameters], device=value.device)
-    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
-    total = accelerator.reduce(torch.cat([value.reshape(1), there, *grads]), "sum")
-    sizes = [1, len(there), *[p.numel() for p in parameters]]
-    mean, there, *summed = total.split(sizes)
-    for p, found, grad in zip(parameters, there, summed, strict=True):
-        p.grad = grad.view_as(p).to(p.dtype) if found else None
-    return mean.squeeze()
 
 
 def build_optimizer(groups: Sequence[Group], recipe: Recipe) -> torch.optim.Optimizer:

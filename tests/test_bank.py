@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from cil.errors import ConfigError
 from cil.learners import aligning
 from cil.learners.mos import MOS, contrast
 from cil.learners.tuna import TUNA, fused, overlap, upward
@@ -284,7 +285,9 @@ def test_after_every_step_the_adapter_moves_to_the_mean_of_the_old_ones(monkeypa
             for p in adapter.parameters():
                 p.fill_(value)
     steps = []
-    monkeypatch.setattr(MOS, "acquire", lambda self, task, ctx, loss, rows, after_step=None: steps.append(after_step))
+    monkeypatch.setattr(
+        MOS, "acquire", lambda self, task, ctx, loss, rows, after_step=None, **_: steps.append(after_step)
+    )
     learner.learn(stream(learner.backbone).tasks[2], context(2))
     steps[0]()
     assert torch.allclose(vector(learner.adapters[2]), torch.tensor(0.75 * 10 + 0.25 * 2.5))
@@ -319,7 +322,9 @@ def test_the_loss_is_cross_entropy_and_contrast_with_old_means(monkeypatch):
     learner = Case(MOS, {**SMALL, "dropout": 0.0, "contrast": 0.3}).run(stop_after=2).learner
     task = stream(learner.backbone).tasks[2]
     kept = []
-    monkeypatch.setattr(MOS, "acquire", lambda self, task, ctx, loss, rows, after_step=None: kept.append((loss, rows)))
+    monkeypatch.setattr(
+        MOS, "acquire", lambda self, task, ctx, loss, rows, after_step=None, **_: kept.append((loss, rows))
+    )
     means = learner.gaussians.means.float()
     learner.begin(task, context(2))
     learner.learn(task, context(2))
@@ -329,6 +334,16 @@ def test_the_loss_is_cross_entropy_and_contrast_with_old_means(monkeypatch):
         expected = cross_entropy(rows(features), labels - 5) + 0.3 * contrast(means, features, 0.8)
         assert len(means) == 5
         torch.testing.assert_close(loss(images, labels)[0], expected)
+
+
+@pytest.mark.parametrize(("contrast", "refused"), [(0.1, True), (0.0, False)])
+def test_micro_batches_are_refused_where_they_would_change_the_contrast(contrast, refused):
+    case = Case(MOS, {**SMALL, "contrast": contrast, "micro_batch_size": 4})
+    if not refused:
+        assert case.run(stop_after=1).learner.stages == 1
+        return
+    with pytest.raises(ConfigError, match="micro_batch_size is 4"):
+        case.run(stop_after=1)
 
 
 def refining(leads, first, rounds=4):

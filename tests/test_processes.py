@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+NO_DROPOUT = {"tuner": {"name": "adapter", "dropout": 0, "bottleneck": 8}}
+"""Each process draws its own dropout."""
+
 LEARNERS = {
     "ncm": {"name": "ncm"},
     "probe": {"name": "linear_probe", "epochs": 3},
@@ -24,14 +27,37 @@ LEARNERS = {
         "epochs": 2,
         "lr": 0.1,
         "train_batch_size": 10,
-        "tuner": {"name": "adapter", "dropout": 0, "bottleneck": 8},
+        **NO_DROPOUT,
     },
     "ease": {"name": "ease", "epochs": 1, "lr": 0.1, "train_batch_size": 7, "bottleneck": 8, "dropout": 0},
     "slca": {"name": "slca", "epochs": 2, "milestones": [1], "train_batch_size": 10, "samples": 20},
     "l2p": {"name": "l2p", "epochs": 1, "pool": 4, "top": 2, "init": 0.05, "train_batch_size": 10},
     "lae": {"name": "lae", "epochs": 2, "frozen_epochs": 1, "train_batch_size": 10},
+    "coda_prompt": {"name": "coda_prompt", "epochs": 1, "train_batch_size": 10},
+    "ssiat": {"name": "ssiat", "first_epochs": 2, "epochs": 1, "train_batch_size": 10, "samples": 10, **NO_DROPOUT},
+    "rsiat": {
+        "name": "rsiat",
+        "first_epochs": 2,
+        "epochs": 1,
+        "train_batch_size": 17,
+        "samples": 10,
+        "metric_weight": 5,
+        "metric_warmup": 0,
+        **NO_DROPOUT,
+    },
+    "tuna": {"name": "tuna", "epochs": 1, "train_batch_size": 10, "samples": 10, "bottleneck": 8, "dropout": 0},
+    "mos": {
+        "name": "mos",
+        "epochs": 2,
+        "train_batch_size": 17,
+        "samples": 10,
+        "contrast": 5,
+        "bottleneck": 8,
+        "dropout": 0,
+    },
 }
-"""Batches of 7 and 10 of 18 and 72 images leave last batches that no two processes can share evenly."""
+"""Batches of 7 and 10 of 18 and 72 images leave last batches that no two processes can share evenly. Losses that
+compare a step's images weigh enough to be missed, and batches of 17 of 18 leave a last image to one process alone."""
 
 FROZEN = ("ncm", "ranpac", "fecam")
 """Their features come in whole batches on either process, hence every bit is that of one process."""

@@ -14,7 +14,7 @@ from cil import hardware
 from cil.classifiers import Gaussians, SampledFeatures, mean_scales, normalized_cross_entropy, with_variation
 from cil.classifiers.drift import local_shifts
 from cil.classifiers.steering import Projector, pairwise_loss, projected_distance
-from cil.errors import DataError
+from cil.errors import ConfigError, DataError
 from cil.learners import rsiat
 from cil.learners.rsiat import RSIAT
 from cil.learners.slca import SLCA
@@ -236,7 +236,7 @@ def test_the_metric_loss_rises_over_the_epochs(monkeypatch):
     learner.begin(task, ctx)
     monkeypatch.setattr(rsiat, "pairwise_loss", lambda features, labels, alpha, margin: torch.ones(()))
 
-    def six_epochs(loss, groups, data, recipe, ctx, after_step):
+    def six_epochs(loss, groups, data, recipe, ctx, after_step, together):
         for _ in range(6 * 3):  # 48 images, 20 at once
             found.append(float(loss(torch.zeros(1, 3, 32, 32), torch.zeros(1))[0]))
             after_step()
@@ -244,6 +244,20 @@ def test_the_metric_loss_rises_over_the_epochs(monkeypatch):
     monkeypatch.setattr(rsiat, "fit", six_epochs)
     learner.shape(task, lambda features, labels: (torch.zeros(()), features), [], learner.config, ctx)
     assert found == [0.5 * ramp for ramp in (0, 0.25, 0.5, 0.75, 1, 1) for _ in range(3)]
+
+
+def test_without_the_metric_loss_cosface_is_alone_and_takes_micro_batches():
+    calm = {**QUICK, "tuner": {"name": "adapter", "bottleneck": 8, "dropout": 0}}
+
+    def tuner(**more):
+        return vector(Case(RSIAT, {**calm, **more}).run(stop_after=1).learner.tuner)
+
+    alone = tuner(metric_weight=0)
+    assert torch.equal(alone, tuner(metric_weight=1e-30)), "that weight is lost in rounding"
+    assert not torch.equal(alone, tuner(metric_weight=1, metric_warmup=0))
+    torch.testing.assert_close(tuner(metric_weight=0, micro_batch_size=4), alone, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ConfigError, match="micro_batch_size is 4"):
+        tuner(micro_batch_size=4)
 
 
 def test_the_projector_starts_as_the_identity_and_draws_from_its_generator():

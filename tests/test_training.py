@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cil.batches import TensorData, WithRows
-from cil.errors import TrainingError
+from cil.errors import ConfigError, TrainingError
 from cil.testing.setting import backbone, context, stream
 from cil.training import Group, Recipe, cosface, fit, rate_factor
 
@@ -124,6 +124,14 @@ def test_micro_batches_take_the_same_steps(problem, micro):
     fit(watched, [Group([parts])], TensorData(*problem), Recipe(**recipe, micro_batch_size=micro), context())
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
     assert max(seen) <= micro and sum(seen) == 128
+
+
+def test_a_loss_that_compares_images_refuses_micro_batches(problem):
+    """Before any step: what it learns must not depend on how much is in memory at once."""
+    weight = nn.Parameter(torch.zeros(2, 5))
+    with pytest.raises(ConfigError, match=r"micro_batch_size is 8.*train_batch_size"):
+        fit(make(weight), [Group([weight])], TensorData(*problem), Recipe(micro_batch_size=8), context(), together=True)
+    assert not weight.any()
 
 
 def test_groups_have_rates_of_their_own(problem):

@@ -75,11 +75,17 @@ class AdapterBank(RoutedLearner):
         return rows.to(ctx.device)
 
     def acquire(
-        self, task: Task, ctx: Context, loss: Loss, rows: Head, after_step: Callable[[], None] | None = None
+        self,
+        task: Task,
+        ctx: Context,
+        loss: Loss,
+        rows: Head,
+        after_step: Callable[[], None] | None = None,
+        together: bool = False,
     ) -> None:
         """Train the newest adapter and the new rows; take the new classes' Gaussians through it; align the head."""
         groups = [Group(self.adapters[-1].parameters()), Group(rows.rows, self.config.head_lr)]
-        fit(loss, groups, task.train, self.config, ctx, after_step)
+        fit(loss, groups, task.train, self.config, ctx, after_step, together=together)
         self.head.extend(rows)
         self.gaussians.partial_fit(*ctx.features(self._newest, task.train))  # type: ignore[arg-type]  # as read only
         if task.index and self.config.alignment_epochs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from cil.features import View
 from cil.learner import Context
 from cil.learners.bank import AdapterBank, BankRecipe, chosen
 from cil.precision import without_autocast
+from cil.processes import over_step
 from cil.stream import Task
 from cil.training import local_cross_entropy
 
@@ -57,15 +59,19 @@ class MOS(AdapterBank):
             return rows(seen[0])
 
         own_classes = local_cross_entropy(logits_of, config, task.classes[0])
+        apart = partial(contrast, means, temperature=config.temperature)
 
         def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             value, logits = own_classes(images, labels)
-            return value + config.contrast * contrast(means, seen.pop(), config.temperature), logits
+            if config.contrast:
+                value = value + config.contrast * over_step(apart, ctx.accelerator, seen.pop().float())
+            return value, logits
 
         average = get_ema_multi_avg_fn(1 - config.alpha)
         trained = [*new.parameters()]
         target = [torch.stack(weights).mean(0) for weights in zip(*(a.parameters() for a in old), strict=True)]
-        self.acquire(task, ctx, loss, rows, (lambda: average(trained, target, None)) if old else None)
+        merge = (lambda: average(trained, target, None)) if old else None
+        self.acquire(task, ctx, loss, rows, merge, together=config.contrast > 0)
         self.prototypes.partial_fit(*ctx.features(self.backbone, task.train))
 
     def last_view(self) -> Mapping[Hashable, View]:

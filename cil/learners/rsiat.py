@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -13,6 +14,7 @@ from cil.backbone import Backbone
 from cil.classifiers.steering import Projector, pairwise_loss, projected_distance
 from cil.learner import Context
 from cil.learners.ssiat import SSIAT
+from cil.processes import over_step
 from cil.stream import Task
 from cil.training import Group, Loss, Recipe, fit
 
@@ -53,14 +55,17 @@ class RSIAT(SSIAT):
             self.projector.reset(ctx.generator)
 
     def train_on(self, task: Task, fitted: Loss, groups: list[Group], recipe: Recipe, ctx: Context) -> None:
-        if task.index == 0:
+        if task.index:
+            self.steer(task, fitted, groups, recipe, ctx)
+        elif self.config.metric_weight:
             self.shape(task, fitted, groups, recipe, ctx)
         else:
-            self.steer(task, fitted, groups, recipe, ctx)
+            super().train_on(task, fitted, groups, recipe, ctx)
 
     def shape(self, task: Task, fitted: Loss, groups: list[Group], recipe: Recipe, ctx: Context) -> None:
         """L + λ_RS · min(1, e / E_w) · the metric loss, e the epochs that are over."""
         config, per_epoch, steps = self.config, math.ceil(len(task.train) / recipe.train_batch_size), 0
+        pairs = partial(pairwise_loss, alpha=config.alpha, margin=config.metric_margin)
 
         def stepped() -> None:
             nonlocal steps
@@ -70,10 +75,10 @@ class RSIAT(SSIAT):
             features = self.features(images)
             value, logits = fitted(features, labels)
             ramp = min(1.0, (steps // per_epoch) / config.metric_warmup) if config.metric_warmup else 1.0
-            metric = pairwise_loss(features, labels, config.alpha, config.metric_margin)
+            metric = over_step(pairs, ctx.accelerator, features.float(), labels)
             return value + config.metric_weight * ramp * metric, logits
 
-        fit(loss, groups, task.train, recipe, ctx, after_step=stepped)
+        fit(loss, groups, task.train, recipe, ctx, after_step=stepped, together=True)
 
     def steer(self, task: Task, fitted: Loss, groups: list[Group], recipe: Recipe, ctx: Context) -> None:
         """L + β · MSE(φ_t(x), P(φ_{t−1}(x))) + γ · mean |cos(P(μ_c), P(φ_{t−1}(x)))|; P trains along."""

@@ -1,0 +1,59 @@
+"""What several processes do together in an optimiser step, so that it is the step of one on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], value: Tensor, accelerator: Accelerator) -> Tensor:
+    """Sum gradients and loss over the processes, in one message; what no process has a gradient for stays without.
+
+    Shares are of one batch, so the sum is the gradient of the whole batch, where averaging equal-sized, padded shares
+    would count the padding.
+    """
+    if accelerator.num_processes == 1:
+        return value
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=value.device)
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters]
+    total = accelerator.reduce(torch.cat([value.reshape(1), there, *grads]), "sum")
+    sizes = [1, len(there), *[p.numel() for p in parameters]]
+    mean, there, *summed = total.split(sizes)
+    for p, found, grad in zip(parameters, there, summed, strict=True):
+        p.grad = grad.view_as(p).to(p.dtype) if found else None
+    return mean.squeeze()
+
+
+def over_step(term: Callable[..., Tensor], accelerator: Accelerator, *rows: Tensor) -> Tensor:
+    """A term of the loss that compares a step's images with one another, over those of all processes.
+
+    Every process comes to the same value, with the gradient with respect to its own rows; these gradients together are
+    the term's. For a loss under ``fit(…, together=True)``, which weighs the result by the process's share of the step.
+
+    Args:
+        term: (all rows of the step, of each tensor) → a scalar.
+        accelerator: Of the run.
+        rows: Of this process's images, in their order: float32 features [b, F], labels [b], …; b may be 0.
+    """
+    if accelerator.num_processes == 1:
+        return term(*rows)
+    whole = [_everyone(own, accelerator) for own in rows]
+    value = term(*whole)
+    if not len(rows[0]):
+        return value
+    weight = len(whole[0]) / len(rows[0])  # undoes the share: no other process has this gradient
+    return value.detach() + weight * (value - value.detach())
+
+
+def _everyone(own: Tensor, accelerator: Accelerator) -> Tensor:
+    """All processes' rows as they lay in the batch, of which each took every n-th; with the gradient of ``own``."""
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    count = accelerator.reduce(torch.tensor(len(own), device=own.device), "sum")
+    rows = own.new_zeros(int(count), *own.shape[1:])
+    rows[mine] = own.detach()
+    rows = accelerator.reduce(rows, "sum")
+    rows[mine] = own
+    return rows
