@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -41,6 +42,8 @@ FROM_SUMS = {
     "ridge": lambda: Ridge(12, strength=0.3),
     "ridge projected": lambda: Ridge(12, projection=40, strength=0.3).draw(generator(7)),
     "ridge cosine": lambda: Ridge(12, projection=40, strength=0.3, decision="cosine").draw(generator(7)),
+    "ridge gcv": lambda: Ridge(12, strength="gcv"),
+    "ridge gcv projected": lambda: Ridge(12, projection=40, strength="gcv").draw(generator(7)),
     "truncated svd, nothing cut": lambda: TruncatedSVD(12, truncation=0),
     "truncated svd projected, nothing cut": lambda: TruncatedSVD(12, 40, truncation=0).draw(generator(7)),
     "mahalanobis": lambda: Mahalanobis(12),
@@ -549,7 +552,50 @@ def test_loo_that_interpolates_is_still_finite():
     assert errors[0] == float("inf") and min(errors) < 0.1
 
 
-@pytest.mark.parametrize("strength", ["holdout", "loo"])
+@pytest.mark.parametrize("n", [500, 60])  # more samples than features, and fewer
+def test_gcv_by_the_hat_matrix(n):
+    x, y = ten_classes(n)
+    chosen = set()
+    for noise in (0.0, 3.0, 30.0):
+        noisy = x + noise * torch.randn(x.shape, generator=generator(3), dtype=torch.float64)
+        ridge = Ridge(12, projection=100, strength="gcv").draw(generator(0))
+        ridge.partial_fit(noisy[: n // 3], y[: n // 3]).partial_fit(noisy[n // 3 :], y[n // 3 :])
+        h, t = hidden(ridge, noisy), one_hot(y)
+        ours = np.array(ridge._generalised_errors())
+        for error, strength in zip(ours, STRENGTHS, strict=True):
+            if strength >= 1e-3:  # below, the explicit hat matrix itself is noise
+                hat = h @ np.linalg.solve(h.T @ h + strength * np.eye(100), h.T)
+                free, residual = 1 - np.trace(hat) / n, t - hat @ t
+                expected = (residual**2).sum() / n / free**2 if free >= 1e-4 else math.inf
+                assert error == pytest.approx(expected, rel=1e-5)
+        assert ridge.strength_.item() == STRENGTHS[int(ours.argmin())]
+        chosen.add(ridge.strength_.item())
+    assert len(chosen) > 1
+
+
+def test_gcv_that_interpolates_is_still_finite():
+    x, y = ten_classes(40)
+    ridge = Ridge(12, projection=200, strength="gcv").partial_fit(x, y)
+    errors = ridge._generalised_errors()
+    assert errors[0] == float("inf") and 0 < min(errors) < 1 and ridge.logits(x).isfinite().all()
+
+
+def test_what_the_newest_task_says_is_not_what_all_say():
+    """Eight blurred classes, then two clear ones: GCV chooses as for all at once, a held-out fifth for the two."""
+    x, y = ten_classes(400)
+    x = x + 20 * (y < 8)[:, None] * torch.randn(x.shape, generator=generator(1), dtype=torch.float64)
+    chosen = {}
+    for strength in ("gcv", "holdout"):
+        together = Ridge(12, projection=60, strength=strength).partial_fit(x, y, generator(0))
+        cut = Ridge(12, projection=60, strength=strength).draw(generator(0))
+        for task in (y < 4, (y >= 4) & (y < 8), y >= 8):
+            cut.partial_fit(x[task], y[task], generator(0))
+        chosen[strength] = float(together.strength_), float(cut.strength_)
+    assert chosen["gcv"][0] == chosen["gcv"][1] > chosen["holdout"][1]
+    assert chosen["holdout"][0] != chosen["holdout"][1]
+
+
+@pytest.mark.parametrize("strength", ["holdout", "loo", "gcv"])
 def test_one_sample_keeps_the_strength(strength):
     x, y = ten_classes(200)
     ridge = Ridge(12, strength=strength).partial_fit(x[:1], y[:1])
@@ -777,13 +823,13 @@ def test_matrices_larger_than_a_block(monkeypatch):
 def test_ridge_on_more_rows_and_columns_than_a_block(monkeypatch):
     x, y = ten_classes(100)
     expected = {}
-    for strength in ("holdout", "loo"):
+    for strength in ("holdout", "loo", "gcv"):
         ridge = Ridge(12, projection=30, strength=strength).partial_fit(x, y, generator(0))
         wide = Ridge(12, projection=130).partial_fit(x, y, generator(0))
         expected[strength] = ridge.logits(x), wide.logits(x), ridge.strength_, wide.strength_
     monkeypatch.setattr("cil.linalg.BLOCK", 7)
     monkeypatch.setattr("cil.classifiers.ridge.BLOCK", 7)
-    for strength in ("holdout", "loo"):
+    for strength in ("holdout", "loo", "gcv"):
         ridge = Ridge(12, projection=30, strength=strength).partial_fit(x, y, generator(0))
         wide = Ridge(12, projection=130).partial_fit(x, y, generator(0))
         got = ridge.logits(x), wide.logits(x), ridge.strength_, wide.strength_

@@ -32,6 +32,7 @@ TUNERS = ("adapter", "ssf", "vpt_shallow", "vpt_deep", "lora", "full")
         *[("aper", {"tuner": tuner, "epochs": 3, "lr": 0.1}) for tuner in TUNERS],
         ("ranpac", {"projection": 100}),
         ("ranpac", {"projection": 100, "tuner": "adapter", "epochs": 3, "lr": 0.1, "strength": "loo"}),
+        ("ranpac", {"projection": 100, "strength": "gcv"}),
         ("ranpac", {"projection": None, "decision": "cosine"}),
         ("loranpac", {"projection": 100, "block": 7}),
         ("loranpac", {"projection": 100, "rank": 5, "tuner": "ssf", "epochs": 3, "lr": 0.1}),

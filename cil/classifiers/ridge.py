@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,30 +17,36 @@ from cil.linalg import BLOCK, add_gram_, eigh_, ridge_solve
 from cil.precision import exact, without_autocast
 
 Decision = Literal["linear", "cosine"]
-Strength = float | Literal["holdout", "loo"]
+Choice = Literal["holdout", "loo", "gcv"]
+Strength = float | Choice
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 9))
 """Candidates for λ."""
 RESOLVED = 1e-8
 """A leave-one-out denominator 1 − h_ii below this is mostly rounding."""
+FREE = 1e-4
+"""A share of free directions 1 − tr S / n below this leaves a sum of squares that is mostly rounding."""
 
 
 class Ridge(RandomFeatures):
     """Ridge regression of one-hot labels on H = ReLU(F R), R ~ N(0, 1): RanPAC (arXiv 2307.02251).
 
     G = Σ HᵀH and Q = Σ HᵀY are sums, so W = (G + λI)⁻¹Q equals joint ridge regression on all samples seen: for a given
-    R and λ the result does not depend on the order or the cut of the data. A chosen λ is that of the last call:
+    R and λ the result does not depend on the order or the cut of the data. λ is chosen anew in every call:
 
     * ``holdout`` (RanPAC): of this call's samples, a random 80 % fit W for every λ in 10^-8…10^8, and the smallest
       mean squared error on the other 20 % wins. One eigendecomposition serves all candidates.
     * ``loo``: the exact leave-one-out error (PRESS) of this call's samples under the model of *all* samples so far,
       e_i = (y_i − ŷ_i) / (1 − h_ii). It needs an eigendecomposition of G [M, M] a call. A λ so small that the model
       interpolates beyond float64 (1 − h_ii < 10^-8) is not a candidate.
+    * ``gcv``: generalised cross-validation (Golub, Heath, Wahba 1979) of *all* samples so far, n (RSS) / (n − tr S)²
+      with S = H (G + λI)⁻¹ Hᵀ, which G, Q and the counts determine: with it λ, too, is that of joint training,
+      whatever the cut. One eigendecomposition of G a call; a λ that leaves no direction free is not a candidate.
 
     With fewer than two samples in a call λ stays as it was (1 at the start).
 
     Memory at the peak, in units of G (800 MB for M = 10,000): 3 while W is solved; below 2 for ``holdout`` on n < M/2
-    samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo`` and for ``holdout`` on more than M.
+    samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo``, for ``gcv`` and for ``holdout`` on more than M.
 
     Args:
         feature_dim: Feature width F.
@@ -68,8 +74,8 @@ class Ridge(RandomFeatures):
         decision: Decision = "linear",
     ) -> None:
         super().__init__(feature_dim, projection)
-        if isinstance(strength, str) and strength not in ("holdout", "loo"):
-            raise ConfigError(f"Ridge: strength is {strength!r}; it must be 'holdout', 'loo' or a number")
+        if isinstance(strength, str) and strength not in get_args(Choice):
+            raise ConfigError(f"Ridge: strength is {strength!r}; it must be 'holdout', 'loo', 'gcv' or a number")
         if not isinstance(strength, str) and not 0 < strength < math.inf:
             raise ConfigError(f"Ridge: strength is {strength}; it must be positive and finite")
         if decision not in ("linear", "cosine"):
@@ -113,7 +119,9 @@ class Ridge(RandomFeatures):
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         if isinstance(self.strength, str) and len(labels) > 1:
             one_hot = F.one_hot(labels, self.num_classes).double()
-            if self.strength == "loo":
+            if self.strength == "gcv":
+                errors = self._generalised_errors()
+            elif self.strength == "loo":
                 errors = self._leave_one_out_errors(features, one_hot)
             else:
                 order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
@@ -173,3 +181,18 @@ class Ridge(RandomFeatures):
                 residual = (expected - (left * inverse[:, k]) @ right) / rest[:, k, None]
                 errors[k] += residual.square().sum().item() if bool(rest[:, k].min() >= RESOLVED) else math.inf
         return [error / y.numel() for error in errors]
+
+    def _generalised_errors(self) -> list[float]:
+        """(RSS / n) / (1 − tr S / n)² of all samples so far, for every candidate.
+
+        With G = V diag(s) Vᵀ, a_k the squared length of row k of VᵀQ and n ones in all labels together,
+        RSS = n − Σ_k a_k (s_k + 2λ) / (s_k + λ)² and tr S = Σ_k s_k / (s_k + λ).
+        """
+        s, v = eigh_(self.gram.clone())
+        s, a, n = s.clamp(min=0), (self.targets @ v).square().sum(0), int(self.counts.sum())
+        errors = []
+        for strength in STRENGTHS:
+            free = 1 - (s / (s + strength)).sum().item() / n
+            rss = n - (a * (s + 2 * strength) / (s + strength).square()).sum().item()
+            errors.append(rss / n / free**2 if free >= FREE else math.inf)
+        return errors
