@@ -61,6 +61,19 @@ class Recipe(LearnerConfig):
         return self
 
 
+def check_whole_steps(recipe: Recipe, weight: str) -> None:
+    """Of a ``Config`` with a term over all images of a step, whose weight is its key ``weight``: no micro-batches then.
+
+    Raises:
+        ValueError: It has both.
+    """
+    if recipe.micro_batch_size is not None and getattr(recipe, weight):
+        raise ValueError(
+            f"micro_batch_size: {recipe.micro_batch_size}; {weight} compares all images of a step with one another, so "
+            f"leave it out and lower train_batch_size where memory is short, or set {weight}: 0"
+        )
+
+
 def cross_entropy(logits_of: Callable[[Tensor], Tensor], recipe: Recipe, first: int = 0) -> Loss:
     """Softmax cross-entropy over the classes from ``first`` on, with the recipe's label smoothing.
 

@@ -14,7 +14,7 @@ from cil import hardware
 from cil.classifiers import Gaussians, SampledFeatures, mean_scales, normalized_cross_entropy, with_variation
 from cil.classifiers.drift import local_shifts
 from cil.classifiers.steering import Projector, pairwise_loss, projected_distance
-from cil.errors import ConfigError, DataError
+from cil.errors import DataError
 from cil.learners import rsiat
 from cil.learners.rsiat import RSIAT
 from cil.learners.slca import SLCA
@@ -256,8 +256,8 @@ def test_without_the_metric_loss_cosface_is_alone_and_takes_micro_batches():
     assert torch.equal(alone, tuner(metric_weight=1e-30)), "that weight is lost in rounding"
     assert not torch.equal(alone, tuner(metric_weight=1, metric_warmup=0))
     torch.testing.assert_close(tuner(metric_weight=0, micro_batch_size=4), alone, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ConfigError, match="micro_batch_size is 4"):
-        tuner(micro_batch_size=4)
+    with pytest.raises(ValueError, match="micro_batch_size: 4; metric_weight compares"):
+        RSIAT.Config(micro_batch_size=4)
 
 
 def test_the_projector_starts_as_the_identity_and_draws_from_its_generator():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -19,7 +20,7 @@ from cil.learners.bank import AdapterBank, BankRecipe, chosen
 from cil.precision import without_autocast
 from cil.processes import over_step
 from cil.stream import Task
-from cil.training import local_cross_entropy
+from cil.training import check_whole_steps, local_cross_entropy
 
 
 class MOS(AdapterBank):
@@ -41,6 +42,11 @@ class MOS(AdapterBank):
         temperature: float = Field(0.8, gt=0, description="of the contrastive term")
         rounds: PositiveInt = Field(4, description="predictions an image may take until its adapter stays the same")
         ensemble: bool = Field(True, description="add the softmax of the frozen backbone's prototypes")
+
+        @model_validator(mode="after")
+        def _whole_steps(self) -> Any:
+            check_whole_steps(self, "contrast")
+            return self
 
     name = "mos"
     paper = "Sun et al., MOS: Model Surgery for PTM-based Class-Incremental Learning, AAAI 2025, arXiv 2412.09441"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from cil.backbone import Backbone
@@ -16,7 +17,7 @@ from cil.learner import Context
 from cil.learners.ssiat import SSIAT
 from cil.processes import over_step
 from cil.stream import Task
-from cil.training import Group, Loss, Recipe, fit
+from cil.training import Group, Loss, Recipe, check_whole_steps, fit
 
 
 class RSIAT(SSIAT):
@@ -41,6 +42,11 @@ class RSIAT(SSIAT):
         gamma: float = Field(0.5, ge=0, description="weight of the cosines between projected images and old means")
         code: PositiveInt = Field(256, description="width in the middle of the projector")
         projector_lr: float = Field(0.03, gt=0, description="factor on the learning rate for the projector")
+
+        @model_validator(mode="after")
+        def _whole_steps(self) -> Any:
+            check_whole_steps(self, "metric_weight")
+            return self
 
     name = "rsiat"
     paper = "Zhao et al., Representation-Steered Incremental Adapter-Tuning, CVPR 2026, pp. 18010-18020"
