@@ -48,3 +48,7 @@ class RanPAC(AdaptOnce):
         super().begin(task, ctx)
         if task.index == 0:
             self.classifier.draw(ctx.generator)
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        super().learn(task, ctx)
+        ctx.log("ridge_strength", float(self.classifier.strength_))
