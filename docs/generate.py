@@ -35,6 +35,8 @@ import tables  # noqa: E402
 
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):(<code>|`)~?(.*?)(</code>|`)")
 """A reStructuredText role, in a docstring or in what mkdocstrings made of one."""
+RESULT_LINK = re.compile(r"\]\(((?:reference|bench)/[^)#]+)\)")
+"""A file below results/ that its README leads to."""
 
 
 # --- what mkdocs calls ------------------------------------------------------------------------------------------------
@@ -66,8 +68,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, place, content=text))
     picture = ROOT / "results" / "reference" / "quickstart" / "compare.png"
     files.append(File.generated(config, "quickstart.png", abs_src_path=str(picture)))
-    for file in (ROOT / "results").glob("bench/*.json"):
-        files.append(File.generated(config, f"bench/{file.name}", abs_src_path=str(file)))
+    linked = {f"bench/{file.name}" for file in (ROOT / "results" / "bench").glob("*.json")}
+    for place in sorted(linked | set(RESULT_LINK.findall(made["results.md"]))):
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / "results" / place)))
     return files
 
 

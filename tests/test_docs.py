@@ -345,3 +345,16 @@ def test_the_site_fetches_nothing(site):
         html = page.read_text(encoding="utf-8")
         fetched = re.findall(r'<(?:script|img|link|iframe)[^>]*?(?:src|href)="((?:https?:)?//[^"]*)"', html)
         assert not fetched, (page.name, fetched)
+
+
+@pytest.mark.slow
+def test_every_picture_and_file_the_site_leads_to_is_there(site):
+    seen = set()
+    for page in site.rglob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        for place in re.findall(r'<(?:img|a|link|script)[^>]*?(?:src|href)="([^"#?:]+)["#?]', html):
+            below = site if place.startswith("/") else page.parent  # 404.html is shown at any address
+            assert (below / place.lstrip("/")).exists(), (page.name, place)
+            seen.add(place)
+    assert any(place.endswith("split_tiny_imagenet100_long/compare.png") for place in seen)
+    assert any(place.endswith(".json") for place in seen)
