@@ -40,19 +40,19 @@ def over_step(term: Callable[..., Tensor], accelerator: Accelerator, *rows: Tens
     """
     if accelerator.num_processes == 1:
         return term(*rows)
-    whole = [_everyone(own, accelerator) for own in rows]
-    value = term(*whole)
-    if not len(rows[0]):
+    own = len(rows[0])
+    count = int(accelerator.reduce(torch.tensor(own, device=rows[0].device), "sum"))
+    value = term(*[_everyone(part, count, accelerator) for part in rows])
+    if not own:
         return value
-    weight = len(whole[0]) / len(rows[0])  # undoes the share: no other process has this gradient
+    weight = count / own  # undoes the share: no other process has this gradient
     return value.detach() + weight * (value - value.detach())
 
 
-def _everyone(own: Tensor, accelerator: Accelerator) -> Tensor:
-    """All processes' rows as they lay in the batch, of which each took every n-th; with the gradient of ``own``."""
+def _everyone(own: Tensor, count: int, accelerator: Accelerator) -> Tensor:
+    """All ``count`` rows as they lay in the batch, of which each process took every n-th; with ``own``'s gradient."""
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    count = accelerator.reduce(torch.tensor(len(own), device=own.device), "sum")
-    rows = own.new_zeros(int(count), *own.shape[1:])
+    rows = own.new_zeros(count, *own.shape[1:])
     rows[mine] = own.detach()
     rows = accelerator.reduce(rows, "sum")
     rows[mine] = own

@@ -580,6 +580,17 @@ def test_gcv_that_interpolates_is_still_finite():
     assert errors[0] == float("inf") and 0 < min(errors) < 1 and ridge.logits(x).isfinite().all()
 
 
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_gcv_of_single_samples_is_that_of_all_at_once(n):
+    """A call with one sample chooses too, as the samples before it count: the cut is of no account."""
+    x, y = ten_classes(40)
+    together = Ridge(12, strength="gcv").partial_fit(x[:n], y[:n])
+    one_by_one = Ridge(12, strength="gcv")
+    for i in range(n):
+        one_by_one.partial_fit(x[i : i + 1], y[i : i + 1])
+    assert one_by_one.strength_ == together.strength_ != 1.0, "1 is what it starts with"
+
+
 def test_what_the_newest_task_says_is_not_what_all_say():
     """Eight blurred classes, then two clear ones: GCV chooses as for all at once, a held-out fifth for the two."""
     x, y = ten_classes(400)

@@ -43,7 +43,7 @@ class Ridge(RandomFeatures):
       with S = H (G + λI)⁻¹ Hᵀ, which G, Q and the counts determine: with it λ, too, is that of joint training,
       whatever the cut. One eigendecomposition of G a call; a λ that leaves no direction free is not a candidate.
 
-    With fewer than two samples in a call λ stays as it was (1 at the start).
+    With fewer than two samples to choose by, in a call or for ``gcv`` so far, λ stays as it was (1 at the start).
 
     Memory at the peak, in units of G (800 MB for M = 10,000): 3 while W is solved; below 2 for ``holdout`` on n < M/2
     samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo``, for ``gcv`` and for ``holdout`` on more than M.
@@ -117,15 +117,9 @@ class Ridge(RandomFeatures):
             add_gram_(self.gram, h)
             self.targets.index_add_(0, y, h)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
-        if isinstance(self.strength, str) and len(labels) > 1:
-            one_hot = F.one_hot(labels, self.num_classes).double()
-            if self.strength == "gcv":
-                errors = self._generalised_errors()
-            elif self.strength == "loo":
-                errors = self._leave_one_out_errors(features, one_hot)
-            else:
-                order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
-                errors = self._holdout_errors(features[order], one_hot[order])
+        scored = int(self.counts.sum()) if self.strength == "gcv" else len(labels)
+        if isinstance(self.strength, str) and scored > 1:
+            errors = self._errors(features, labels, generator)
             if math.isfinite(min(errors)):
                 self.strength_.fill_(STRENGTHS[errors.index(min(errors))])
         return self
@@ -143,6 +137,16 @@ class Ridge(RandomFeatures):
     def _solve(self) -> Tensor:
         weights = ridge_solve(self.gram, self.targets.T, float(self.strength_))
         return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
+
+    def _errors(self, features: Tensor, labels: Tensor, generator: torch.Generator) -> list[float]:
+        """Of every candidate for λ, by the chosen ``strength``; the samples are those of the last call."""
+        if self.strength == "gcv":
+            return self._generalised_errors()
+        one_hot = F.one_hot(labels, self.num_classes).double()
+        if self.strength == "loo":
+            return self._leave_one_out_errors(features, one_hot)
+        order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
+        return self._holdout_errors(features[order], one_hot[order])
 
     def _holdout_errors(self, x: Tensor, y: Tensor) -> list[float]:
         """Mean squared error on the last 20 % of (x, y), fitted to the first 80 %, for every candidate.
