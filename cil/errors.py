@@ -1,7 +1,7 @@
-"""Errors a user can cause.
+"""Errors that a user can cause.
 
-Each is one line that says what is wrong, where, what was got, what is allowed and what to do. The command line prints
-that line and exits with code 2; a traceback is only for faults of the library itself.
+Each message is one line that says what is wrong, where, which value was given, what is allowed and what to do. The
+command line prints this line and exits with code 2; tracebacks are only for faults of the library itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ConfigError(CilError):
 
 
 class StreamError(CilError):
-    """A stream cannot be built, or somebody reached for data the protocol closes to them."""
+    """A stream cannot be built, or code has read data that the protocol closes to it."""
 
 
 class DataError(CilError):
@@ -27,27 +27,28 @@ class DataError(CilError):
 
 
 class BackboneError(CilError):
-    """Weights or an architecture that do not fit."""
+    """Weights or an architecture do not fit, or cannot be loaded."""
 
 
 class PluginError(CilError):
-    """A learner, tuner, rule or dataset named in a configuration cannot be found or does not keep the contract."""
+    """A learner, tuner, rule or dataset named in a configuration cannot be found or violates the contract."""
 
 
 class TrainingError(CilError):
-    """Training cannot go on, for instance after a loss that is not finite."""
+    """Training cannot continue, e.g. after a non-finite loss."""
 
 
 class ExportError(CilError):
-    """A model cannot be written in the format asked for, or an exported one cannot be used."""
+    """A model cannot be written in the requested format, or an exported model cannot be used."""
 
 
 class RunError(CilError):
-    """A results folder cannot be used: another configuration, another process, a damaged or missing file."""
+    """A results folder cannot be used: it has another configuration, is in use by another process, or a file is damaged
+    or missing."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as `` (did you mean 'increment'?)``, or an empty string when nothing known is close.
+    """A hint such as `` (did you mean 'increment'?)``, or an empty string if no known word is similar.
 
     >>> nearest("incremnt", ["base", "increment"])
     " (did you mean 'increment'?)"

@@ -1,47 +1,53 @@
-"""The contract between a learner and everything else.
+"""The contract between a learner and the rest of the package.
 
-A learner answers three questions: how do I *see* (:meth:`Learner.features`), how do I *decide*
-(:meth:`Learner.logits`), how do I *learn* (:meth:`Learner.learn`). It knows neither the runner, nor the disk, nor
-TensorBoard. What is checked of every learner is in :mod:`cil.testing`.
+A learner states how it turns images into features (:meth:`Learner.views`), how it scores classes
+(:meth:`Learner.logits`) and how it trains on one task (:meth:`Learner.learn`). It does not depend on the runner, the
+disk or TensorBoard. The checks that every learner must pass are in :mod:`cil.testing`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cil import hardware
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers.base import match_saved_shapes
 from cil.config import Section
-from cil.features import Eyes, FeatureCache, View
-from cil.randomness import generator
+from cil.errors import PluginError
+from cil.features import FeatureCache, View, Viewer
 from cil.stream import Task, TaskData
+from cil.utils import hardware
+from cil.utils.randomness import generator
 
 T = TypeVar("T")
 
 
 class LearnerConfig(Section):
-    """Hyper-parameters of a learner; unknown keys are refused. Defaults are one setting for all datasets."""
+    """Hyper-parameters of a learner. Unknown keys are errors. The defaults are one setting for all datasets."""
 
 
 class Context:
-    """What a learner is given to learn with: a device, a generator, features, and somewhere to report to.
+    """What ``begin`` and ``learn`` receive beside the task: device, random generator, feature cache and logging.
 
-    The runner makes one for every stage; ``Context(stage=task.index)`` is enough to use a learner without it.
+    The runner makes one per stage. ``Context(stage=task.index)`` is enough to use a learner without the runner.
 
     Args:
         accelerator: Device, mixed precision and processes; by default the CPU in float32.
-        cache: Feature cache of the run; by default one of its own.
-        seed: The run's training seed.
-        stage: The current stage; with ``seed`` it decides everything that is random in it.
-        log: Receives (name, value); what arrives ends in TensorBoard under ``train/``, with a step of its own per name.
-        track: Wraps an iterable in a progress bar: (iterable, description, length) → iterable.
+        cache: Feature cache of the run; by default a new one.
+        seed: Training seed of the run.
+        stage: Index of the current stage; it seeds the stage's random generator together with ``seed``.
+        log: Callback (name, value). The runner writes the values to TensorBoard under ``train/``, numbered per name.
+        track: Function that wraps an iterable in a progress bar: (iterable, description, length) → iterable.
+
+    Attributes:
+        generator: Source of all random numbers of the stage.
+        trainable_parameters: Number of parameters trained in this stage; of several training loops the largest.
+        histograms: Counts reported by :meth:`histogram`, by name.
     """
 
     def __init__(
@@ -66,104 +72,129 @@ class Context:
         return self.accelerator.device
 
     def log(self, name: str, value: float) -> None:
-        """Report a number of this stage, e.g. the loss of an epoch; the n-th report of a name is drawn at step n."""
+        """Report a number of this stage, e.g. the loss of an epoch. The n-th value of a name is plotted at step n."""
         if self._log is not None:
             self._log(name, float(value))
 
     def track(self, items: Iterable[T], description: str, length: int) -> Iterator[T]:
-        """Iterate with a progress bar where there is a screen."""
+        """Iterate with a progress bar, if the run displays any."""
         return iter(items if self._track is None else self._track(items, description, length))
 
     def histogram(self, name: str, counts: Iterable[float]) -> None:
-        """Report how often each of some numbered things was used in this stage, e.g. the prompts of a pool.
+        """Report how often each of several numbered items was used in this stage, e.g. the prompts of a pool.
 
-        Kept with the stage in ``metrics.json`` and drawn as a histogram over the numbers 0, 1, …, one a stage.
+        The counts are stored with the stage in ``metrics.json`` and plotted as one histogram per stage.
         """
         self.histograms[name] = [float(count) for count in counts]
 
-    def features(self, eyes: Eyes, data: TaskData) -> tuple[Tensor, Tensor]:
-        """Features of a task under the test transform, and the labels; computed once per image and view.
+    def features(self, viewer: Viewer, data: TaskData) -> tuple[Tensor, Tensor]:
+        """Features of a task's images under the test transform, and their labels; computed once per image and view.
 
         Args:
-            eyes: The learner, for its own features, or its backbone, for the frozen ones.
-            data: The task's images.
+            viewer: The learner, for its own features, or its backbone, for the frozen ones.
+            data: Images of the task.
 
         Returns:
             (float32 [N, F] on the device, int64 [N] on the device).
         """
         images, indices = data.source
         labels = torch.as_tensor(data.labels)
-        return self.cache.get(eyes, images, indices).to(self.device), labels.to(self.device)
+        return self.cache.get(viewer, images, indices).to(self.device), labels.to(self.device)
 
 
 class Learner(nn.Module, ABC):
     """A class-incremental learner on a frozen backbone.
 
-    Everything that must survive a crash is a parameter, a buffer or extra state (JSON). The backbone is none of these:
-    results record its name and hash instead. Subclass, set :class:`Config`, implement :meth:`learn` and
-    :meth:`logits`; override :meth:`features` (and then :attr:`feature_version`) if the eyes change, and :meth:`begin`
-    to add a module for every task.
+    A subclass sets :class:`Config` and implements :meth:`learn` and :meth:`logits`. It overrides :meth:`views` if its
+    features are not those of the frozen backbone, and :meth:`begin` to add parameters for a task's classes. State that
+    must survive a stage is a parameter, a buffer or extra state (JSON); a checkpoint holds these. The backbone is not
+    among them: results record its name and hash instead.
     """
 
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
     name: ClassVar[str] = ""
-    """Registered name."""
+    """Name in configurations."""
+    summary: ClassVar[str] = ""
+    """What the method does, in a phrase for lists; a learner without one is listed by its docstring's first line."""
+    trains: ClassVar[str] = ""
+    """What is trained, in a few words for lists: nothing, one adapter per task, …"""
     paper: ClassVar[str] = ""
-    """Where the method comes from."""
+    """Source of the method: authors, title, venue, arXiv number."""
     stores_images: ClassVar[bool] = False
-    """True for exemplar methods and upper bounds: old tasks' images stay open to them, and results say so."""
+    """True for exemplar methods and upper bounds: they may read images of old tasks, and results say so."""
     trains_backbone: ClassVar[bool] = False
-    """True where (copies of) the backbone's own weights are trained."""
+    """True for a method that trains (copies of) the backbone's own weights."""
     needs_new_classes: ClassVar[bool] = False
-    """True for a method that is not defined where a task shows old classes again (domain-incremental streams)."""
+    """True for a method that is only defined for tasks of new classes (not for domain-incremental streams)."""
 
     backbone: Backbone
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a subclass that states its features outside :meth:`views`.
+
+        Raises:
+            PluginError: The class has a ``features`` of its own, or a ``feature_version``.
+        """
+        super().__init_subclass__(**kwargs)
+        changed = ["features"] if cls.features is not Learner.features else []
+        changed += ["feature_version"] if hasattr(cls, "feature_version") else []
+        if changed:
+            raise PluginError(
+                f"learner {cls.__qualname__} in {cls.__module__} defines {' and '.join(changed)}, but a learner states "
+                "its features in views() only; override views() instead and return {version: function from images to "
+                "features}, with a new version whenever the function gives other features"
+            )
+
     def __init__(self, config: Any, backbone: Backbone) -> None:
-        """Cheap, without data and without global random numbers. ``config`` is an instance of :class:`Config`."""
+        """Build the learner before the first task; cheap, without data and without global random numbers.
+
+        Args:
+            config: Hyper-parameters, an instance of :class:`Config`.
+            backbone: The frozen backbone, shared with other learners.
+        """
         super().__init__()
         self.config = config
         object.__setattr__(self, "backbone", backbone)  # not a submodule: it is shared, and not part of the state
-        self.seen = 0  # classes so far
-        self.stages = 0  # tasks begun so far
+        self.seen = 0  # number of classes so far
+        self.stages = 0  # number of tasks begun so far
 
     def begin(self, task: Task, ctx: Context) -> None:
-        """Make room for a task: grow heads, add a module. Called before :meth:`learn`, and again for every past task
-        when a run resumes, before the state is loaded; so it may not look at images. Call ``super().begin`` first."""
+        """Make room for a task, e.g. grow a head. An override calls ``super().begin`` first.
+
+        The runner calls it before :meth:`learn`. When it resumes a run, it calls it for every past task before it loads
+        the state, so it must not look at images.
+        """
         self.seen, self.stages = len(task.seen), task.index + 1
 
     @abstractmethod
     def learn(self, task: Task, ctx: Context) -> None:
-        """One stage: learn ``task`` from ``task.train`` alone, drawing random numbers from ``ctx.generator`` alone."""
+        """Train on one task, from ``task.train`` alone and with random numbers from ``ctx.generator`` alone."""
 
+    def views(self) -> Mapping[Hashable, View]:
+        """The functions from normalised images [B, 3, H, W] to features [B, F] that the learner uses, by version.
+
+        This is the one statement of how a learner sees images. :meth:`features` concatenates the views in this order,
+        and the feature cache computes each view once per image and version. By default there is one view, the frozen
+        backbone. A learner with several (one tuner per task, or the frozen backbone beside an adapted one) names each
+        here, so that a view that did not change is not computed again when another one does.
+
+        * The version of a view changes exactly when its features do. Versions are unique within a learner.
+        * The features of an image do not depend on the rest of the batch.
+        * A view that is ``self.backbone`` itself or ``partial(self.backbone, tuner=…)`` can be identified across runs,
+          so its features are stored on disk if the run has a feature store. Features of any other function are kept in
+          memory during the run.
+        """
+        return {FROZEN: self.backbone}
+
+    @final
     def features(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] → features [B, F]. No image's result may depend on the rest of the batch."""
-        return self.backbone(images)
+        """Normalised images [B, 3, H, W] → features [B, F]: those of all :meth:`views` side by side."""
+        parts = [view(images) for view in self.views().values()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:
         """Features [B, F] → scores [B, len(task.seen)]; column i is class i in order of appearance."""
-
-    @property
-    def feature_version(self) -> Hashable:
-        """Changes exactly when :meth:`features` would answer differently; constant while the eyes are frozen."""
-        return FROZEN
-
-    def views(self) -> Mapping[Hashable, View]:
-        """What :meth:`features` puts side by side, by version; one view by default.
-
-        A learner that sees through several tuners (one a task, or the frozen backbone beside an adapted one) names
-        each here: then a view that did not change is not computed again when another one does. Versions are unique;
-        ``features`` is the concatenation in this order, and ``feature_version`` must change when any of them does.
-
-        A view that is ``self.backbone`` itself or ``partial(self.backbone, tuner=…)`` can be told from others, so the
-        runner keeps its features on disk, for later runs; any other function is the learner's own and lasts a run.
-        """
-        return {self.feature_version: self.backbone if self._sees_as(Learner) else self.features}
-
-    def _sees_as(self, base: Any) -> bool:
-        """Whether ``features`` is the base class's own: a subclass that has another sees in a way nobody else knows."""
-        return getattr(self.features, "__func__", None) is base.features
 
     def predict(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → labels [B] in order of appearance."""
@@ -172,7 +203,7 @@ class Learner(nn.Module, ABC):
 
     @property
     def exemplar_bytes(self) -> int:
-        """Bytes of old images the learner keeps; 0 unless it declares ``stores_images``."""
+        """Size of the old images that the learner keeps, in bytes; 0 unless it declares ``stores_images``."""
         return 0
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -181,19 +212,19 @@ class Learner(nn.Module, ABC):
 
 
 class RoutedLearner(Learner):
-    """A learner with a part for every task that chooses one of them for each image by itself.
+    """A learner with one part per task (e.g. an adapter) that chooses a part for each image without the task id.
 
-    Results then say how often the choice is the image's task (``router_accuracy``) and how well the learner would do
-    if it always were (``oracle_router_accuracy``). The true task is known to the evaluation only.
+    Results then contain how often the choice is the image's task (``router_accuracy``) and the accuracy if it always
+    were (``oracle_router_accuracy``). Only the evaluation knows the true task.
     """
 
     @abstractmethod
     def route(self, features: Tensor) -> Tensor:
-        """Features [B, F] → the index of the task whose part each image takes, int64 [B]."""
+        """Features [B, F] → index of the task whose part is used for each image, int64 [B]."""
 
     @abstractmethod
     def routed_logits(self, features: Tensor, tasks: Tensor) -> Tensor:
-        """Scores [B, C] of features [B, F] when image i takes the part of task ``tasks[i]``."""
+        """Scores [B, C] of features [B, F] when image i uses the part of task ``tasks[i]``."""
 
     def logits(self, features: Tensor) -> Tensor:
         return self.routed_logits(features, self.route(features))

@@ -1,9 +1,9 @@
-"""Everything that is reported, as pure functions of one accuracy matrix.
+"""All reported metrics, as pure functions of the accuracy matrix.
 
-R [T, T]: R[i, j] is the accuracy on task j's test images after stage i, the argmax running over all classes seen up to
-i; NaN above the diagonal. R_task is the same with the argmax restricted to task j's classes: a control without
-label-space growth. All values are fractions in [0, 1] (differences in [−1, 1]), stages and tasks count from 0, and no
-function changes its arguments. Definitions that other toolboxes print carry their names.
+R [T, T]: R[i, j] is the accuracy on task j's test images after stage i, with the argmax over all classes seen up to i;
+NaN above the diagonal. R_task is the same with the argmax restricted to task j's classes: a control without label-space
+growth. All values are fractions in [0, 1] (differences in [−1, 1]), stages and tasks count from 0, and no function
+changes its arguments. The docstring of a definition that other toolboxes print names them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ Array = np.ndarray
 
 
 def accuracy_matrix(correct: Array, total: Array) -> Array:
-    """R[i, j] = correct[i, j] / total[j] for j ≤ i, else NaN.
+    """The accuracy matrix R[i, j] = correct[i, j] / total[j] for j ≤ i, else NaN; float [T, T].
 
     Args:
-        correct: Images of task j classified correctly after stage i, int [T, T].
-        total: Test images of each task, int [T].
+        correct: Number of images of task j classified correctly after stage i, int [T, T].
+        total: Number of test images of each task, int [T].
     """
     stages = correct.shape[0]
     known = np.tril(np.ones((stages, stages), dtype=bool))
@@ -40,7 +40,7 @@ def class_mean_accuracy(confusion: Array) -> float:
     """Mean over classes of the recall: (1/C) Σ_c confusion[c, c] / Σ_d confusion[c, d].
 
     Args:
-        confusion: Counts [C, C], rows true classes, columns predictions; every class has an image.
+        confusion: Counts [C, C]; rows are true classes, columns predictions; every class has at least one image.
     """
     return float(np.mean(np.diag(confusion) / confusion.sum(1)))
 
@@ -78,23 +78,24 @@ def forgetting_by_task(r: Array, stage: int = -1) -> Array:
 def forgetting(r: Array, stage: int = -1) -> float:
     """F_i: the mean of f_j over the i earlier tasks (Chaudhry et al. 2018); NaN at the first stage.
 
-    On R_task this is forgetting without label-space growth: a frozen prototype classifier has none there, while on R
-    it "forgets" because every new class is one more competitor.
+    On R_task this is forgetting without label-space growth: a classifier of frozen class prototypes has none there,
+    while on R it "forgets" because every new class competes with the old ones.
     """
     values = forgetting_by_task(r, stage)
     return float(values.mean()) if len(values) else float("nan")
 
 
 def forgetting_clipped(r: Array, stage: int = -1) -> float:
-    """As PyCIL, LAMDA-PILOT, Mammoth and the L2P and DualPrompt code print it: the maximum includes the current stage
-    (and 0 for stages before the task), so no task counts below 0: mean_{j<i} (max_{l≤i} R[l, j] − R[i, j])."""
+    """Forgetting as PyCIL, LAMDA-PILOT, Mammoth and the L2P and DualPrompt code print it. The maximum includes the
+    current stage (and 0 for stages before the task), so no task counts below 0: mean_{j<i} (max_{l≤i} R[l, j] −
+    R[i, j])."""
     i = range(len(r))[stage]
     filled = np.nan_to_num(r[: i + 1, : i + 1], nan=0.0)
     return float((filled.max(0) - filled[i])[:i].mean()) if i else float("nan")
 
 
 def forgetting_from_first(r: Array, stage: int = -1) -> float:
-    """As Avalanche prints it: mean_{j<i} (R[j, j] − R[i, j]), which is −BWT."""
+    """Forgetting as Avalanche prints it: mean_{j<i} (R[j, j] − R[i, j]), which is −BWT."""
     return -backward_transfer(r, stage)
 
 
@@ -105,28 +106,28 @@ def backward_transfer(r: Array, stage: int = -1) -> float:
 
 
 def learning_accuracy(r: Array) -> float:
-    """LA = (1/T) Σ_i R[i, i]: how well tasks were learned when they came (Riemer et al. 2019). The mean over tasks at
-    the end is LA + ((T−1)/T)·BWT."""
+    """LA = (1/T) Σ_i R[i, i]: the accuracy on each task directly after learning it (Riemer et al. 2019). The mean over
+    tasks at the end is LA + ((T−1)/T)·BWT."""
     return float(np.diag(r).mean())
 
 
 def task_id_accuracy(task_of_prediction: Array, task_of_label: Array) -> float:
-    """TP: how often the predicted class belongs to the right task. Both [N]."""
+    """TP: the fraction of images whose predicted class belongs to the right task. Both arguments are int [N]."""
     return float(np.mean(np.asarray(task_of_prediction) == np.asarray(task_of_label)))
 
 
 def within_task_accuracy(r_task: Array, total: Array) -> Array:
-    """WP_i: accuracy per image when the task is given, Σ_{j≤i} n_j R_task[i, j] / Σ_{j≤i} n_j. Shape [T]."""
+    """WP_i: accuracy per image with the task id given, Σ_{j≤i} n_j R_task[i, j] / Σ_{j≤i} n_j. Shape [T]."""
     return seen_accuracy(r_task, total)
 
 
 def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
-    """Counts [C, C], rows true labels, columns predictions."""
+    """Counts [C, C]; rows are true labels, columns predictions, both in 0…C−1 with C = ``classes``."""
     return np.bincount(np.asarray(labels) * classes + predictions, minlength=classes**2).reshape(classes, classes)
 
 
 def summary(r: Array, r_task: Array, total: Array) -> dict[str, float]:
-    """The numbers of a table row, by name; undefined ones are NaN."""
+    """The metrics of one run by name, as ``metrics.json`` stores them; undefined ones are NaN."""
     seen = seen_accuracy(r, total)
     return {
         "accuracy_last": last_accuracy(seen),

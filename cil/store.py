@@ -1,12 +1,12 @@
-"""Computed features on disk, shared by all runs of a machine: what one run computed the next one reads.
+"""The feature store: computed features on disk, shared by all runs of a machine.
 
-Below the store's folder there is one folder for each *key* (:class:`Key`: everything features depend on) and in it one
-file for each *unit*, the forward passes that were computed together, with the images of each in order. A file is never
-changed: it is written under another name and renamed, so nobody ever waits for a lock; runs that compute the same write
-the same. It is mapped into memory, after its checksum was compared. Whatever goes wrong here (a full disk, a damaged
-file, one that vanished) costs time and no result: what cannot be read is computed.
+The store's folder has one folder per *key* (:class:`Key`: everything that features depend on), and each of these has
+one file per *unit*: the forward passes that were computed together, with their images in order. A file is written under
+another name, renamed, and never changed, so no locks are needed; concurrent runs write identical files. Its checksum is
+verified before it is mapped into memory. Any failure here (a full disk, a damaged or deleted file) only costs time:
+features that cannot be read are recomputed.
 
-Disk only: nothing here knows learners, images or devices.
+This module only handles files: it knows no learners, images or devices.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cil.files import replacing
+from cil.utils.files import replacing
+from cil.utils.units import remove_if_empty, unit_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,20 +35,18 @@ if TYPE_CHECKING:
     from cil.config import HardwareConfig
 
 LAYOUT = "v1"
-"""Of files and folders; another one starts empty beside it."""
-UNIT = re.compile(r"[0-9a-f]{32}-\d+\.safetensors")
+"""Version of the layout of files and folders. Another version starts empty, beside this one."""
 GIB = 2**30
-DAY = 24 * 3600
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Key:
-    """What features depend on.
+    """Everything that features depend on.
 
     Attributes:
-        parts: Everything that may change a bit of them, by name, as plain JSON values.
-        about: For readers; says nothing that makes features others.
+        parts: Everything that could change the value of a feature, by name, as plain JSON values.
+        about: Names for human readers, as plain JSON values; not part of the digest.
     """
 
     parts: Mapping[str, Any]
@@ -56,20 +54,21 @@ class Key:
 
     @cached_property
     def digest(self) -> str:
+        """SHA-256 of ``parts``, hexadecimal; the name of the key's folder."""
         return _digest(json.dumps(self.parts, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What the store holds under one key.
+class StoreEntry:
+    """What the store contains under one key.
 
     Attributes:
-        folder: Its folder.
-        about: The key's parts and what was recorded beside them; empty where that file is damaged.
-        files: Units.
-        images: Images, summed over the units.
-        size: Bytes.
-        used: When one of them was written or read last, seconds since 1970.
+        folder: The key's folder.
+        about: The key's parts and names; empty if the file that records them is damaged.
+        files: Number of units.
+        images: Number of images, summed over the units.
+        size: Bytes of all units.
+        used: Time at which a unit was last written or read, in seconds since 1970.
     """
 
     folder: Path
@@ -84,41 +83,42 @@ class FeatureStore:
     """Features by key and unit in a folder of bounded size.
 
     Args:
-        root: The folder; made when something is written.
-        cap: Bytes. Above it the units used longest ago are removed; who has one mapped keeps it.
+        root: The folder; created when something is first written.
+        cap: Limit in bytes. Above it the least recently used units are removed; processes that have one mapped can
+            still read it.
     """
 
     def __init__(self, root: Path, cap: float = 20 * GIB) -> None:
         self.place, self.root, self.cap = root, root / LAYOUT, cap
-        self._open: dict[Path, Tensor] = {}  # verified, mapped
-        self._size: float | None = None  # at the last look, and what was written since
-        self._since = 0
+        self._open: dict[Path, Tensor] = {}  # verified and mapped
+        self._size: float | None = None  # bytes when the folder was last scanned
+        self._since = 0  # bytes written since that scan
         self._writes = True
 
     def read(self, key: Key, passes: Sequence[np.ndarray]) -> Tensor | None:
-        """The features of a unit, float32 [N, F], mapped; None if they are not there or are damaged.
+        """The features of a unit, float32 [N, F], mapped into memory; None if they are missing or damaged.
 
         Args:
-            key: What they depend on.
-            passes: Positions of the images of each forward pass, in order; N in all.
+            key: Everything the features depend on.
+            passes: Positions of the images of each forward pass, in order; N in total.
         """
         file = self._file(key, passes)
-        found = self._open.get(file)
-        if found is None:
-            found = self._verified(file, sum(map(len, passes)))
-        if found is not None:
-            self._open[file] = found
-            with contextlib.suppress(OSError):  # gone, or not ours to touch: it is used all the same
+        features = self._open.get(file)
+        if features is None:
+            features = self._verified(file, sum(map(len, passes)))
+        if features is not None:
+            self._open[file] = features
+            with contextlib.suppress(OSError):  # deleted or read-only: the mapped features remain usable
                 os.utime(file)
-        return found
+        return features
 
     def write(self, key: Key, passes: Sequence[np.ndarray], features: Tensor) -> None:
-        """Keep the features of a unit; if that fails, say so once and keep nothing more."""
+        """Store the features of a unit, float32 [N, F]. After a failure, one warning is logged and writing stops."""
         from safetensors.torch import save_file
 
         file = self._file(key, passes)
         content = features.contiguous()
-        facts = {"checked": _checked(file, content)}  # one entry: safetensors writes several in a random order
+        facts = {"checked": _check_line(file, content)}  # one entry only: safetensors writes several in a random order
 
         def put() -> None:
             self._describe(key, file.parent)
@@ -126,23 +126,23 @@ class FeatureStore:
                 save_file({"features": content}, half, facts)
 
         if self._try(put):
-            self._grown(content.nbytes)
+            self._account(content.nbytes)
 
     def recall(self, key: Key) -> Any:
-        """What was remembered under a key, plain JSON; None for nothing."""
+        """The JSON value stored under a key by :meth:`remember`; None if there is none, or a damaged one."""
         try:
-            found = json.loads(self._note(key).read_text(encoding="utf-8"))
-            if found["sha256"] == _digest(json.dumps(found["value"]).encode()):
-                return found["value"]
+            note = json.loads(self._note(key).read_text(encoding="utf-8"))
+            if note["sha256"] == _digest(json.dumps(note["value"]).encode()):
+                return note["value"]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        log.warning("feature store: %s is damaged; found out anew", self._note(key))
+        log.warning("feature store: %s is damaged; rebuilding it", self._note(key))
         return None
 
     def remember(self, key: Key, value: Any) -> None:
-        """Keep a plain JSON value under a key."""
+        """Store a plain JSON value under a key."""
         text = {"sha256": _digest(json.dumps(value).encode()), "value": value, **key.parts, **key.about}
 
         def put() -> None:
@@ -151,43 +151,44 @@ class FeatureStore:
 
         self._try(put)
 
-    def kept(self) -> list[Kept]:
-        """What is there, by key, last used first."""
-        found = []
+    def entries(self) -> list[StoreEntry]:
+        """The contents by key, the most recently used first."""
+        entries = []
         for folder in self._folders():
-            files = list(_units(folder))
+            files = list(unit_files(folder))
             try:
                 about = json.loads((folder / "key.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 about = {}
             images = sum(int(path.stem.rsplit("-", 1)[1]) for path, _ in files)
             size, used = sum(stat.st_size for _, stat in files), max((stat.st_mtime for _, stat in files), default=0.0)
-            found.append(Kept(folder, about, len(files), images, size, used))
-        return sorted(found, key=lambda kept: -kept.used)
+            entries.append(StoreEntry(folder, about, len(files), images, size, used))
+        return sorted(entries, key=lambda entry: -entry.used)
 
     def clear(self, older_than: float = 0.0) -> tuple[int, int]:
-        """Remove what was used last more than ``older_than`` seconds ago, everything by default.
+        """Delete the units last used more than ``older_than`` seconds ago; by default, everything.
 
         Returns:
-            (units removed, bytes freed).
+            (number of units deleted, bytes freed).
 
         Raises:
-            OSError: Something could not be removed.
+            OSError: A file could not be deleted.
         """
         if not older_than:
-            removed = [stat.st_size for folder in self._folders() for _, stat in _units(folder)]
+            removed = [stat.st_size for folder in self._folders() for _, stat in unit_files(folder)]
             if self.root.exists():
-                gone = self.root.rename(self.root.with_name(f".{LAYOUT}.{os.getpid()}"))  # a run may be writing there
-                shutil.rmtree(gone)
+                # renamed first, because a run may be writing there
+                renamed = self.root.rename(self.root.with_name(f".{LAYOUT}.{os.getpid()}"))
+                shutil.rmtree(renamed)
             return len(removed), sum(removed)
-        before, freed = time.time() - older_than, []
+        before, sizes = time.time() - older_than, []
         for folder in self._folders():
-            for path, stat in _units(folder):
+            for path, stat in unit_files(folder):
                 if stat.st_mtime < before:
                     path.unlink(missing_ok=True)
-                    freed.append(stat.st_size)
-            _drop_if_empty(folder)
-        return len(freed), sum(freed)
+                    sizes.append(stat.st_size)
+            remove_if_empty(folder)
+        return len(sizes), sum(sizes)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class FeatureStore:
         try:
             with safe_open(file, framework="pt") as opened:
                 facts, features = opened.metadata() or {}, opened.get_tensor("features")
-            if len(features) == images and facts.get("checked") == _checked(file, features):
+            if len(features) == images and facts.get("checked") == _check_line(file, features):
                 return features
         except FileNotFoundError:
             return None
@@ -220,7 +221,7 @@ class FeatureStore:
         return None
 
     def _try(self, put: Callable[[], None]) -> bool:
-        """Write, once more if somebody cleared the folder meanwhile; a failure ends writing, not the run."""
+        """Write, and retry once if another process has cleared the folder. A failure ends writing, not the run."""
         from safetensors import SafetensorError
 
         for again in (True, False):
@@ -233,7 +234,7 @@ class FeatureStore:
                 if again and isinstance(error, FileNotFoundError):
                     continue
                 self._writes = False
-                log.warning("feature store: cannot write to %s (%s); nothing more is kept there", self.place, error)
+                log.warning("feature store: cannot write to %s (%s); nothing more is stored there", self.place, error)
         return False
 
     # --- size -------------------------------------------------------------------------------------------------------
@@ -244,29 +245,30 @@ class FeatureStore:
         except OSError:
             return []
 
-    def _grown(self, size: int) -> None:
-        """Count what was written, look at the whole folder now and then (others write, too), and evict."""
+    def _account(self, size: int) -> None:
+        """Add up what was written; scan the folder now and then, because other processes write, too, and evict."""
         self._since += size
         if self._size is None or self._since > self.cap / 50 or self._size + self._since > self.cap:
             self._size, self._since = self._evict(), 0
 
     def _evict(self) -> int:
-        """Above the cap, remove units used longest ago until there is some room again; bytes left."""
-        units = [unit for folder in self._folders() for unit in _units(folder)]
+        """If the size exceeds the cap, delete the least recently used units. Returns the bytes that remain."""
+        units = [unit for folder in self._folders() for unit in unit_files(folder)]
         total = sum(stat.st_size for _, stat in units)
-        room = self.cap if total <= self.cap else 0.95 * self.cap  # or every further unit would look at all files again
+        # 5 % below the cap, because at the cap every further unit would cause a scan
+        limit = self.cap if total <= self.cap else 0.95 * self.cap
         for path, stat in sorted(units, key=lambda unit: unit[1].st_mtime_ns):
-            if total <= room:
+            if total <= limit:
                 break
-            with contextlib.suppress(OSError):  # another process was faster, or the folder is not ours to clean
+            with contextlib.suppress(OSError):  # deleted by another process, or not permitted
                 path.unlink()
                 total -= stat.st_size
-                _drop_if_empty(path.parent)
+                remove_if_empty(path.parent)
         return total
 
 
 def open_store(hardware: HardwareConfig) -> FeatureStore | None:
-    """The store a configuration names, None for ``off``."""
+    """The store that a configuration names; None for ``off``."""
     if hardware.feature_store == "off":
         return None
     place = Path(hardware.feature_store).expanduser() if hardware.feature_store else default_place()
@@ -274,42 +276,22 @@ def open_store(hardware: HardwareConfig) -> FeatureStore | None:
 
 
 def default_place() -> Path:
-    """``$CIL_CACHE/features``, else ``cil/features`` in the user's cache folder."""
+    """``$CIL_CACHE/features`` if that variable is set, else ``cil/features`` in the user's cache folder."""
     from platformdirs import user_cache_path
 
-    given = os.environ.get("CIL_CACHE")
-    return (Path(given).expanduser() if given else user_cache_path("cil", appauthor=False)) / "features"
+    cache = os.environ.get("CIL_CACHE")
+    return (Path(cache).expanduser() if cache else user_cache_path("cil", appauthor=False)) / "features"
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _checked(file: Path, features: Tensor) -> str:
-    """What a file says of itself: its name, so that no other can stand in for it, and its content's checksum."""
+def _check_line(file: Path, features: Tensor) -> str:
+    """The check recorded in a file: its name, so that no other file can replace it, and its content's checksum."""
     return f"{file.parent.name}/{file.name} {_digest(features.numpy())}"
 
 
 def _write_json(file: Path, value: Any) -> None:
     with replacing(file) as half:
         half.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _units(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Files of one key; halves that a killed process left long ago are removed on the way."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                stat = entry.stat()
-                if entry.name.startswith("."):
-                    if stat.st_mtime < time.time() - DAY:
-                        Path(entry.path).unlink()
-                elif UNIT.fullmatch(entry.name):
-                    yield Path(entry.path), stat
-
-
-def _drop_if_empty(folder: Path) -> None:
-    if not any(_units(folder)):
-        with contextlib.suppress(OSError):  # somebody is writing there again
-            (folder / "key.json").unlink(missing_ok=True)
-            folder.rmdir()

@@ -1,9 +1,9 @@
-"""Avalanche both ways: our streams as its benchmarks, its strategies as our learner, our learners in its scripts.
+"""Avalanche in both directions: our streams as its benchmarks, its strategies as learners, our learners as strategies.
 
-Avalanche is imported in this package and nowhere else, and only when asked for: it takes seconds. Its own class
-splitting and its checkpoints are not used: given a number of experiences that does not divide the classes it drops the
-rest without a word, and checkpoints are pickles. It is handed finished tasks, and what its strategies keep from task to
-task is kept for them (:mod:`cil.avalanche.memory`).
+Avalanche is imported only in this package and only on demand, because the import takes seconds. Its class splitting is
+not used: if the number of experiences does not divide the number of classes, it silently drops the rest. Its
+checkpoints are not used either, because they are pickles. Avalanche receives complete tasks instead, and the state that
+its strategies keep between tasks is stored in :mod:`cil.avalanche.memory`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["as_strategy", "benchmark"]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'cil.avalanche' has no attribute {name!r}")
-    load()
+    import_avalanche()
     return getattr(import_module(f"cil.avalanche.{_WHERE[name]}"), name)
 
 
-def load() -> None:
-    """Import Avalanche's strategies, without the warning that no quadratic solver is there: nothing here needs one."""
+def import_avalanche() -> None:
+    """Import Avalanche's strategies without its warning about a missing quadratic solver, which is not needed here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no QP solver found")
         import_module("avalanche.training.supervised")

@@ -1,7 +1,7 @@
-"""What a strategy keeps between tasks, taken apart into tensors and JSON, and put together again.
+"""Encodes the state that a strategy keeps between tasks as tensors and JSON, and decodes it.
 
-No pickle: the few kinds of values that Avalanche's plugins keep are known here, and others are refused. Images are kept
-as their places (task, row), to be read again from the tasks.
+There is no pickle: the few types of values that Avalanche's plugins keep are supported, and others are refused. Images
+are stored as their places (task, row) and read again from the tasks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cil.stream import TaskData
 
 
 class Codec:
-    """To and from a :class:`Memory`.
+    """Writes a strategy's state to a :class:`Memory` and reads it back.
 
     Args:
-        tasks: The tasks that may be read, by number.
-        classes: Classes seen, which stored logits are widened to.
-        device: Where tensors that were with the model go.
+        tasks: Tasks whose images may be read, by number.
+        classes: Number of classes seen, to which stored logits are extended.
+        device: Device of the tensors that were on the model's device.
     """
 
     def __init__(self, tasks: Mapping[int, TaskData], classes: int, device: torch.device) -> None:
@@ -37,28 +37,32 @@ class Codec:
         self._tensors: dict[str, Tensor] = {}
         self._images = 0
         self._known: dict[bytes, Place] = {}
-        self._looked_at: set[int] = set()
+        self._indexed: set[int] = set()
 
     def save(self, values: Mapping[str, Any], memory: Memory) -> None:
-        """Keep ``values`` in ``memory``, and nothing else."""
+        """Replace the content of ``memory`` by ``values``.
+
+        Raises:
+            TypeError: A value is of a type that cannot be saved.
+        """
         self._tensors, self._images = {}, 0
-        tree = {key: self._apart(value, key) for key, value in values.items()}
+        tree = {key: self._encode(value, key) for key, value in values.items()}
         memory.put(tree, self._tensors, self._images)
 
     def load(self, memory: Memory) -> dict[str, Any]:
-        """The values that :meth:`save` was given; images and their logits as Avalanche data sets again."""
-        return {key: self._together(node, memory) for key, node in memory.tree.items()}
+        """Return the values that :meth:`save` received, with images and their logits as Avalanche data sets."""
+        return {key: self._decode(node, memory) for key, node in memory.tree.items()}
 
-    def _apart(self, value: Any, path: str) -> Any:
+    def _encode(self, value: Any, path: str) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, ParamData):
             return {"param": value.name, "data": self._tensor(value.data, path)}
         if isinstance(value, ReservoirSamplingBuffer):
             weights = self._tensor(value._buffer_weights, f"{path}/weights")
-            return {"reservoir": value.max_size, "weights": weights, "buffer": self._apart(value.buffer, path)}
+            return {"reservoir": value.max_size, "weights": weights, "buffer": self._encode(value.buffer, path)}
         if isinstance(value, AvalancheDataset):
-            if not len(value):  # which may have lost its attributes
+            if not len(value):  # an empty data set may have lost its attributes
                 return {"images": self._places([], path), "logits": None}
             logits = getattr(value, "logits", None)
             rows = None if logits is None else self._tensor(torch.stack(list(logits)), f"{path}/logits")
@@ -68,16 +72,16 @@ class Codec:
         if isinstance(value, Tensor):
             return self._tensor(value, path)
         if isinstance(value, dict):
-            return {"dict": [[key, self._apart(inner, f"{path}/{key}")] for key, inner in value.items()]}
+            return {"dict": [[key, self._encode(inner, f"{path}/{key}")] for key, inner in value.items()]}
         if isinstance(value, list | tuple | set):
             kind = next(k.__name__ for k in (list, tuple, set) if isinstance(value, k))
-            return {kind: [self._apart(inner, f"{path}/{i}") for i, inner in enumerate(value)]}
-        raise TypeError(f"{path}: a strategy keeps a {type(value).__name__}, which is not known how to save")
+            return {kind: [self._encode(inner, f"{path}/{i}") for i, inner in enumerate(value)]}
+        raise TypeError(f"{path}: a strategy keeps a {type(value).__name__}, which cannot be saved")
 
     def _tensor(self, value: Tensor, path: str) -> Any:
-        key = path.replace(".", "/")  # buffers may have no dot in their names
+        key = path.replace(".", "/")  # names of buffers must not contain dots
         self._tensors[key] = value.detach().clone()
-        # some plugins work on the CPU whatever the model does
+        # some plugins keep tensors on the CPU, whatever the model's device
         return {"tensor": key, "cpu": value.device.type == "cpu"}
 
     def _places(self, places: list[Place], path: str) -> Any:
@@ -85,10 +89,10 @@ class Codec:
         return self._tensor(torch.tensor(places, dtype=torch.int64).view(-1, 2), f"{path}/places")
 
     def _place(self, pixels: Tensor) -> Place:
-        """Where an image under the test transform comes from: out of the memory, or the newest task."""
+        """Find an image's place by its pixels under the test transform, among stored images and the newest task."""
         newest = max(self.tasks)
-        if newest not in self._looked_at:
-            self._looked_at.add(newest)
+        if newest not in self._indexed:
+            self._indexed.add(newest)
             rows = 0
             for images, _ in self.tasks[newest].batches(64):
                 for row, image in enumerate(images, rows):
@@ -96,42 +100,42 @@ class Codec:
                 rows += len(images)
         return self._known[_bytes(pixels)]
 
-    def _together(self, node: Any, memory: Memory) -> Any:
+    def _decode(self, node: Any, memory: Memory) -> Any:
         if not isinstance(node, dict):
             return node
         if "tensor" in node:
             value = memory[node["tensor"]].clone()
             return value.cpu() if node["cpu"] else value.to(self.device)
         if "param" in node:
-            value = self._together(node["data"], memory)
+            value = self._decode(node["data"], memory)
             return ParamData(node["param"], init_tensor=value, device=value.device)
         if "reservoir" in node:
             buffer = ReservoirSamplingBuffer(node["reservoir"])
-            buffer.buffer = self._together(node["buffer"], memory)
-            buffer._buffer_weights = self._together(node["weights"], memory)
+            buffer.buffer = self._decode(node["buffer"], memory)
+            buffer._buffer_weights = self._decode(node["weights"], memory)
             return buffer
         if "images" in node:
-            found = self._images_at(self._together(node["images"], memory))
-            return found if node["logits"] is None else self._with_logits(found, self._together(node["logits"], memory))
+            images = self._images_at(self._decode(node["images"], memory))
+            return images if node["logits"] is None else self._with_logits(images, self._decode(node["logits"], memory))
         if "pixels" in node:
-            places = self._together(node["pixels"], memory)
-            found = self._images_at(places).eval()
-            pixels = torch.stack([found[i][0] for i in range(len(found))])
+            places = self._decode(node["pixels"], memory)
+            images = self._images_at(places).eval()
+            pixels = torch.stack([images[i][0] for i in range(len(images))])
             self._known |= {
                 _bytes(image): (task, row) for image, (task, row) in zip(pixels, places.tolist(), strict=True)
             }
             return pixels.to(self.device)
         if "dict" in node:
-            return {key: self._together(inner, memory) for key, inner in node["dict"]}
+            return {key: self._decode(inner, memory) for key, inner in node["dict"]}
         ((kind, items),) = node.items()
-        return {"list": list, "tuple": tuple, "set": set}[kind](self._together(inner, memory) for inner in items)
+        return {"list": list, "tuple": tuple, "set": set}[kind](self._decode(inner, memory) for inner in items)
 
     def _images_at(self, places: Tensor) -> Any:
-        found = [(task, row) for task, row in places.tolist()]
-        return dataset(self.sources, found, [int(self.tasks[task].labels[row]) for task, row in found])
+        pairs = [(task, row) for task, row in places.tolist()]
+        return dataset(self.sources, pairs, [int(self.tasks[task].labels[row]) for task, row in pairs])
 
     def _with_logits(self, images: Any, logits: Tensor) -> Any:
-        """Logits [N, C'] stored with images of a time of C' classes, ∞ for classes that came later."""
+        """Add stored logits [N, C'] to images, extended to all classes: ∞ for those that appeared later."""
         wide = torch.full((len(logits), self.classes), torch.inf)
         wide[:, : logits.shape[1]] = logits
         rows = FlatData([list(wide)], discard_elements_not_in_indices=True)

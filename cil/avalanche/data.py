@@ -1,4 +1,4 @@
-"""Our images as Avalanche's data sets, and a whole stream as its benchmark."""
+"""Converts images to Avalanche's data sets, and a stream to an Avalanche benchmark."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cil.data.images import ImageSet
 from cil.stream import Stream
 
 Source = tuple[ImageSet, np.ndarray]
-"""An image set and the positions in it of one task's images; ``TaskData.source``."""
+"""An image set and the positions of one task's images in it; ``TaskData.source``."""
 Place = tuple[int, int]
-"""(task, row in the task's source): where an image is to be found."""
+"""The place of an image: (task, row in the task's source)."""
 
 
 class Places(Dataset[tuple[Place, int]]):
-    """(place, label) of images that nobody has looked at yet: the transform groups read them."""
+    """Pairs (place, label) of images that are not read yet; the transform groups read them."""
 
     def __init__(self, places: Sequence[Place], labels: Sequence[int]) -> None:
         self.places, self.labels = places, labels
@@ -34,14 +34,14 @@ class Places(Dataset[tuple[Place, int]]):
 
 
 def dataset(sources: Mapping[int, Source], places: Sequence[Place], labels: Sequence[int]) -> Any:
-    """Images as an Avalanche classification data set of (normalised image [3, S, S], label, task label 0).
+    """Build an Avalanche classification data set of (normalised image [3, S, S], label, task label 0).
 
-    Its ``train`` transforms are the image set's training transform, seeded from Python's global random state (so that
-    torch's is left to shuffling), its ``eval`` transforms the test transform. The attribute ``places`` follows every
+    Its ``train`` transform is the image set's training transform, seeded from Python's global random state, so that
+    only shuffling uses torch's. Its ``eval`` transform is the test transform. The attribute ``places`` follows every
     image through subsets and concatenations.
 
     Args:
-        sources: Task → its images.
+        sources: Images of each task, by number.
         places: (task, row) of each image.
         labels: Label of each image.
     """
@@ -63,25 +63,25 @@ def _reader(sources: Mapping[int, Source], *, augment: bool) -> Callable[[Place]
     def read(place: Place) -> Tensor:
         task, row = place
         images, indices = sources[task]
-        chosen = indices[row : row + 1]
+        index = indices[row : row + 1]
         generator = torch.Generator().manual_seed(random.getrandbits(62)) if augment else None
-        pixels, _ = next(images.batches(chosen, chosen, 1, generator=generator, augment=augment))
+        pixels, _ = next(images.batches(index, index, 1, generator=generator, augment=augment))
         return pixels[0]
 
     return read
 
 
 def whole_task(index: int, source: Source, labels: np.ndarray) -> Any:
-    """All images of one task as an Avalanche data set."""
+    """Build an Avalanche data set of all images of one task."""
     return dataset({index: source}, [(index, row) for row in range(len(labels))], labels.tolist())
 
 
 def benchmark(stream: Stream) -> Any:
-    """The same tasks as an Avalanche ``CLScenario`` with a train and a test stream, labels in order of appearance.
+    """Convert a stream to an Avalanche ``CLScenario`` with a train and a test stream, labels in order of appearance.
 
-    Training images come under the training transform where the stream has one (``dataset.eval()``: under the test
-    transform), test images under the test transform. The benchmark is the user's to train and test with: it holds the
-    test split.
+    Training images have the training transform if the stream has one (after ``dataset.eval()`` the test transform),
+    test images the test transform. The benchmark contains the test split, so the caller is responsible for not training
+    on it.
     """
     from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
 

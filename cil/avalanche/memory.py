@@ -1,4 +1,4 @@
-"""What a strategy keeps between tasks, in a learner's state: tensors as buffers, everything else as JSON."""
+"""The state of a strategy between tasks, as part of a learner's state: tensors as buffers, everything else as JSON."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class Memory(nn.Module):
-    """A tree of plain values that names tensors by key, and the tensors.
+    """A tree of plain values that refers to tensors by key, and these tensors as buffers.
 
     Attributes:
-        tree: JSON.
-        images: Images of old tasks the tree refers to.
+        tree: Tree of values that JSON can represent.
+        images: Number of images of old tasks that the tree refers to.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Memory(nn.Module):
         self.images = 0
 
     def put(self, tree: Any, tensors: dict[str, Tensor], images: int) -> None:
-        """Replace everything."""
+        """Replace the tree, the tensors and the number of images."""
         self.tree, self.images = tree, images
         self._buffers.clear()
         for key, value in tensors.items():

@@ -1,35 +1,35 @@
-"""What a strategy trains: a tuner on the frozen backbone, and a head. The backbone is no part of it."""
+"""The model that a strategy trains: a tuner on the frozen backbone, and a head. The backbone is not part of it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.backbone.vit import Tuner
 from cil.classifiers.heads import LinearHead
 from cil.learner import Context
-from cil.vit import Tuner
 
 
 class Features(nn.Module):
-    """Images [B, 3, H, W] → features [B, F] in float32, through the backbone with ``tuner`` riding along."""
+    """Maps images [B, 3, H, W] to features [B, F] in float32, by the frozen backbone with ``tuner``."""
 
     def __init__(self, backbone: Backbone, tuner: Tuner | None, ctx: Context) -> None:
         super().__init__()
         self.tuner = tuner
 
-        def see(images: Tensor, tuner: Tuner | None) -> Tensor:
+        def extract(images: Tensor, tuner: Tuner | None) -> Tensor:
             with ctx.accelerator.autocast():
                 return backbone(images, tuner).float()
 
-        # a function of its own: copies of this module, which strategies make, share it and the backbone behind it
-        self._see = see
+        # a closure, so that copies of this module, which strategies make, share the backbone
+        self._extract = extract
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._see(images, self.tuner)
+        return self._extract(images, self.tuner)
 
 
 class Model(nn.Module):
-    """Images [B, 3, H, W] → logits [B, C] of all classes seen."""
+    """Maps images [B, 3, H, W] to logits [B, C] of all classes seen."""
 
     def __init__(self, features: Features, head: LinearHead) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Our learners as strategies in Avalanche scripts: ``train(experience)``, ``eval(stream)``, its metrics and loggers."""
+"""Our learners as strategies in Avalanche scripts: ``train(experience)``, ``eval(stream)``, metrics and loggers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
-from cil import hardware
 from cil.backbone import EMBEDDED, Backbone, load_backbone
 from cil.data.images import ImageSet
 from cil.errors import StreamError
 from cil.features import FeatureCache
 from cil.learner import Context, Learner
 from cil.learners import registry
-from cil.randomness import isolated
 from cil.stream import Task, TaskData
+from cil.utils import hardware
+from cil.utils.randomness import isolated
 
 
 def as_strategy(
@@ -34,32 +34,33 @@ def as_strategy(
     eval_every: int = -1,
     log: Callable[[str, float], None] | None = None,
 ) -> LearnerStrategy:
-    """A learner as an Avalanche strategy.
+    """Wrap a learner as an Avalanche strategy.
 
-    An experience is one task: the learner trains on it whole, by its own recipe (epochs and batch size are the
-    learner's), and Avalanche's callbacks around experiences, not those within one, are called. Evaluation is
-    Avalanche's own loop, without task labels. Labels may be any integers in any order: the learner sees them in order
-    of appearance, Avalanche's metrics see its own. A label the learner has not been shown scores −∞.
+    Each experience is one task. The learner trains on it by its own recipe, including epochs and batch size.
+    Avalanche's callbacks before and after an experience are called, those within one are not. Evaluation is Avalanche's
+    own loop, without task labels. Labels may be any integers in any order: the learner receives them numbered in order
+    of appearance, and Avalanche's metrics receive the original ones. A label that the learner has not been trained on
+    scores −∞.
 
     Args:
         learner: A registered name, a configuration entry (``{"name": "ranpac", "projection": 1000}``, or with
-            ``"class"`` as in a YAML file), or a fresh learner.
-        backbone: A frozen backbone or its name; not used with a ready learner, which has one.
-        seed: Training seed; (seed, number of the experience) decides everything random in it.
-        device: As ``hardware.device``.
-        eval_mb_size: Images a forward pass.
+            ``"class"`` as in a YAML file), or a learner.
+        backbone: A frozen backbone or its name; ignored if ``learner`` is a learner, which has its own.
+        seed: Training seed; all randomness in an experience depends on (seed, number of the experience).
+        device: Name of the device, as ``hardware.device``.
+        eval_mb_size: Images per forward pass.
         plugins: Avalanche's plugins.
         evaluator: Avalanche's ``EvaluationPlugin``, or a function that makes one.
-        eval_every: −1: evaluate when told to; 0: before the first and after every experience.
-        log: Receives what the learner logs while it trains: (name, value).
+        eval_every: −1: evaluate only on request; 0: also before the first and after every experience.
+        log: Function that is called with the name and value of everything the learner logs in training.
 
     Raises:
-        CilError: Unknown learner or hyper-parameter, or a backbone that does not fit.
+        CilError: The learner or a hyper-parameter is unknown, or the backbone does not fit.
     """
     if not isinstance(learner, Learner):
-        found = load_backbone(backbone) if isinstance(backbone, str) else backbone
+        frozen = load_backbone(backbone) if isinstance(backbone, str) else backbone
         with isolated(0):
-            learner = registry.build_learner(learner if isinstance(learner, str) else dict(learner), found)
+            learner = registry.build_learner(learner if isinstance(learner, str) else dict(learner), frozen)
     return LearnerStrategy(
         learner=learner,
         seed=seed,
@@ -73,11 +74,11 @@ def as_strategy(
 
 
 class LearnerStrategy(SupervisedTemplate):
-    """What :func:`as_strategy` gives.
+    """The strategy that :func:`as_strategy` returns.
 
     Attributes:
         learner: The learner.
-        labels: Avalanche's label of each of the learner's columns, in order of appearance.
+        labels: Avalanche's label of each column of the learner's logits, in order of appearance.
     """
 
     def __init__(
@@ -108,20 +109,20 @@ class LearnerStrategy(SupervisedTemplate):
         self._images = _ExperienceImages(learner.backbone.data_config["input_size"])
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
-        """Nothing: the learner grows by itself, and makes an optimiser of its own where it needs one."""
+        """Do nothing: the learner grows by itself, and builds its own optimiser if it needs one."""
 
     def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
-        """Nothing: evaluating must not change the learner."""
+        """Do nothing: evaluation must not change the learner."""
         return self.model
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
-        """Nothing: the learner passes over the data as it likes."""
+        """Do nothing: the learner iterates over the data itself."""
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         learner, index = self.learner, self.learner.stages
         targets = [int(label) for label in getattr(self.adapted_dataset, "targets", ())]
         if not targets:
-            raise StreamError(f"experience {index} has no images, or its data set no attribute targets")
+            raise StreamError(f"experience {index} has no images, or its data set has no attribute targets")
         shown = sorted(set(targets))
         self.labels += [label for label in shown if label not in self.labels]
         column = {label: i for i, label in enumerate(self.labels)}
@@ -135,7 +136,7 @@ class LearnerStrategy(SupervisedTemplate):
         data = TaskData(self._images, added, np.array([column[label] for label in targets]))
         seen = tuple(range(len(self.labels)))
         task = Task(index, classes, seen, tuple(map(str, self.labels)), data)
-        # a new cache each time: old images are nobody's to see again, and the set of images has grown
+        # every task gets a new cache: old images must not be used again, and the set of images has grown
         cache = FeatureCache(self.accelerator, self.eval_mb_size)
         ctx = Context(self.accelerator, cache, seed=self.seed, stage=index, log=self._log)
         learner.begin(task, ctx)
@@ -147,9 +148,9 @@ class LearnerStrategy(SupervisedTemplate):
             task.close()
 
     def forward(self) -> Tensor:
-        """Scores [B, 1 + the largest label known or asked for], in Avalanche's labels; −∞ for those not shown yet."""
+        """Compute scores [B, 1 + largest label known or in the batch] by Avalanche's labels; −∞ for unknown labels."""
         width = 1 + max([*self.labels, *self.mb_y.tolist()])
-        if not self.labels:  # nothing learned: an answer that is no label, so that no accuracy comes for nothing
+        if not self.labels:  # before the first task the prediction is not a label, so that the accuracy is 0
             blank = torch.zeros(len(self.mb_x), width + 1, device=self.device)
             blank[:, width] = 1
             return blank
@@ -160,7 +161,7 @@ class LearnerStrategy(SupervisedTemplate):
 
 
 class _Scores(nn.Module):
-    """A learner as a model: images → logits in its own columns."""
+    """A learner as a module: images [B, 3, H, W] → logits [B, C] in the learner's columns."""
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
@@ -171,17 +172,17 @@ class _Scores(nn.Module):
 
 
 class _ExperienceImages(ImageSet):
-    """The images of all experiences so far, as their data sets' own transforms give them."""
+    """The images of all experiences so far, under the transforms of their own data sets."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self._items: list[tuple[Any, Any, int]] = []  # (data set as tested, as trained, position in it)
+        self._items: list[tuple[Any, Any, int]] = []  # (data set for testing, for training, position in it)
 
     def __len__(self) -> int:
         return len(self._items)
 
     def add(self, dataset: Any) -> np.ndarray:
-        """Append a data set; the positions of its images here."""
+        """Append a data set and return the positions of its images in this set."""
         start = len(self)
         plain, augmented = dataset.eval(), dataset.train()
         self._items += [(plain, augmented, i) for i in range(len(dataset))]
@@ -199,15 +200,15 @@ class _ExperienceImages(ImageSet):
         device: torch.device | str = "cpu",
         part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``TaskData.batches``: ``augment`` takes the data set's training transform, seeded image by image."""
+        """Yield batches as ``TaskData.batches`` does; ``augment`` uses the training transform, seeded per image."""
         if augment and generator is None:
             raise ValueError("augmented batches need a generator: they may not draw from the global random state")
         order, seeds = np.arange(len(indices)), None
         if generator is not None:
             order = torch.randperm(len(indices), generator=generator).numpy()
-            # beside the generator, not from it: whether a data set augments cannot be known here
-            beside = generator.clone_state()
-            seeds = torch.randint(2**62, (len(indices),), generator=beside).tolist() if augment else None
+            # drawn from a copy of the generator, as it is unknown here whether the training transform is random
+            copied = generator.clone_state()
+            seeds = torch.randint(2**62, (len(indices),), generator=copied).tolist() if augment else None
         rank, processes = part
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size][rank::processes]
@@ -226,7 +227,7 @@ class _ExperienceImages(ImageSet):
             if isinstance(image, Tensor):
                 got = f"{image.dtype} {list(image.shape)}"
             raise StreamError(
-                f"experience: an image is {got}; the backbone wants float {list(self.shape)}. End the data set's "
-                "transform there, e.g. with timm.data.create_transform(**backbone.data_config)"
+                f"experience: an image is {got}; the backbone needs float {list(self.shape)}. Give the data set a "
+                "transform to that, e.g. timm.data.create_transform(**backbone.data_config)"
             )
         return image

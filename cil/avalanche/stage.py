@@ -1,8 +1,8 @@
-"""One task learned by one of Avalanche's strategies.
+"""Trains one task by one of Avalanche's strategies.
 
-The strategy is built anew for every task, is given what it kept of the earlier ones, trains, and hands over what it
-keeps: so a run that was interrupted goes on as if it had not been. Its loop is Avalanche's own; optimiser, schedule,
-clipping and logging are those of :mod:`cil.training`.
+A new strategy is built for every task. It receives the state kept from earlier tasks, trains, and returns the state to
+keep, so an interrupted run can be resumed as if it had not been interrupted. The training loop is Avalanche's own;
+optimiser, schedule, clipping and logging are those of :mod:`cil.training`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from cil.avalanche.codec import Codec
+from cil.avalanche.configs import AGEMConfig, ICaRLConfig, StrategySection
 from cil.avalanche.data import whole_task
 from cil.avalanche.memory import Memory
 from cil.avalanche.model import Model
-from cil.avalanche.table import AGEMConfig, ICaRLConfig, StrategySection
 from cil.errors import TrainingError
 from cil.learner import Context
-from cil.randomness import isolated
 from cil.stream import Task, TaskData
-from cil.training import Group, Recipe, build_optimizer, cross_entropy, rate_factor
+from cil.training import ParamGroup, Recipe, build_optimizer, cross_entropy, rate_factor
+from cil.utils.randomness import isolated
 
 KEPT: dict[str, tuple[str, ...]] = {
     "Naive": (),
@@ -55,9 +55,9 @@ KEPT: dict[str, tuple[str, ...]] = {
         "ICaRLLossPlugin.old_classes",
     ),
 }
-"""What each strategy carries from task to task: attributes of its plugins, or of itself."""
+"""State that each strategy keeps between tasks: attributes of its plugins, or of the strategy itself."""
 TEACHER = {"LwF": "LwFPlugin.lwf.prev_model", "ICaRL": "ICaRLLossPlugin.old_model"}
-"""The model as it was after the last task, which is as it is before this one: nothing to keep."""
+"""The previous task's model. It equals the model at the start of this task, so it need not be saved."""
 
 
 def learn(
@@ -71,36 +71,37 @@ def learn(
     ctx: Context,
     first: int = 0,
 ) -> Any:
-    """Train ``model`` on ``task`` with a strategy; it ends frozen and without gradients.
+    """Train ``model`` on ``task`` with a strategy; afterwards its parameters are frozen and their gradients are None.
 
     Args:
         section: The strategy and its hyper-parameters.
-        model: What to train; its head has a row for every class seen.
+        model: Model to train; its head has one row per class seen.
         recipe: Epochs, batch size, optimiser, schedule, clipping, label smoothing.
-        task: The task.
-        data: The tasks that may be read: this one, and for a strategy that keeps images the old ones.
-        sizes: Classes each task brought, this one included.
-        memory: What the strategy kept, and will keep.
+        task: The current task.
+        data: Tasks whose images may be read, by number: this one and, for a strategy that keeps images, the old ones.
+        sizes: Number of new classes of each task so far, this one included.
+        memory: State kept from earlier tasks; it is replaced by the state after this one.
         ctx: Device, generator, log.
-        first: The first class in the softmax: 0 for all seen, the task's first for a local loss. ICaRL has none.
+        first: First class in the softmax: 0 for all classes seen, the task's first class for a local loss. ICaRL does
+            not use it.
 
     Returns:
         The strategy after training.
 
     Raises:
-        TrainingError: The loss is not finite, the precision is one Avalanche's loop does not know, or AGEM's samples
-            are fewer than the tasks.
+        TrainingError: The loss is not finite, the precision is fp16, or AGEM's ``sample_size`` is below the number of
+            tasks.
     """
     if ctx.accelerator.mixed_precision == "fp16":
-        raise TrainingError("precision: fp16 needs scaled gradients, which Avalanche's loop does not know; use bf16")
+        raise TrainingError("precision: fp16 needs scaled gradients, which Avalanche's loop does not have; use bf16")
     if isinstance(section, AGEMConfig) and section.sample_size <= task.index:
         raise TrainingError(
-            f"stage {task.index}: AGEM's sample_size is {section.sample_size}, which leaves tasks without an image a "
-            "step; give at least the number of tasks. Earlier stages are kept"
+            f"stage {task.index}: AGEM's sample_size is {section.sample_size}, less than one image per task and step; "
+            "give at least the number of tasks. Earlier stages are kept"
         )
     seed = int(torch.randint(2**62, (), generator=ctx.generator))
     codec = Codec(data, len(task.seen), ctx.device)
-    with isolated(seed), _without_its_own_warnings():  # Avalanche draws from the global states
+    with isolated(seed), _without_avalanche_warnings():  # Avalanche draws from the global random states
         strategy = _build(section, model, recipe, ctx, first)
         if task.index:
             _restore(strategy, section, codec.load(memory), task.index)
@@ -115,56 +116,56 @@ def learn(
 def _build(section: StrategySection, model: Model, recipe: Recipe, ctx: Context, first: int) -> Any:
     parameters = list(model.requires_grad_().parameters())
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
-    further: dict[str, Any] = section.model_dump(exclude={"name"})
+    arguments: dict[str, Any] = section.model_dump(exclude={"name"})
     if isinstance(section, ICaRLConfig):
-        further |= {"feature_extractor": model.features, "classifier": model.head, "buffer_transform": None}
+        arguments |= {"feature_extractor": model.features, "classifier": model.head, "buffer_transform": None}
     else:
-        further |= {"model": model, "criterion": _criterion(recipe, first)}
+        arguments |= {"model": model, "criterion": _criterion(recipe, first)}
     return getattr(supervised, section.name)(
-        optimizer=build_optimizer([Group(parameters)], recipe),
+        optimizer=build_optimizer([ParamGroup(parameters)], recipe),
         train_mb_size=recipe.train_batch_size,
         train_epochs=recipe.epochs,
         eval_mb_size=ctx.cache.batch_size,
         device=ctx.device,
         plugins=[_Recipe(recipe, ctx)],
         evaluator=EvaluationPlugin(),
-        **further,
+        **arguments,
     )
 
 
 def _criterion(recipe: Recipe, first: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits, labels) → mean loss, as Avalanche wants it."""
+    """The loss in the form that Avalanche calls: (logits, labels) → mean loss."""
     loss = cross_entropy(lambda logits: logits, recipe, first)
     return lambda logits, labels: loss(logits, labels)[0]
 
 
-def _restore(strategy: Any, section: StrategySection, kept: Mapping[str, Any], past: int) -> None:
-    """What the last task left behind."""
-    strategy.clock.train_exp_counter = past
-    if section.name == "AGEM":  # whose loader over the memories is made by adding one
-        for images in kept["AGEMPlugin.buffers"]:
+def _restore(strategy: Any, section: StrategySection, state: Mapping[str, Any], tasks: int) -> None:
+    """Give a new strategy the state that was kept after the earlier ``tasks``."""
+    strategy.clock.train_exp_counter = tasks
+    if section.name == "AGEM":  # update_memory also builds the loader over the memories
+        for images in state["AGEMPlugin.buffers"]:
             _get(strategy, "AGEMPlugin").update_memory(images)
         return
     shapes = {name: p.shape for name, p in strategy.model.named_parameters()}
-    for path, value in kept.items():
+    for path, value in state.items():
         _set(strategy, path, _padded(value, shapes))
     if section.name in TEACHER:
         _set(strategy, TEACHER[section.name], copy.deepcopy(strategy.model).train())
 
 
 def _experience(task: Task, sizes: Sequence[int]) -> Any:
-    """The task as an Avalanche experience that knows of no other."""
+    """Build an Avalanche experience of one task, without references to other tasks."""
     images = whole_task(task.index, task.train.source, task.train.labels)
     experience: Any = DatasetExperience(dataset=images, current_experience=task.index)
     experience.classes_in_this_experience = set(task.classes)
     experience.classes_seen_so_far = set(task.seen)
-    # iCaRL reads these of its experience's benchmark, where no other strategy looks and Avalanche puts them no more
+    # iCaRL, and no other strategy, reads these from its experience's benchmark; Avalanche no longer sets them there
     experience.benchmark = SimpleNamespace(n_classes_per_exp=list(sizes), classes_order=list(task.seen))
     return experience
 
 
 class _Recipe(SupervisedPlugin):
-    """The rest of a :class:`Recipe` in Avalanche's loop: schedule, clipping, a finite loss, and what is logged."""
+    """Applies the rest of a :class:`Recipe` in Avalanche's loop: schedule, clipping, check of the loss, logging."""
 
     def __init__(self, recipe: Recipe, ctx: Context) -> None:
         super().__init__()
@@ -173,7 +174,7 @@ class _Recipe(SupervisedPlugin):
         self.epochs: Iterator[int] = ctx.track(range(recipe.epochs), "training", recipe.epochs)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        if self.schedule is None:  # by now the loader, and with it the number of steps, is settled
+        if self.schedule is None:  # only now the loader exists, and with it the number of steps
             self.schedule = LambdaLR(strategy.optimizer, rate_factor(self.recipe, len(strategy.dataloader)))
         next(self.epochs, None)
         self.loss, self.correct, self.count, self.started = 0.0, 0, 0, time.perf_counter()
@@ -181,9 +182,9 @@ class _Recipe(SupervisedPlugin):
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
         stored = getattr(strategy, "batch_logits", None)
         if stored is not None and strategy.replay_loader is not None:
-            # DER: a class that came after an image was stored has no logit to be held to
-            now = strategy.mb_output[: len(stored)].detach()
-            strategy.batch_logits = torch.where(stored.isinf(), now, stored)
+            # DER: classes that appeared after an image was stored have no stored logit, and get a loss of 0
+            current = strategy.mb_output[: len(stored)].detach()
+            strategy.batch_logits = torch.where(stored.isinf(), current, stored)
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
         value, size = strategy.loss.item(), len(strategy.mb_y)
@@ -211,21 +212,21 @@ class _Recipe(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         next(self.epochs, None)
         if strategy.model is not None and hasattr(strategy._criterion, "old_model"):
-            # iCaRL would load the new head into the old one, which has fewer rows; it starts from a copy instead
+            # iCaRL would load the new head into the old one, which has fewer rows; without it iCaRL makes a copy
             strategy._criterion.old_model = None
 
 
 def _get(strategy: Any, path: str) -> Any:
-    """``Plugin.a.b``: attribute b of attribute a of the plugin of that class, or of the strategy itself."""
+    """Return ``Plugin.a.b``: attribute b of attribute a of the plugin of that class, or of the strategy itself."""
     owner, *names = path.split(".")
-    found = strategy if owner == "strategy" else next(p for p in strategy.plugins if type(p).__name__ == owner)
+    value = strategy if owner == "strategy" else next(p for p in strategy.plugins if type(p).__name__ == owner)
     for name in names:
-        found = getattr(found, name)
-    return found
+        value = getattr(value, name)
+    return value
 
 
 def _set(strategy: Any, path: str, value: Any) -> None:
-    """Dictionaries are filled, not replaced: Avalanche's may have defaults."""
+    """Set what :func:`_get` returns. Dictionaries are refilled, not replaced: Avalanche's may be defaultdicts."""
     old = _get(strategy, path)
     if isinstance(old, dict) and isinstance(value, dict):
         old.clear()
@@ -236,9 +237,9 @@ def _set(strategy: Any, path: str, value: Any) -> None:
 
 
 def _padded(value: Any, shapes: Mapping[str, torch.Size], name: str = "") -> Any:
-    """What is kept per parameter, with zeros for the rows the head has gained.
+    """Extend values that are kept per parameter by zeros for the head's new rows.
 
-    Avalanche would do that itself, with an indexing that torch has announced to understand otherwise.
+    Avalanche would do this itself, but by a kind of indexing whose meaning will change in torch, as torch warns.
     """
     if isinstance(value, dict):
         return {key: _padded(inner, shapes, str(key)) for key, inner in value.items()}
@@ -250,7 +251,7 @@ def _padded(value: Any, shapes: Mapping[str, torch.Size], name: str = "") -> Any
 
 
 @contextmanager
-def _without_its_own_warnings() -> Iterator[None]:
+def _without_avalanche_warnings() -> Iterator[None]:
     """Drop warnings about Avalanche's own code (it switches them on at every call), and let others through."""
     with warnings.catch_warnings(record=True) as caught:
         yield

@@ -1,13 +1,7 @@
-"""How features become logits. Each classifier is usable alone, on tensors or numpy arrays."""
+"""Classifiers map features to logits. Each can be used on its own, on tensors or numpy arrays."""
 
-from cil.classifiers.alignment import (
-    Gaussians,
-    SampledFeatures,
-    mean_scales,
-    normalized_cross_entropy,
-    with_variation,
-)
 from cil.classifiers.base import Classifier, match_saved_shapes
+from cil.classifiers.gaussians import Gaussians
 from cil.classifiers.heads import CosineHead, Head, LinearHead
 from cil.classifiers.lda import LDA
 from cil.classifiers.mahalanobis import Mahalanobis
@@ -25,10 +19,6 @@ __all__ = [
     "LinearHead",
     "Mahalanobis",
     "Ridge",
-    "SampledFeatures",
     "TruncatedSVD",
     "match_saved_shapes",
-    "mean_scales",
-    "normalized_cross_entropy",
-    "with_variation",
 ]

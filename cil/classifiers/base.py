@@ -1,4 +1,4 @@
-"""What every classifier shares: checked input, growing with the classes, a solution computed when it is asked for."""
+"""The base of all classifiers: it checks the input, grows with the classes, and computes solutions on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cil.errors import ConfigError, DataError
-from cil.precision import exact
+from cil.utils.precision import exact
 
 Array = Tensor | np.ndarray
 T = TypeVar("T")
@@ -21,10 +21,15 @@ C = TypeVar("C", bound="Classifier")
 def match_saved_shapes(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *, rows_only: bool = True
 ) -> None:
-    """Before loading, give parameters and buffers the saved shape: heads and statistics grow with the classes.
+    """Give parameters and buffers their shapes in ``state_dict``, so that it can be loaded although classes were added.
 
-    With ``rows_only`` only the first dimension may differ; another difference is left for ``load_state_dict`` to
-    refuse. Parameters are replaced by new ones, as in growing.
+    Parameters are replaced by new ones, as in growing: build optimisers afterwards.
+
+    Args:
+        module: Heads or statistics that grow with the classes.
+        state_dict: Saved tensors by name.
+        prefix: Prefix of the module's names in ``state_dict``.
+        rows_only: Whether to adapt only the first dimension; ``load_state_dict`` then refuses any other difference.
     """
     for name, part in module.named_modules(prefix=prefix.removesuffix(".")):
         for kind in (part._parameters, part._buffers):
@@ -38,11 +43,11 @@ def match_saved_shapes(
 
 
 class Classifier(nn.Module, ABC):
-    """Features [B, F] → logits [B, C], learned from features and labels in any number of calls.
+    """Maps features [B, F] to logits [B, C]; it learns from features and labels in any number of calls.
 
-    Everything a classifier knows is a parameter or a buffer, so ``state_dict()`` restores it, also into a fresh
-    classifier that has not grown. What is only computed from these (weights, factors) is solved when logits are asked
-    for, kept until the statistics change, and never saved.
+    All state is in parameters and buffers, so ``state_dict()`` can be loaded into any classifier with the same
+    arguments, even one that has not grown yet. Values derived from this state (weights, factors) are computed when
+    logits need them, cached until the statistics change, and never saved.
 
     Features may be tensors or numpy arrays. Logits are float64 for float64 features and float32 for all others.
 
@@ -63,26 +68,26 @@ class Classifier(nn.Module, ABC):
     @property
     @abstractmethod
     def num_classes(self) -> int:
-        """Classes there is room for, C."""
+        """Number of classes C that the classifier has room for."""
 
     @abstractmethod
     def grow(self, classes: int) -> None:
-        """Make room for labels 0…classes−1; what was learned stays."""
+        """Make room for labels 0…classes−1 without changing what was learned; a classifier never shrinks."""
 
     @abstractmethod
     def partial_fit(self: C, features: Array, labels: Array) -> C:
-        """Learn from features [N, F] (floating, finite) with labels [N] (integers ≥ 0); grows to the largest label.
+        """Learn from features [N, F] (floating point, finite) with labels [N] (integers ≥ 0); grow to the largest.
 
         Raises:
-            DataError: Shapes, types or values are wrong; nothing is learned then.
+            DataError: A shape, type or value is wrong; nothing is learned then.
         """
 
     @abstractmethod
     def logits(self, features: Array) -> Tensor:
-        """Scores [B, C] of features [B, F]; a class that has no samples yet scores −∞.
+        """Compute scores [B, C] of features [B, F]; a class without samples scores −∞.
 
         Raises:
-            DataError: Shape, type or values are wrong.
+            DataError: A shape, type or value is wrong.
         """
 
     @property
@@ -90,7 +95,11 @@ class Classifier(nn.Module, ABC):
         return next(iter(self.state_dict().values())).device
 
     def checked(self, features: Array) -> Tensor:
-        """Features [N, F] as a finite float32 or float64 tensor on the classifier's device, or a DataError."""
+        """Check features [N, F] and return them as a float32 or float64 tensor on the classifier's device.
+
+        Raises:
+            DataError: The shape or type is wrong, or a value is not finite.
+        """
         name = type(self).__name__
         x = features if isinstance(features, Tensor) else torch.from_numpy(_numeric(features, f"{name}: features"))
         if x.ndim != 2 or x.shape[1] != self.feature_dim:
@@ -103,8 +112,15 @@ class Classifier(nn.Module, ABC):
             raise DataError(f"{name}: some features are NaN or infinite")
         return x
 
-    def taken(self, features: Array, labels: Array) -> tuple[Tensor, Tensor]:
-        """Training data checked, as (float64 [N, F], int64 [N]); grows, and forgets what was solved before."""
+    def prepare_fit(self, features: Array, labels: Array) -> tuple[Tensor, Tensor]:
+        """Check training data, grow to the largest label, and drop the cached solutions that the data changes.
+
+        Returns:
+            Features, float64 [N, F], and labels, int64 [N].
+
+        Raises:
+            DataError: A shape, type or value is wrong.
+        """
         name = type(self).__name__
         x = self.checked(features).double()
         y = labels if isinstance(labels, Tensor) else torch.from_numpy(_numeric(labels, f"{name}: labels"))
@@ -121,20 +137,20 @@ class Classifier(nn.Module, ABC):
         self._forget(y)
         return _ordinary(x), _ordinary(y)
 
-    def solved(self, key: Hashable, solve: Callable[[], T]) -> T:
-        """What ``solve`` gives for the current statistics, computed once."""
+    def cached(self, key: Hashable, solve: Callable[[], T]) -> T:
+        """Return ``solve()`` for the current statistics; it is computed once and cached under ``key``."""
         if key not in self._solved:
             with exact():
                 self._solved[key] = solve()
-        found: T = self._solved[key]
-        return found
+        solution: T = self._solved[key]
+        return solution
 
     def _forget(self, labels: Tensor | None = None) -> None:
-        """The statistics of ``labels`` (None: of all classes) have changed."""
+        """Drop the cached solutions after the statistics of ``labels`` (None: of all classes) have changed."""
         self._solved.clear()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._forget()  # .to(), .double(), …
+        self._forget()  # called by .to(), .double(), …
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -144,22 +160,23 @@ class Classifier(nn.Module, ABC):
 
 
 class StatisticsClassifier(Classifier):
-    """A classifier that is a function of sums over the samples, so it does not depend on how the data was cut.
+    """A classifier that depends on the samples only through sums, however they are split over calls.
 
-    Sums are float64: partial fits (of tasks, of shards on several devices) add exactly to far below float32 resolution.
+    Sums are float64: partial sums (of tasks, or of shards on several devices) add up with an error far below float32
+    resolution.
 
     Buffers:
-        counts: int64 [C], samples of each class.
+        counts: int64 [C], number of samples of each class.
     """
 
     per_class: ClassVar[tuple[str, ...]] = ("counts",)
-    """Buffers with one row a class."""
+    """Names of the buffers with one row per class."""
     counts: Tensor
 
     def __init__(self, feature_dim: int) -> None:
         super().__init__(feature_dim)
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64))
-        self._room: dict[str, Tensor] = {}  # what a buffer that grew is the front of
+        self._reserved: dict[str, Tensor] = {}  # by name: a larger tensor, of which the buffer is the first rows
 
     @property
     def num_classes(self) -> int:
@@ -170,45 +187,46 @@ class StatisticsClassifier(Classifier):
         new = classes - self.num_classes
         if new > 0:
             for name in self.per_class:
-                setattr(self, name, self._longer(name, getattr(self, name), new))
+                setattr(self, name, self._extended(name, getattr(self, name), new))
             self._forget(self.counts.new_zeros(0))
 
-    def _longer(self, name: str, rows: Tensor, new: int) -> Tensor:
-        """The buffer of that name with ``new`` rows of zeros behind its own.
+    def _extended(self, name: str, rows: Tensor, new: int) -> Tensor:
+        """The buffer ``name``, extended by ``new`` rows of zeros.
 
-        One that is full moves to where there is half as much room again: copied for every task, it would make each
-        stage slower than the one before. Large room that nobody has touched costs a CPU no memory; a GPU it would, and
-        copies are quick there.
+        On a CPU a full buffer is reallocated at 1.5 times its size: copying it for every task would make each stage
+        slower than the last one, and reserved memory that is not written to costs nothing. On a GPU it would be
+        occupied, and copies are fast, so the buffer is copied.
         """
         count = len(rows) + new
         if not len(rows) or rows.device.type != "cpu":
             return torch.cat([rows, rows.new_zeros(new, *rows.shape[1:])])
-        room = self._room.get(name)
-        if room is None or room.data_ptr() != rows.data_ptr() or len(room) < count:
-            room = self._room[name] = _untouched(max(count, len(rows) * 3 // 2), rows)
-            room[: len(rows)] = rows
-        return room[:count]
+        reserved = self._reserved.get(name)
+        if reserved is None or reserved.data_ptr() != rows.data_ptr() or len(reserved) < count:
+            reserved = self._reserved[name] = _lazy_zeros(max(count, len(rows) * 3 // 2), rows)
+            reserved[: len(rows)] = rows
+        return reserved[:count]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._room.clear()
+        self._reserved.clear()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._room.clear()
+        self._reserved.clear()
         super()._load_from_state_dict(*args)
 
     def only_seen(self, scores: Tensor) -> Tensor:
-        """Scores [B, C] with −∞ for classes without samples."""
+        """Return scores [B, C] with −∞ for classes without samples."""
         return scores.masked_fill(self.counts == 0, float("-inf"))
 
 
-def _untouched(count: int, like: Tensor) -> Tensor:
-    """Zeros [count, …] as numpy makes them: pages the system gives when they are written to; torch writes them all."""
+def _lazy_zeros(count: int, like: Tensor) -> Tensor:
+    """Zeros [count, …] from numpy, whose memory pages are allocated when first written to; torch writes to them all."""
     row = like[:1].numel() * like.element_size()
     return torch.from_numpy(np.zeros(count * row, np.uint8)).view(like.dtype).view(count, *like.shape[1:])
 
 
 def _ordinary(x: Tensor) -> Tensor:
+    """``x``, copied if it was made in inference mode, because autograd refuses such tensors."""
     return x.clone() if x.is_inference() else x
 
 

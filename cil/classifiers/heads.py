@@ -1,4 +1,4 @@
-"""Heads trained by gradient descent; they grow with the classes."""
+"""Linear and cosine heads, trained by gradient descent. They grow with the classes."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.func import functional_call
 
 from cil.classifiers.base import Array, Classifier
 from cil.errors import ConfigError, TrainingError
-from cil.precision import exact, without_autocast
+from cil.utils.precision import exact, without_autocast
 
 H = TypeVar("H", bound="Head")
 
 
 class Head(Classifier):
-    """One trainable row a class; rows are added as classes appear and old rows keep their values.
+    """A head with one trainable row per class. New classes append rows, and old rows keep their values.
 
-    Parameters grow by replacement: optimisers must be made after growing.
+    Growing replaces the parameters by larger ones, so optimisers must be built after growing.
     """
 
     weight: nn.Parameter
     _row_names: tuple[str, ...] = ("weight",)
-    """Parameters with one row a class."""
+    """Names of the parameters with one row per class."""
     _penalised = "weight"
-    """What ``partial_fit`` keeps small."""
+    """Name of the parameter that the penalty of ``partial_fit`` keeps small."""
 
     def __init__(self, feature_dim: int) -> None:
         super().__init__(feature_dim)
@@ -40,21 +40,21 @@ class Head(Classifier):
 
     @property
     def rows(self) -> list[nn.Parameter]:
-        """The parameters with one row a class; not the σ of a cosine head."""
+        """The parameters with one row per class; the σ of a cosine head is not among them."""
         return [getattr(self, name) for name in self._row_names]
 
     def grow(self, classes: int, generator: torch.Generator | None = None) -> None:
-        """Make room for labels 0…classes−1, drawing the new rows from ``generator`` (None: from a fixed one)."""
+        """Make room for labels 0…classes−1 with new rows drawn from ``generator`` (None: from a fixed one)."""
         new = classes - self.num_classes
         if new > 0:
             generator = generator or torch.Generator().manual_seed(self.num_classes)
             self._append(self._new_rows(new, generator))
 
     def extend(self: H, other: H) -> H:
-        """Append the rows of ``other``, for instance those of a task trained by themselves; ``other`` keeps its own.
+        """Append the rows of ``other``, for instance a head trained on one task alone; ``other`` does not change.
 
         Raises:
-            ConfigError: Another kind of head, or another feature width.
+            ConfigError: ``other`` is another kind of head or has another feature width.
         """
         if type(other) is not type(self) or other.feature_dim != self.feature_dim:
             raise ConfigError(
@@ -65,47 +65,47 @@ class Head(Classifier):
         return self
 
     def forward(self, features: Tensor, classes: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Features [B, F] → logits [B, C], in the precision autocast asks for.
+        """Compute logits [B, C] of features [B, F], in the precision that autocast sets.
 
         Args:
-            features: Features of a batch.
-            classes: The classes in the softmax (None: all). The others' logits are −∞ and their rows get a gradient
-                of zero. With label smoothing cross-entropy would be infinite then.
+            features: Features of a batch, [B, F].
+            classes: Classes in the softmax (None: all). The other classes get logits of −∞, and their rows a gradient
+                of zero. Cross-entropy with label smoothing is infinite for such logits.
         """
         logits = self._scores(features)
         if classes is None:
             return logits
-        out = torch.ones(self.num_classes, dtype=torch.bool, device=logits.device)
-        out[torch.as_tensor(classes, device=logits.device)] = False
-        return logits.masked_fill(out, float("-inf"))
+        excluded = torch.ones(self.num_classes, dtype=torch.bool, device=logits.device)
+        excluded[torch.as_tensor(classes, device=logits.device)] = False
+        return logits.masked_fill(excluded, float("-inf"))
 
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
-        """Scores [B, C] of features [B, F] in full precision."""
+        """Compute scores [B, C] of features [B, F] in full precision."""
         return self._scores(self.checked(features))
 
     @exact()
     def partial_fit(self: H, features: Array, labels: Array, l2: float = 1.0, iterations: int = 1000) -> H:
-        """Softmax regression from the current rows: argmin Σ_i CE(logits_i, y_i) + l2/2 · ‖penalised‖², by L-BFGS.
+        """Fit a softmax regression, argmin Σ_i CE(logits_i, y_i) + l2/2 · ‖penalised‖², by L-BFGS.
 
-        All C classes are in the softmax, and only this call's samples in the sum: rows of classes that are not among
-        them see negatives only. Deterministic. For a linear head on one batch (C > 2) this is scikit-learn's
-        ``LogisticRegression(C=1/l2)``.
+        It starts at the current rows. The softmax is over all C classes, the sum over this call's samples: the rows of
+        classes that are absent from the call get only negative samples. The result is deterministic. For a linear head
+        and a single call (C > 2) it is that of scikit-learn's ``LogisticRegression(C=1/l2)``.
 
         Args:
-            features: Features [N, F], floating and finite.
+            features: Features [N, F], floating point and finite.
             labels: Labels [N], integers ≥ 0; the head grows to the largest.
-            l2: Strength of the penalty: on the weights (not the bias) of a linear head, on σ of a cosine head.
+            l2: Strength ≥ 0 of the penalty on the weights (not the bias) of a linear head, or on σ of a cosine head.
             iterations: Largest number of L-BFGS iterations.
 
         Raises:
-            DataError: Shapes, types or values are wrong.
+            DataError: A shape, type or value is wrong.
             ConfigError: ``l2`` is negative.
             TrainingError: The loss is not finite.
         """
         if not l2 >= 0:
             raise ConfigError(f"{type(self).__name__}.partial_fit: l2 is {l2}; it must not be negative")
-        features, labels = self.taken(features, labels)
+        features, labels = self.prepare_fit(features, labels)
         rows = {name: p.detach().double().requires_grad_() for name, p in self.named_parameters()}
         optimizer = torch.optim.LBFGS(
             rows.values(),
@@ -151,7 +151,8 @@ class LinearHead(Head):
 
     Args:
         feature_dim: Feature width F.
-        std: New rows are drawn from a truncated normal with this deviation, biases start at 0 (timm's head).
+        std: Standard deviation of new rows, drawn from a normal distribution truncated at ±2 std; biases start at 0
+            (as in timm's head).
 
     Parameters:
         weight: [C, F]; bias: [C].
@@ -176,11 +177,11 @@ class LinearHead(Head):
 class CosineHead(Head):
     """logits = σ · ⟨f/‖f‖, W_c/‖W_c‖⟩ with one learnable σ (Hou et al., CVPR 2019; APER).
 
-    New rows are drawn from U(−1/√F, 1/√F). Extending by another head keeps one's own σ.
+    New rows are drawn from U(−1/√F, 1/√F). ``extend`` does not change σ.
 
     Args:
         feature_dim: Feature width F.
-        sigma: σ at the start, > 0: 1 in the published code. As the logits lie in ±σ, a σ that has little time to grow
+        sigma: Initial σ > 0; 1 in the published code. Logits are between −σ and σ, so a σ that has little time to grow
             keeps the softmax flat.
 
     Parameters:

@@ -10,25 +10,26 @@ from torch import Tensor
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
 from cil.errors import ConfigError
-from cil.linalg import BLOCK, add_gram_, symmetric_inverse
-from cil.precision import exact, without_autocast
+from cil.utils.linalg import BLOCK, add_gram_, symmetric_inverse
+from cil.utils.precision import exact, without_autocast
 
 Priors = Literal["counts", "uniform"]
 
 
 class LDA(StatisticsClassifier):
-    """logit_c = xᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c with the within-class covariance Σ of all classes.
+    """logit_c = xᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c with one within-class covariance Σ for all classes.
 
-    Σ = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N, shrunk to (1 − s) Σ + s · tr(Σ)/F · I: scikit-learn's
+    Σ = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N, shrunk to (1 − s) Σ + s · tr(Σ)/F · I. This is scikit-learn's
     ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)``, and with frozen features the batch form of Deep SLDA
-    (Hayes and Kanan, arXiv 1909.01520), whose s = 10⁻⁴ is the default: enough to invert Σ when there are fewer samples
-    than features, too little to bend a well-estimated one. Where Σ stays singular its pseudo-inverse is used.
+    (Hayes and Kanan, arXiv 1909.01520). Its s = 10⁻⁴ is the default: it is enough to invert Σ when there are fewer
+    samples than features, and hardly changes a well-estimated Σ. If Σ is still singular, its pseudo-inverse is used.
 
     Args:
         feature_dim: Feature width F.
-        shrinkage: s in [0, 1]; 1 leaves a Euclidean nearest class mean.
-        priors: π_c: the classes' shares of the samples, or the same for all. Σ weights samples alike either way.
-        blocks: Equal parts of the features between which Σ is taken to be 0: logits are the parts' sum.
+        shrinkage: Shrinkage s in [0, 1]; with 1 the distances to the class means are Euclidean.
+        priors: Class priors π_c; ``counts``: the classes' shares of the samples, ``uniform``: equal for all classes
+            with samples. Every sample has the same weight in Σ under both.
+        blocks: Number of equal parts of the features. Σ is taken to be 0 between parts, so logits are sums over parts.
 
     Buffers:
         sums: float64 [C, F]; outer: float64 [F, F], Σ x xᵀ over all classes; counts: int64 [C].
@@ -44,9 +45,9 @@ class LDA(StatisticsClassifier):
     def __init__(self, feature_dim: int, shrinkage: float = 1e-4, priors: Priors = "counts", blocks: int = 1) -> None:
         super().__init__(feature_dim)
         if not 0 <= shrinkage <= 1:
-            raise ConfigError(f"LDA: shrinkage is {shrinkage}; it must lie in [0, 1]")
+            raise ConfigError(f"LDA: shrinkage is {shrinkage}; it must be in [0, 1]")
         if blocks < 1 or feature_dim % blocks:
-            raise ConfigError(f"LDA: blocks is {blocks}; {feature_dim} features cannot be cut into so many equal parts")
+            raise ConfigError(f"LDA: blocks is {blocks}; {feature_dim} features do not divide into equal parts")
         if priors not in ("counts", "uniform"):
             raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
         self.shrinkage, self.priors, self.blocks = shrinkage, priors, blocks
@@ -55,7 +56,7 @@ class LDA(StatisticsClassifier):
 
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> LDA:
-        features, labels = self.taken(features, labels)
+        features, labels = self.prepare_fit(features, labels)
         self.sums.index_add_(0, labels, features)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         for x in features.split(BLOCK):
@@ -64,7 +65,7 @@ class LDA(StatisticsClassifier):
 
     @exact()
     def transport(self, drift: AffineMap) -> LDA:
-        """Carry means and covariance to where the features have moved."""
+        """Apply ``drift`` to means and covariance, as if every sample had been mapped."""
         self.outer = drift.outer(self.outer, self.sums.sum(0), self.counts.sum())
         self.sums = drift.sums(self.sums, self.counts)
         self._forget()
@@ -73,7 +74,7 @@ class LDA(StatisticsClassifier):
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
         features = self.checked(features)
-        weights, bias = self.solved("rule", self._solve)
+        weights, bias = self.cached("rule", self._solve)
         return self.only_seen(features @ weights.T.to(features.dtype) + bias.to(features.dtype))
 
     @property

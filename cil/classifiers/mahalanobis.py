@@ -1,4 +1,4 @@
-"""Nearest class in the metric of each class's own covariance: FeCAM."""
+"""FeCAM: the nearest class mean in the metric of each class's own covariance."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from torch import Tensor
 from cil.classifiers.base import Array
 from cil.classifiers.moments import ClassMoments
 from cil.errors import ConfigError
-from cil.linalg import symmetric_inverse
-from cil.precision import without_autocast
+from cil.utils.linalg import symmetric_inverse
+from cil.utils.precision import without_autocast
 
 
 class Mahalanobis(ClassMoments):
-    """logit_c = −(u − μ_c)ᵀ Σ̂_c⁺ (u − μ_c): FeCAM (arXiv 2309.14062), in the order of the authors' ViT scripts.
+    """logit_c = −(u − μ_c)ᵀ Σ̂_c⁺ (u − μ_c): FeCAM (arXiv 2309.14062), with the steps in the order of the ViT scripts.
 
     1. u = f/‖f‖ (after the power transform, if any);
     2. μ_c = mean of u, Σ_c = unbiased covariance of u, per class;
     3. shrinkage Σ_s = Σ + α₁ v₁ I + α₂ v₂ (1 − I), v₁ = mean of the diagonal of Σ, v₂ = mean of its off-diagonal
        entries that are not zero;
     4. correlation normalisation Σ̂_ij = Σ_s,ij / √(Σ_s,ii Σ_s,jj);
-    5. the squared Mahalanobis distance under the inverse of Σ̂, or its pseudo-inverse where Σ̂ is singular.
+    5. the squared Mahalanobis distance under the inverse of Σ̂, or its pseudo-inverse if Σ̂ is singular.
 
-    A class with one sample has no covariance of its own and takes the pooled one of all others: in a metric without
-    correlations its distances would not compare with theirs, and it would win every image. A direction without variance
-    after shrinkage has variance 1.
+    A class with one sample has no covariance of its own and uses the pooled covariance of all others. With a metric
+    without correlations its distances would not be comparable with theirs, and it would win every image. A direction
+    without variance after shrinkage gets variance 1.
 
     Args:
         feature_dim: Feature width F.
-        shrinkage: (α₁, α₂) ≥ 0; the authors: (1, 0) for CIFAR-100, (10, 10) for ImageNet-R.
-        normalize: Step 1.
-        tukey: Exponent λ > 0 of Tukey's power transform sign(f)·|f|^λ, before everything else; 1: none. The paper's is
-            for the non-negative features of a CNN; the sign keeps it defined, and odd, for a ViT's.
-        correlation: Step 4.
+        shrinkage: Coefficients (α₁, α₂) ≥ 0; the authors use (1, 0) for CIFAR-100 and (10, 10) for ImageNet-R.
+        normalize: Whether to do step 1, the normalisation to unit length.
+        tukey: Exponent λ > 0 of Tukey's power transform sign(f)·|f|^λ, applied before step 1; 1: no transform. The
+            paper transforms the non-negative features of a CNN; the sign extends it to a ViT's as an odd function.
+        correlation: Whether to do step 4.
 
     Buffers:
-        sums: float64 [C, F] and outers: float64 [C, F, F], sums of u and u uᵀ (4.7 MB a class for F = 768);
+        sums: float64 [C, F] and outers: float64 [C, F, F], sums of u and u uᵀ (4.7 MB per class for F = 768);
         counts: int64 [C].
 
     Raises:
@@ -65,20 +65,21 @@ class Mahalanobis(ClassMoments):
 
     @without_autocast()
     def distances(self, features: Array) -> Tensor:
-        """Squared distances [B, C] of features [B, F]; +∞ to a class without samples.
+        """Compute squared distances [B, C] of features [B, F]; +∞ for a class without samples.
 
-        In float64: Σ̂ may be nearly singular, and what cancels in float32 would depend on the size of the batch.
+        They are computed in float64: Σ̂ may be nearly singular, and the rounding of float32 would then depend on the
+        size of the batch.
         """
         features = self.checked(features)
         u = self.transform(features.double())
         distances = u.new_full((u.shape[0], self.num_classes), float("inf"))
         for c in range(self.num_classes):
-            solution = self.solved((c,), lambda c=c: self._solve(c))  # type: ignore[misc]
+            solution = self.cached((c,), lambda c=c: self._solve(c))  # type: ignore[misc]
             if solution is None:
                 continue
             mean, precision = solution
-            away = u - mean
-            distances[:, c] = ((away @ precision) * away).sum(1)
+            centred = u - mean
+            distances[:, c] = ((centred @ precision) * centred).sum(1)
         return distances.to(features.dtype)
 
     def logits(self, features: Array) -> Tensor:
@@ -104,13 +105,13 @@ class Mahalanobis(ClassMoments):
         return covariance
 
     def pooled(self) -> Tensor:
-        """Σ_c (n_c − 1) Σ_c / Σ_c (n_c − 1) over classes of two samples and more, float64 [F, F]; else zero."""
+        """Σ_c (n_c − 1) Σ_c / Σ_c (n_c − 1) over classes with two or more samples, float64 [F, F]; zero without any."""
         total = torch.zeros_like(self.outers[0])
         for c in (self.counts > 1).nonzero().flatten().tolist():
             total += (self.counts[c] - 1) * self.covariance(c)
         return total / (self.counts - 1).clamp(min=0).sum().clamp(min=1)
 
     def _forget(self, labels: Tensor | None = None) -> None:
-        if labels is not None:  # classes that lean on all others change with them
+        if labels is not None:  # classes with one sample use the covariance of all others
             labels = torch.cat([labels, (self.counts < 2).nonzero().flatten()])
         super()._forget(labels)

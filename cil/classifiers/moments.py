@@ -1,4 +1,4 @@
-"""Class means and covariances as sums."""
+"""Class means and covariances, stored as sums."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
-from cil.precision import exact
+from cil.utils.precision import exact
 
 CONSTANT = 1e-12
-"""A variance below this share of the mean square is the rounding of a sum of squares: the feature is constant."""
+"""A variance below this share of the mean square is rounding error of the sum of squares: the feature is constant."""
 
 
 class ClassMoments(StatisticsClassifier):
-    """First and second moments of every class; what is solved for a class is kept until that class gets new samples.
+    """First and second moments of every class. A cached solution for a class is valid until the class gets new samples.
 
     Buffers:
         sums: float64 [C, F]; outers: float64 [C, F, F], Σ x xᵀ; counts: int64 [C].
@@ -30,7 +30,7 @@ class ClassMoments(StatisticsClassifier):
 
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> ClassMoments:
-        features, labels = self.taken(features, labels)
+        features, labels = self.prepare_fit(features, labels)
         features = self.transform(features)
         self.sums.index_add_(0, labels, features)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
@@ -40,7 +40,7 @@ class ClassMoments(StatisticsClassifier):
         return self
 
     def transform(self, features: Tensor) -> Tensor:
-        """What the moments are taken of."""
+        """Transform features [N, F] before their moments are computed; by default they stay as they are."""
         return features
 
     @property
@@ -49,7 +49,7 @@ class ClassMoments(StatisticsClassifier):
         return self.sums / self.counts.clamp(min=1)[:, None]
 
     def covariance(self, c: int) -> Tensor:
-        """Unbiased covariance of class c, float64 [F, F]; zero for fewer than two samples, symmetric to the bit."""
+        """Unbiased covariance of class c, float64 [F, F]; exactly symmetric; zero for fewer than two samples."""
         n = int(self.counts[c])
         second = (self.outers[c] + self.outers[c].T) / 2
         centred = second - torch.outer(self.sums[c], self.sums[c]) / max(1, n)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
-from cil.precision import exact, without_autocast
+from cil.utils.precision import exact, without_autocast
 
 Metric = Literal["cosine", "euclidean"]
 
 
 class NCM(StatisticsClassifier):
-    """Nearest class mean over sums and counts, exact under any split of the data into calls.
+    """Nearest class mean, from sums and counts that do not depend on how the data is split over calls.
 
     Args:
         feature_dim: Feature width F.
-        metric: ``cosine`` compares directions; ``euclidean`` orders classes by ‖f − μ_c‖.
+        metric: ``cosine`` scores by the cosine of f and μ_c; ``euclidean`` orders classes by ‖f − μ_c‖.
 
     Buffers:
         sums: float64 [C, F], sum of the features of each class.
@@ -37,14 +37,14 @@ class NCM(StatisticsClassifier):
 
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> NCM:
-        features, labels = self.taken(features, labels)
+        features, labels = self.prepare_fit(features, labels)
         self.sums.index_add_(0, labels, features)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         return self
 
     @exact()
     def transport(self, drift: AffineMap) -> NCM:
-        """Carry the means to where the features have moved."""
+        """Apply ``drift`` to the means, as if every sample had been mapped."""
         self.sums = drift.sums(self.sums, self.counts)
         self._forget()
         return self

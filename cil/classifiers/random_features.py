@@ -1,4 +1,4 @@
-"""What RanPAC's and LoRanPAC's classifiers share: random features of the features, drawn once and kept."""
+"""The base of RanPAC's and LoRanPAC's classifiers: random features, from a projection that is drawn once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from cil.classifiers.base import StatisticsClassifier
 from cil.errors import ConfigError
-from cil.precision import exact
+from cil.utils.precision import exact
 
 
 class RandomFeatures(StatisticsClassifier):
-    """A classifier on H = ReLU(F R), R ~ N(0, 1).
+    """A classifier on the random features H = ReLU(X R) of features X, with R ~ N(0, 1).
 
     Args:
         feature_dim: Feature width F.
-        projection: Width M of the random features; None: H = F, M = feature_dim.
+        projection: Width M of the random features; None: no projection, H = X and M = F.
 
     Buffers:
         projection: float32 [F, M], R; zero until drawn.
-        targets: float64 [C, M], Σ YᵀH: the sums of each class's random features.
+        targets: float64 [C, M], YᵀH for one-hot labels Y: the sum of the random features of each class.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -39,10 +39,10 @@ class RandomFeatures(StatisticsClassifier):
 
     @exact()
     def draw(self, generator: torch.Generator) -> RandomFeatures:
-        """Draw the random projection; it is kept for ever. Nothing happens without a projection.
+        """Draw the random projection, or do nothing if there is none.
 
         Raises:
-            ConfigError: There already are statistics under another projection.
+            ConfigError: Samples were already learned under another projection.
         """
         if self.projection is not None:
             if bool(self.counts.any()):
@@ -50,16 +50,16 @@ class RandomFeatures(StatisticsClassifier):
                 raise ConfigError(
                     f"{name}: the projection cannot be drawn again; samples were already learned under it"
                 )
-            drawn = torch.randn(self.projection.shape, generator=generator, device=generator.device)
-            self.projection = drawn.to(self.projection)
+            values = torch.randn(self.projection.shape, generator=generator, device=generator.device)
+            self.projection = values.to(self.projection)
             self._forget()
         return self
 
-    def drawn(self, generator: torch.Generator) -> None:
-        """Draw the projection unless that was done."""
+    def ensure_drawn(self, generator: torch.Generator) -> None:
+        """Draw the random projection if that has not been done yet."""
         if self.projection is not None and not bool(self.projection.any()):
             self.draw(generator)
 
     def expand(self, features: Tensor) -> Tensor:
-        """Features [N, F] → H [N, M], in the features' dtype."""
+        """Compute H [N, M] of features [N, F], in their dtype."""
         return features if self.projection is None else (features @ self.projection.to(features.dtype)).relu_()

@@ -1,4 +1,4 @@
-"""Ridge regression onto one-hot labels, on random features: RanPAC."""
+"""RanPAC: ridge regression of one-hot labels on random features."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.random_features import RandomFeatures
 from cil.errors import ConfigError
-from cil.linalg import BLOCK, add_gram_, eigh_, ridge_solve
-from cil.precision import exact, without_autocast
+from cil.utils.linalg import BLOCK, add_gram_, eigh_, ridge_solve
+from cil.utils.precision import exact, without_autocast
 
 Decision = Literal["linear", "cosine"]
 Choice = Literal["holdout", "loo", "gcv"]
@@ -23,37 +23,41 @@ Strength = float | Choice
 STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 9))
 """Candidates for λ."""
 RESOLVED = 1e-8
-"""A leave-one-out denominator 1 − h_ii below this is mostly rounding."""
+"""A leave-one-out denominator 1 − h_ii below this is mostly rounding error."""
 FREE = 1e-4
-"""A share of free directions 1 − tr S / n below this leaves a sum of squares that is mostly rounding."""
+"""If the share of free directions 1 − tr S / n is below this, the residual sum of squares is mostly rounding error."""
 
 
 class Ridge(RandomFeatures):
-    """Ridge regression of one-hot labels on H = ReLU(F R), R ~ N(0, 1): RanPAC (arXiv 2307.02251).
+    """Ridge regression of one-hot labels Y on random features H = ReLU(X R), R ~ N(0, 1): RanPAC (arXiv 2307.02251).
 
     G = Σ HᵀH and Q = Σ HᵀY are sums, so W = (G + λI)⁻¹Q equals joint ridge regression on all samples seen: for a given
-    R and λ the result does not depend on the order or the cut of the data. λ is chosen anew in every call:
+    R and λ the result does not depend on the order of the samples or on their split over calls. Every call chooses λ
+    again:
 
-    * ``holdout`` (RanPAC): of this call's samples, a random 80 % fit W for every λ in 10^-8…10^8, and the smallest
-      mean squared error on the other 20 % wins. One eigendecomposition serves all candidates.
-    * ``loo``: the exact leave-one-out error (PRESS) of this call's samples under the model of *all* samples so far,
-      e_i = (y_i − ŷ_i) / (1 − h_ii). It needs an eigendecomposition of G [M, M] a call. A λ so small that the model
-      interpolates beyond float64 (1 − h_ii < 10^-8) is not a candidate.
-    * ``gcv``: generalised cross-validation (Golub, Heath, Wahba 1979) of *all* samples so far, n (RSS) / (n − tr S)²
-      with S = H (G + λI)⁻¹ Hᵀ, which G, Q and the counts determine: with it λ, too, is that of joint training,
-      whatever the cut. One eigendecomposition of G a call; a λ that leaves no direction free is not a candidate.
+    * ``holdout`` (RanPAC): A random 80 % of this call's samples fit W for every λ in 10^-8…10^8; the λ with the
+      smallest mean squared error on the other 20 % is chosen. One eigendecomposition serves all candidates.
+    * ``loo``: The criterion is the exact leave-one-out error (PRESS) of this call's samples under the model of *all*
+      samples so far, e_i = (y_i − ŷ_i) / (1 − h_ii). It needs one eigendecomposition of G [M, M] per call. A λ so small
+      that the model interpolates a sample up to rounding (1 − h_ii < 10^-8) is not a candidate.
+    * ``gcv``: The criterion is generalised cross-validation (Golub, Heath, Wahba 1979) on *all* samples so far,
+      n · RSS / (n − tr S)² with S = H (G + λI)⁻¹ Hᵀ. It is determined by G, Q and the counts, so λ, too, is that of
+      joint training, whatever the split over calls. It needs one eigendecomposition of G per call. A λ that leaves no
+      direction free is not a candidate.
 
-    With fewer than two samples to choose by, in a call or for ``gcv`` so far, λ stays as it was (1 at the start).
+    λ keeps its value (1 at the start) if there are fewer than two samples to choose by: in the call, or for ``gcv`` in
+    all calls.
 
-    Memory at the peak, in units of G (800 MB for M = 10,000): 3 while W is solved; below 2 for ``holdout`` on n < M/2
-    samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo``, for ``gcv`` and for ``holdout`` on more than M.
+    Peak memory, in units of G (800 MB for M = 10,000), is 3 while W is solved; below 2 for ``holdout`` on n < M/2
+    samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo``, for ``gcv``, and for ``holdout`` on more than M
+    samples.
 
     Args:
         feature_dim: Feature width F.
-        projection: Width M of the random features; None: H = F, M = feature_dim.
-        strength: λ > 0, or how to choose it.
-        decision: ``linear`` predicts argmax h·W_c; ``cosine`` divides every W_c by its norm first, which is what the
-            PILOT toolbox does, not the paper.
+        projection: Width M of the random features; None: no projection, H = X and M = F.
+        strength: Fixed λ > 0, or the method that chooses it.
+        decision: ``linear`` predicts argmax h·W_c; ``cosine`` divides every W_c by its norm first, as the PILOT toolbox
+            does; the paper does not.
 
     Buffers:
         gram: float64 [M, M], G. targets: float64 [C, M], Qᵀ. counts: int64 [C]. strength\\_: float64 scalar, λ in use.
@@ -87,10 +91,10 @@ class Ridge(RandomFeatures):
 
     @exact()
     def transport(self, drift: AffineMap) -> Ridge:
-        """Carry G and Q to where the features have moved.
+        """Apply ``drift`` to G and Q, as if every sample had been mapped.
 
         Raises:
-            ConfigError: There is a random projection: what passed its ReLU cannot be carried by a linear map.
+            ConfigError: There is a random projection: a linear map cannot be applied to features after the ReLU.
         """
         if self.projection is not None:
             raise ConfigError("Ridge: statistics of random features cannot be transported; use projection None")
@@ -103,16 +107,16 @@ class Ridge(RandomFeatures):
     def partial_fit(self, features: Array, labels: Array, generator: torch.Generator | None = None) -> Ridge:
         """Add features [N, F] with labels [N], and choose λ.
 
-        ``generator`` (None: a fixed one) splits the samples for ``holdout``, after drawing the projection if that was
-        not yet done.
+        ``generator`` (None: a fixed one) draws the projection if that has not been done yet, then splits the samples
+        for ``holdout``.
 
         Raises:
-            DataError: Shapes, types or values are wrong; nothing is learned then.
+            DataError: A shape, type or value is wrong; nothing is learned then.
         """
-        features, labels = self.taken(features, labels)
+        features, labels = self.prepare_fit(features, labels)
         generator = generator or torch.Generator().manual_seed(0)
-        self.drawn(generator)
-        for x, y in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):  # H is 8 · M bytes a row
+        self.ensure_drawn(generator)
+        for x, y in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):  # H has 8 · M bytes per row
             h = self.expand(x)
             add_gram_(self.gram, h)
             self.targets.index_add_(0, y, h)
@@ -131,33 +135,33 @@ class Ridge(RandomFeatures):
 
     @property
     def weights(self) -> Tensor:
-        """W, float64 [M, C], as the decision uses it."""
-        return self.solved("weights", self._solve)
+        """W, float64 [M, C], with columns of norm 1 for the decision ``cosine``."""
+        return self.cached("weights", self._solve)
 
     def _solve(self) -> Tensor:
         weights = ridge_solve(self.gram, self.targets.T, float(self.strength_))
         return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
 
     def _errors(self, features: Tensor, labels: Tensor, generator: torch.Generator) -> list[float]:
-        """Of every candidate for λ, by the chosen ``strength``; the samples are those of the last call."""
+        """The error of every candidate for λ by the method ``strength``, given the samples of the current call."""
         if self.strength == "gcv":
-            return self._generalised_errors()
+            return self.generalised_errors()
         one_hot = F.one_hot(labels, self.num_classes).double()
         if self.strength == "loo":
-            return self._leave_one_out_errors(features, one_hot)
+            return self.leave_one_out_errors(features, one_hot)
         order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
-        return self._holdout_errors(features[order], one_hot[order])
+        return self.holdout_errors(features[order], one_hot[order])
 
-    def _holdout_errors(self, x: Tensor, y: Tensor) -> list[float]:
-        """Mean squared error on the last 20 % of (x, y), fitted to the first 80 %, for every candidate.
+    def holdout_errors(self, x: Tensor, y: Tensor) -> list[float]:
+        """Mean squared error of every candidate on the last 20 % of (x, y), when fitted to the first 80 %.
 
-        Both ways write the prediction as left · (s + λ)⁻¹ · right: with the kernel HₐHₐᵀ = U diag(s) Uᵀ it is
+        Both branches write the prediction as left · (s + λ)⁻¹ · right: with the kernel HₐHₐᵀ = U diag(s) Uᵀ it is
         (H_b Hₐᵀ U)(s + λ)⁻¹(Uᵀ Yₐ), with the Gram matrix HₐᵀHₐ = V diag(s) Vᵀ it is (H_b V)(s + λ)⁻¹(Vᵀ HₐᵀYₐ).
         """
         n = len(x) * 4 // 5
         if n < len(self.gram):
             kernel = x.new_zeros(len(x), n)
-            for columns in torch.arange(len(self.gram), device=x.device).split(BLOCK):  # H itself is never whole
+            for columns in torch.arange(len(self.gram), device=x.device).split(BLOCK):  # H is never held as a whole
                 h = x[:, columns] if self.projection is None else (x @ self.projection[:, columns].to(x)).relu_()
                 kernel.addmm_(h, h[:n].T)
             s, u = eigh_(kernel[:n].clone())
@@ -172,8 +176,8 @@ class Ridge(RandomFeatures):
             left, right = self.expand(x[n:]) @ v, v.T @ targets.T
         return [((left / (s + strength)) @ right - y[n:]).square().mean().item() for strength in STRENGTHS]
 
-    def _leave_one_out_errors(self, x: Tensor, y: Tensor) -> list[float]:
-        """Mean squared PRESS residual of (x, y), which G and Q already contain, for every candidate."""
+    def leave_one_out_errors(self, x: Tensor, y: Tensor) -> list[float]:
+        """Mean squared PRESS residual of every candidate on (x, y), which G and Q already contain."""
         s, v = eigh_(self.gram.clone())
         inverse = 1 / (s[:, None] + x.new_tensor(STRENGTHS))  # [M, 17]
         right = v.T @ self.targets.T
@@ -186,10 +190,10 @@ class Ridge(RandomFeatures):
                 errors[k] += residual.square().sum().item() if bool(rest[:, k].min() >= RESOLVED) else math.inf
         return [error / y.numel() for error in errors]
 
-    def _generalised_errors(self) -> list[float]:
-        """(RSS / n) / (1 − tr S / n)² of all samples so far, for every candidate.
+    def generalised_errors(self) -> list[float]:
+        """(RSS / n) / (1 − tr S / n)² of every candidate on all samples so far.
 
-        With G = V diag(s) Vᵀ, a_k the squared length of row k of VᵀQ and n ones in all labels together,
+        With G = V diag(s) Vᵀ, a_k the squared length of row k of VᵀQ and n ones in all one-hot labels,
         RSS = n − Σ_k a_k (s_k + 2λ) / (s_k + λ)² and tr S = Σ_k s_k / (s_k + λ).
         """
         s, v = eigh_(self.gram.clone())

@@ -1,4 +1,4 @@
-"""Least squares on random features through a singular value decomposition that is truncated as it grows: LoRanPAC."""
+"""LoRanPAC: least squares on random features through a truncated singular value decomposition, updated in blocks."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from cil.classifiers.base import Array
 from cil.classifiers.random_features import RandomFeatures
 from cil.classifiers.ridge import RESOLVED
 from cil.errors import ConfigError
-from cil.precision import exact, without_autocast
+from cil.utils.precision import exact, without_autocast
 
 
 class TruncatedSVD(RandomFeatures):
     """Minimum-norm least squares of one-hot labels on the leading singular directions of H: LoRanPAC (2410.00645).
 
-    Random features are so alike that HᵀH is singular to working precision, and ridge regression's answer then hangs on
-    rounding. So the left singular pairs (U, σ) of Hᵀ are kept instead of HᵀH, block by block of m samples: with
-    B = UᵀHᵀ, QR = Hᵀ − UB and [[diag σ, B], [0, R]] = U' diag(σ') V'ᵀ the pairs become [U Q]U' and σ'; of these the
-    first min(round((1−τ)n), round((1−τ)M), r) stay, n the samples so far. Then W = U diag(1/(σ²+λ)) UᵀHᵀY.
+    Random features are so strongly correlated that HᵀH is singular to working precision, and the solution of ridge
+    regression then depends on rounding. Therefore the left singular vectors and values (U, σ) of Hᵀ are kept instead of
+    HᵀH, and updated in blocks of m samples: with B = UᵀHᵀ, QR = Hᵀ − UB and
+    [[diag σ, B], [0, R]] = U' diag(σ') V'ᵀ the new ones are [U Q]U' and σ'. Of these pairs the first
+    min(round((1−τ)n), round((1−τ)M), r) are kept, with n the number of samples so far. Then
+    W = U diag(1/(σ²+λ)) UᵀHᵀY.
 
-    Memory and time do not grow with the tasks once r pairs are kept: O(M(r+m)²) a block, never M³. With τ = 0 and no
-    ``rank`` nothing is cut, and W is the limit of ridge regression for λ → 0, however the samples were cut into calls.
-    Otherwise what was cut is lost, so the result depends on where blocks end.
+    Memory and time do not grow with the tasks once r pairs are kept: a block costs O(M(r+m)²), never M³. With τ = 0 and
+    no ``rank`` nothing is truncated, and W is the limit of ridge regression for λ → 0, whatever the split of the
+    samples over calls. Otherwise the truncated directions are lost, so the result depends on where blocks end.
 
     Args:
         feature_dim: Feature width F.
-        projection: Width M of the random features; None: H = F, M = feature_dim.
-        truncation: τ, 0 ≤ τ < 1, share of the directions that is cut.
-        rank: r, the most directions kept; None: no limit.
-        strength: Ridge λ ≥ 0 in addition.
-        block: Samples m an update takes at most; the rest of a call is a smaller block.
+        projection: Width M of the random features; None: no projection, H = X and M = F.
+        truncation: Share τ of the directions that is truncated, 0 ≤ τ < 1.
+        rank: Largest number r of directions kept, ≥ 1; None: no limit.
+        strength: Additional ridge penalty λ ≥ 0.
+        block: Largest number m of samples per update, ≥ 1; the last block of a call may be smaller.
 
     Buffers:
-        basis: float64 [k, M], Uᵀ. singular_values: float64 [k], σ, descending. smallest: float64 scalar, the last
-        block's smallest σ' before the cut. targets: float64 [C, M], YᵀH. counts: int64 [C].
+        basis: float64 [k, M], Uᵀ. singular_values: float64 [k], σ, descending. smallest: float64 scalar, the
+        smallest σ' of the last update before truncation. targets: float64 [C, M], YᵀH. counts: int64 [C].
         projection: float32 [F, M], R; zero until drawn.
 
     Raises:
@@ -75,13 +77,13 @@ class TruncatedSVD(RandomFeatures):
     def partial_fit(self, features: Array, labels: Array, generator: torch.Generator | None = None) -> TruncatedSVD:
         """Add features [N, F] with labels [N].
 
-        ``generator`` (None: a fixed one) draws the projection if that was not yet done.
+        ``generator`` (None: a fixed one) draws the projection if that has not been done yet.
 
         Raises:
-            DataError: Shapes, types or values are wrong; nothing is learned then.
+            DataError: A shape, type or value is wrong; nothing is learned then.
         """
-        features, labels = self.taken(features, labels)
-        self.drawn(generator or torch.Generator().manual_seed(0))
+        features, labels = self.prepare_fit(features, labels)
+        self.ensure_drawn(generator or torch.Generator().manual_seed(0))
         for x, y in zip(features.split(self.block), labels.split(self.block), strict=True):
             h = self.expand(x)
             self.targets.index_add_(0, y, h)
@@ -90,19 +92,19 @@ class TruncatedSVD(RandomFeatures):
         return self
 
     def _add(self, h: Tensor) -> None:
-        """Update (U, σ) by the block h [m, M], and cut."""
+        """Update (U, σ) by the block h [m, M], and truncate."""
         inside = self.basis @ h.T  # B
         outside, rest = torch.linalg.qr(h.T - self.basis.T @ inside)  # Q, R
         below = rest.new_zeros(len(rest), len(self.singular_values))
         core = torch.cat([torch.cat([self.singular_values.diag(), inside], 1), torch.cat([below, rest], 1)])
         left, values, _ = torch.linalg.svd(core, full_matrices=False)
-        # where samples span less than their number, Q holds arbitrary directions: these have no singular value
-        found = int((values > values[0] * max(core.shape) * torch.finfo(values.dtype).eps).sum())
+        # if samples are linearly dependent, Q has arbitrary columns, whose singular values are zero
+        resolved = int((values > values[0] * max(core.shape) * torch.finfo(values.dtype).eps).sum())
         limits = [round((1 - self.truncation) * size) for size in (int(self.counts.sum()), self.width)]
-        kept = min(found, max(1, min(limits)), self.rank or found)
-        self.smallest = values[max(0, found - 1)].clone()
+        kept = min(resolved, max(1, min(limits)), self.rank or resolved)
+        self.smallest = values[max(0, resolved - 1)].clone()
         basis = torch.cat([self.basis.T, outside], 1) @ left[:, :kept]
-        # rounding tilts the columns a little every time; QR may turn signs, and only U diag(·) Uᵀ is ever used
+        # QR restores orthogonality, which rounding reduces; it may flip signs, but only U diag(·) Uᵀ is used
         self.basis, self.singular_values = torch.linalg.qr(basis).Q.T.contiguous(), values[:kept].clone()
 
     @without_autocast()
@@ -113,16 +115,16 @@ class TruncatedSVD(RandomFeatures):
     @property
     def weights(self) -> Tensor:
         """W, float64 [M, C]."""
-        return self.solved("weights", lambda: (self.basis.T * self._inverse()) @ (self.basis @ self.targets.T))
+        return self.cached("weights", lambda: (self.basis.T * self._inverse()) @ (self.basis @ self.targets.T))
 
     @property
     def condition_number(self) -> float:
-        """σ₁²/σ_k² of what is kept: by how much W may multiply an error in the targets. NaN while there is nothing."""
+        """σ₁²/σ_k² of the kept directions: the factor by which W may amplify errors in the targets. NaN without any."""
         return self._ratio(self.singular_values[-1:])
 
     @property
     def uncut_condition_number(self) -> float:
-        """The same before the last block's cut."""
+        """The same ratio before the truncation of the last update."""
         return self._ratio(self.smallest[None])
 
     def _ratio(self, smallest: Tensor) -> float:
@@ -130,19 +132,19 @@ class TruncatedSVD(RandomFeatures):
 
     @exact()
     def leave_one_out_accuracy(self, features: Array, labels: Array) -> float:
-        """Share of samples [N, F], all learned before, that W would get right had it not seen their labels [N].
+        """Estimate the share of samples [N, F], all learned before, that W would classify correctly without them.
 
         The leave-one-out (PRESS) prediction for given U and σ is (ŷ_i − h_i y_i) / (1 − h_i), with the leverage
-        h_i = h(x_i)ᵀ U diag(1/(σ²+λ)) Uᵀ h(x_i). Where nothing is cut and samples are fewer than directions every
-        h_i is 1: W interpolates, and the formula says nothing.
+        h_i = h(x_i)ᵀ U diag(1/(σ²+λ)) Uᵀ h(x_i). If nothing is truncated and there are fewer samples
+        than directions, every h_i is 1: W interpolates, and the estimate is undefined.
 
         Returns:
-            A fraction, or NaN if W interpolates one of the samples.
+            A fraction in [0, 1], or NaN if W interpolates one of the samples.
 
         Raises:
-            DataError: Shapes, types or values are wrong.
+            DataError: A shape, type or value is wrong.
         """
-        features, labels = self.taken(features, labels)
+        features, labels = self.prepare_fit(features, labels)
         hits = 0
         for x, y in zip(features.split(self.block), labels.split(self.block), strict=True):
             h = self.expand(x)

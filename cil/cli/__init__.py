@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command needs it: ``cil --help`` answers at once."""
+"""The command line. Heavy imports happen only within the commands that need them, so ``cil --help`` is fast."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> NoReturn:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    """Entry point. A user's mistake is reported as one line on stderr, with exit code 2."""
     try:
         app(standalone_mode=True)
     except CilError as error:

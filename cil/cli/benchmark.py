@@ -1,4 +1,4 @@
-"""Commands about whole benchmarks: run them, compare what came out."""
+"""Commands that run benchmarks and compare their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Results = Annotated[Path, typer.Option("--results", help="Folder that holds all 
 
 
 def is_main_process() -> bool:
-    """False in all but one of the processes that accelerate or torchrun launched; asked before torch is imported."""
+    """Whether this is the main process under accelerate or torchrun, from the environment and without torch."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -29,20 +29,20 @@ def run(
     ] = None,
     results: Results = Path("results"),
 ) -> None:
-    """Run a benchmark. Finished runs are skipped; the same command goes on with an interrupted one."""
+    """Run a benchmark. Finished runs are skipped; run the same command again to resume an interrupted one."""
     from rich.console import Console
 
-    from cil.configfile import load
+    from cil.config.reading import load_config
 
-    settings = load(config, overrides or [])
+    settings = load_config(config, overrides or [])
     console = Console(quiet=not is_main_process())
     with console.status("loading torch, data and backbone …"):
-        from cil.console import Display
         from cil.runner import run as run_benchmark
+        from cil.runner.display import Display
     try:
         run_benchmark(settings, results, display=Display(console))
     except KeyboardInterrupt:
-        console.print("\nstopped. Finished stages are kept; give the same command to go on.")
+        console.print("\nstopped. Finished stages are kept; run the same command to resume.")
         raise typer.Exit(130) from None
     if not is_main_process():
         return
@@ -50,12 +50,12 @@ def run(
 
 
 def show_results(folder: Path) -> None:
-    """What there is of a benchmark: its table, its files, and where its curves are."""
+    """Print a benchmark's table, the files written about it, and the command that shows its curves."""
     from cil import report
 
-    compared = report.load([folder])
+    compared = report.compare_runs([folder])
     _show(compared, report.COLUMNS)
-    _written(report.write_overview(compared, folder))
+    _list_files(report.write_overview(compared, folder))
     typer.echo(f"curves:    cil tensorboard {folder}")
 
 
@@ -70,52 +70,52 @@ def compare(
     seed: Annotated[list[int] | None, typer.Option(help="Only these training seeds; repeatable.")] = None,
     complete: Annotated[bool, typer.Option("--complete", help="Only finished runs.")] = False,
     protocol: Annotated[
-        int | None, typer.Option(help="Only the protocol of this number, where there are several tables.")
+        int | None, typer.Option(help="Only the protocol with this number, if there are several tables.")
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
             help="Learner to subtract on identical class orders and seeds, or none; "
-            "default: the best that keeps no old images."
+            "default: the best one that stores no images."
         ),
     ] = None,
     columns: Annotated[
-        Several, typer.Option(help="Columns by their names in metrics.json, with commas between, e.g. accuracy_last.")
+        Several, typer.Option(help="Columns by their names in metrics.json, separated by commas, e.g. accuracy_last.")
     ] = None,
     sort: Annotated[str, typer.Option(help="Column to rank by, best first.")] = "accuracy_last",
     export: Annotated[
         list[Path] | None,
-        typer.Option(help="Write the table: .md or .tex as ranked, .csv unrounded with a row a run; repeatable."),
+        typer.Option(help="Write the table: .md or .tex as ranked, .csv unrounded with one row per run; repeatable."),
     ] = None,
     figure: Annotated[
         list[Path] | None, typer.Option(help="Write the curves for a paper: .pdf, .svg or .png; repeatable.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for compare.png and compare.html; default: the first given.")
+        Path | None, typer.Option(help="Folder for compare.png and compare.html; default: the first of RUNS.")
     ] = None,
 ) -> None:
-    """Compare runs: a ranked table, a figure, and a page that opens from disk.
+    """Compare runs: a ranked table, a figure, and a web page that opens from disk.
 
-    Runs of different streams, data or backbones are never ranked together: each protocol has a table of its own.
+    Runs of different streams, data or backbones are never ranked together: each protocol has its own table.
     """
     from cil import report
 
     report.check_suffixes("--export", export or [], list(report.TABLES))
     report.check_suffixes("--figure", figure or [], report.FIGURES)
-    ranked_by = report.named(sort, "--sort")
-    picked = report.chosen(columns or [], ranked_by)
+    ranked_by = report.find_column(sort, "--sort")
+    picked = report.select_columns(columns or [], ranked_by)
     filters = report.Filters(learner or (), order or (), seed or (), complete, protocol)
-    compared = report.load(runs, filters, baseline, ranked_by)
+    compared = report.compare_runs(runs, filters, baseline, ranked_by)
     _show(compared, picked, whole=bool(columns))
     for path in export or []:
-        _written([report.write_table(report.only(compared, f"--export {path}"), path, picked)])
+        _list_files([report.write_table(report.only(compared, f"--export {path}"), path, picked)])
     for path in figure or []:
-        _written([report.write_figure(report.only(compared, f"--figure {path}"), path)])
-    _written(report.write_overview(compared, out or runs[0], picked))
+        _list_files([report.write_figure(report.only(compared, f"--figure {path}"), path)])
+    _list_files(report.write_overview(compared, out or runs[0], picked))
 
 
 def _show(compared: Sequence[Comparison], columns: Sequence[Column], *, whole: bool = False) -> None:
-    """Tables as wide as the terminal; what is not a terminal has no width to keep to."""
+    """Print tables with the width of the terminal, or of unlimited width if the output is not a terminal."""
     from rich.console import Console
 
     from cil.report import table
@@ -127,25 +127,25 @@ def _show(compared: Sequence[Comparison], columns: Sequence[Column], *, whole: b
         wide.print(*([""] if i else []), table(one, columns, width, numbered=len(compared) > 1), sep="\n")
 
 
-def _written(paths: Sequence[Path]) -> None:
+def _list_files(paths: Sequence[Path]) -> None:
     kinds = {".html": "page", ".csv": "table", ".md": "table", ".tex": "table"}
     for path in paths:
-        typer.echo(f"{kinds.get(path.suffix, 'picture') + ':':10} {path}")
+        typer.echo(f"{kinds.get(path.suffix, 'figure') + ':':10} {path}")
 
 
 def tensorboard(
     results: Runs,
-    port: Annotated[int, typer.Option(help="Port; 0: any that is free.", min=0, max=65535)] = 6006,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one this machine has.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port; 0: any free port.", min=0, max=65535)] = 6006,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine's.")] = "localhost",
 ) -> None:
-    """Start TensorBoard on runs, every one on one page, the step being the stage. Ctrl-C stops it."""
+    """Start TensorBoard with all runs on one page, over stages. Ctrl-C stops it."""
     import signal
     import threading
 
-    from cil.board import serving
+    from cil.report.tensorboard import serving
 
     with serving(results, host, port) as url:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, links cleared away
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C, and delete the links
         typer.echo(f"{url}#custom_scalars   (Ctrl-C stops)")
         try:
             threading.Event().wait()

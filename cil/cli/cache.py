@@ -1,4 +1,4 @@
-"""Commands about the feature store: what lies in it, and emptying it. They need no torch."""
+"""Commands that list and empty the feature store. They need no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    help="The features on disk that all runs share: what is there, and how to be rid of it.", no_args_is_help=True
-)
+app = typer.Typer(help="Features on disk that all runs share: inspect or delete them.", no_args_is_help=True)
 Folder = Annotated[
-    Path | None, typer.Option("--folder", help="The store, where hardware.feature_store says another than the default.")
+    Path | None, typer.Option("--folder", help="The store's folder; default: that of hardware.feature_store's default.")
 ]
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -20,31 +18,31 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 @app.command()
 def info(
     folder: Folder = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON: sizes in bytes, times in ISO 8601.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: sizes in bytes, times in ISO 8601.")] = False,
 ) -> None:
-    """Where the feature store is, how large, and what it holds of which backbone and data."""
+    """Show the feature store's folder, its size, and its contents by backbone and data."""
     import json
 
     store = _store(folder)
     entries = [
         {
-            "backbone": kept.about.get("backbone_name", "damaged key.json"),
-            "backbone_sha256": kept.about.get("weights", ""),
-            "data": kept.about.get("data_name", ""),
-            "tuner": kept.about.get("tuner_name", ""),
-            "precision": kept.about.get("precision", ""),
-            "device": kept.about.get("device", ""),
-            "images": kept.images,
-            "bytes": kept.size,
-            "last_used": datetime.fromtimestamp(kept.used).astimezone().isoformat(timespec="seconds"),
+            "backbone": entry.about.get("backbone_name", "damaged key.json"),
+            "backbone_sha256": entry.about.get("weights", ""),
+            "data": entry.about.get("data_name", ""),
+            "tuner": entry.about.get("tuner_name", ""),
+            "precision": entry.about.get("precision", ""),
+            "device": entry.about.get("device", ""),
+            "images": entry.images,
+            "bytes": entry.size,
+            "last_used": datetime.fromtimestamp(entry.used).astimezone().isoformat(timespec="seconds"),
         }
-        for kept in store.kept()
-        if kept.files
+        for entry in store.entries()
+        if entry.files
     ]
     size = sum(int(entry["bytes"]) for entry in entries)
     if as_json:
-        found = {"folder": str(store.place), "bytes": size, "cap_bytes": int(store.cap), "entries": entries}
-        typer.echo(json.dumps(found, indent=1))
+        content = {"folder": str(store.place), "bytes": size, "cap_bytes": int(store.cap), "entries": entries}
+        typer.echo(json.dumps(content, indent=1))
         return
     typer.echo(f"{store.place}: {len(entries)} entries, {amount(size)} of at most {amount(store.cap)}")
     if entries:
@@ -55,10 +53,11 @@ def info(
 def clear(
     folder: Folder = None,
     older_than: Annotated[
-        float | None, typer.Option(min=0, help="Only what was used last more than so many days ago.", metavar="DAYS")
+        float | None,
+        typer.Option(min=0, help="Delete only what was last used more than this many days ago.", metavar="DAYS"),
     ] = None,
 ) -> None:
-    """Remove what the feature store holds; runs compute it again when they need it."""
+    """Delete the contents of the feature store; runs recompute what they need."""
     from cil.errors import RunError
 
     store = _store(folder)
@@ -70,7 +69,7 @@ def clear(
 
 
 def amount(size: float) -> str:
-    """Bytes as people write them.
+    """A number of bytes in a readable unit.
 
     >>> amount(12_345_678)
     '12.3 MB'

@@ -23,30 +23,30 @@ def prepare_data(
         ),
     ],
     source: Annotated[Path, typer.Argument(help="The original download, an archive or its folder.", metavar="SOURCE")],
-    out: Annotated[Path, typer.Argument(help="Folder to make, for data.root.", metavar="OUT")],
+    out: Annotated[Path, typer.Argument(help="Folder to create, for data.root.", metavar="OUT")],
     split: Annotated[
         SplitWanted,
-        typer.Option(help="official: CUB's own; seeded: drawn; auto: what the source holds, drawn if it holds none."),
+        typer.Option(help="official: CUB's own; seeded: drawn; auto: the split of the source, drawn if it has none."),
     ] = SplitWanted.auto,
-    seed: Annotated[int, typer.Option(help="Of a drawn split.")] = 1993,
+    seed: Annotated[int, typer.Option(help="Seed of a drawn split.")] = 1993,
     train_list: Annotated[
-        Path | None, typer.Option(help="File with a training picture a line, below SOURCE's folder of classes.")
+        Path | None, typer.Option(help="File with one training image per line, relative to SOURCE's folder of classes.")
     ] = None,
     test_list: Annotated[
-        Path | None, typer.Option(help="The same for test pictures; default: what else the listed classes have.")
+        Path | None, typer.Option(help="The same for test images; default: the other images of the listed classes.")
     ] = None,
     allow_counts: Annotated[
-        bool, typer.Option("--allow-counts", help="Take other numbers of pictures than the published split's.")
+        bool, typer.Option("--allow-counts", help="Accept numbers of images that differ from the published split's.")
     ] = False,
 ) -> None:
-    """Class folders in train/ and test/ from a published benchmark's original download.
+    """Create class folders in train/ and test/ from a published benchmark's original download.
 
     A split.json beside them says which split it is: the download's own, an archive of the published re-split, lists of
-    files, or a drawn one of the published sizes. The same command again goes on with what was interrupted.
+    files, or a drawn one of the published sizes. Run the same command again to resume.
     """
     from cil.data.prepare import prepare
 
-    found = prepare(
+    record = prepare(
         dataset,
         source,
         out,
@@ -56,5 +56,5 @@ def prepare_data(
         test_list=test_list,
         allow_counts=allow_counts,
     )
-    sizes = f"{found['classes']} classes, {found['train']} training and {found['test']} test pictures"
-    typer.echo(f"{out}: {sizes}; {found['what']}")
+    sizes = f"{record['classes']} classes, {record['train']} training and {record['test']} test images"
+    typer.echo(f"{out}: {sizes}; {record['what']}")

@@ -1,4 +1,4 @@
-"""Commands about what a configuration can name: list it; start and check a learner of one's own."""
+"""Commands that list learners, tuners, rules, data, backbones and configurations, and create or check a learner."""
 
 from __future__ import annotations
 
@@ -8,37 +8,31 @@ import typer
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="learners, tuners, rules, datasets, backbones or configs")],
-    pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. 'vit_base*' (backbones).")] = "",
+    kind: Annotated[str, typer.Argument(help="learners, tuners, rules, datasets, backbones or configs")],
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            help="Only names that match, in any case: a part of the name, as 'cifar', or with *, ? or [ a glob for the "
+            "whole name, as 'vit_base*'."
+        ),
+    ] = "",
 ) -> None:
-    """List what can be named in a configuration."""
+    """List the names that a configuration can use."""
     from rich.console import Console
 
-    from cil import catalogue
+    from cil.cli import listing
 
-    kinds = {
-        "learners": catalogue.learners,
-        "tuners": catalogue.tuners,
-        "rules": catalogue.rules,
-        "datasets": catalogue.datasets,
-        "backbones": catalogue.backbones,
-        "configs": catalogue.configs,
-    }
-    if what not in kinds:
-        from cil.errors import ConfigError, nearest
-
-        raise ConfigError(f"cil list {what}: unknown{nearest(what, kinds)}; allowed: {', '.join(kinds)}")
-    Console().print(kinds[what](pattern))
+    Console().print(listing.table(kind, pattern))
 
 
 def check_learner(
     learner: Annotated[str, typer.Argument(help="A name, pkg.module:Class or path/file.py:Class")],
     parameters: Annotated[list[str] | None, typer.Argument(help="key=value hyper-parameters")] = None,
 ) -> None:
-    """Run the checks that every learner must pass; exits with 1 if one fails."""
+    """Run the checks that every learner must pass; the exit code is 1 if one fails."""
     from rich.console import Console
 
-    from cil.configfile import override
+    from cil.config.reading import override
     from cil.learners import registry
 
     cls = registry.resolve(learner)
@@ -57,9 +51,9 @@ def check_learner(
 
 
 def new_learner(
-    name: Annotated[str, typer.Argument(help="What it is called, e.g. my_method: NAME.py with a class MyMethod.")],
+    name: Annotated[str, typer.Argument(help="Module name, e.g. my_method for my_method.py with class MyMethod.")],
 ) -> None:
-    """Write NAME.py here: a learner to start from, which passes the checks."""
+    """Write NAME.py to this folder: a minimal learner that passes the checks."""
     import importlib.util
     import keyword
     from importlib.resources import files
@@ -71,7 +65,7 @@ def new_learner(
     path = Path(f"{name}.py")
     cls = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     if not (name.isidentifier() and cls.isidentifier()) or keyword.iskeyword(name):
-        raise ConfigError(f"cil new-learner: {name!r} is no name for a module; use letters, digits and _, as my_method")
+        raise ConfigError(f"cil new-learner: {name!r} is not a valid module name; use letters, digits and _: my_method")
     if not path.exists() and importlib.util.find_spec(name) is not None:
         raise ConfigError(f"cil new-learner: {name} is a module of Python or of an installed package; choose another")
     text = (files("cil") / "templates" / "learner.py.txt").read_text(encoding="utf-8")
@@ -79,7 +73,7 @@ def new_learner(
         with path.open("x", encoding="utf-8") as file:
             file.write(Template(text).substitute(Class=cls, name=name))
     except FileExistsError:
-        raise ConfigError(f"cil new-learner: {path} exists already; choose another name, or remove it") from None
+        raise ConfigError(f"cil new-learner: {path} exists already; choose another name or delete it") from None
     except OSError as error:
         raise ConfigError(f"cil new-learner: {path} cannot be written ({error.strerror})") from None
     typer.echo(f"{path}: class {cls}")

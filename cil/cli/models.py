@@ -1,4 +1,4 @@
-"""Commands about finished models: merge checkpoints, export a run, predict."""
+"""Commands for trained models: merge checkpoints, export a run, classify images."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ import typer
 def merge(
     tasks: Annotated[list[Path], typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).")],
     base: Annotated[Path, typer.Option(help="The pre-trained checkpoint: a file, an index, or a folder with either.")],
-    out: Annotated[Path, typer.Option(help="The merged checkpoint: one FILE.safetensors, or a folder like the base.")],
-    rule: Annotated[str, typer.Option(help="Which rule (see: cil list rules), or file.py:Class.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Merged checkpoint to write: FILE.safetensors, or a folder like the base."),
+    ],
+    rule: Annotated[str, typer.Option(help="Merging rule (see: cil list rules), or file.py:Class.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value hyper-parameter, e.g. --set alpha=0.3; repeatable.")
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(help="FILE.safetensors of the merge's state: gone on with if there, kept for later.")
+        Path | None, typer.Option(help="FILE.safetensors of the merge's state: resumed if it exists, and written.")
     ] = None,
     stats: Annotated[
-        list[Path] | None, typer.Option(help="Statistics of each task, in order, for rules that need them.")
+        list[Path] | None, typer.Option(help="Statistics files of the tasks, in order, for rules that need them.")
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help="Regular expression of tensors to keep as in the base, in place of the default, heads; repeatable."
+            help="Regular expression of tensors to keep as in the base; default: classifier heads; repeatable."
         ),
     ] = None,
 ) -> None:
-    """Merge fine-tuned checkpoints into one, a tensor at a time: models need not fit into memory."""
+    """Merge fine-tuned checkpoints into one, tensor by tensor, so models need not fit into memory."""
     from rich.console import Console
 
-    from cil.config import named
-    from cil.configfile import override
+    from cil.config import as_section
+    from cil.config.reading import override
 
     console = Console(stderr=True)
     with console.status("loading torch …"):
-        from cil.console import Display
         from cil.merging import HEADS
-        from cil.merging.stream import merge_files
+        from cil.merging.on_disk import merge_files
+        from cil.runner.display import Display
     with Display(console) as display:
         merged = merge_files(
-            override(named(rule), settings or []),
+            override(as_section(rule), settings or []),
             base,
             tasks,
             out,
@@ -61,7 +64,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/export-FORMAT")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is already there")] = False,
 ) -> None:
-    """Write a run's last stage as one model with a model card, checked to give the same logits."""
+    """Write a run's last stage as one model with a model card, and check that its logits are the same."""
     from rich.console import Console
 
     with Console(stderr=True).status("exporting …"):
@@ -78,7 +81,7 @@ def export(
 
 
 class OnError(str, Enum):
-    """What to do with a file that is no readable image."""
+    """What to do with a file that is not a readable image."""
 
     RAISE = "raise"
     SKIP = "skip"
@@ -89,29 +92,29 @@ def predict(
         Path, typer.Argument(help="A run folder, results/<name>/<learner>/order…-seed…, or an exported one")
     ],
     images: Annotated[list[Path], typer.Argument(help="Image files, and folders to search for them")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes an image")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Classes per image")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass")] = 32,
     out: Annotated[Path | None, typer.Option(help="FILE.json, .jsonl or .csv to write instead of printing")] = None,
-    on_error: Annotated[OnError, typer.Option(help="What to do with a file that is no readable image")] = OnError.RAISE,
+    on_error: Annotated[OnError, typer.Option(help="What to do with a file that is not an image")] = OnError.RAISE,
 ) -> None:
-    """The top classes of images by name, from a run's last stage or an exported model."""
+    """Print the top classes of images by name, from a run's last stage or an exported model."""
     import sys
     from contextlib import nullcontext
 
     from rich.console import Console
 
     from cil.errors import DataError
-    from cil.predictions import check_output, written
+    from cil.prediction.output import check_output, open_writer
 
     if out is not None:
         check_output(out)
     console, stdout = Console(stderr=True), sys.stdout
     with console.status("loading torch …"):
-        from cil.console import Display
         from cil.export import is_artifact, load
         from cil.prediction import find_images, open_run
         from cil.prediction import predict as predict_images
+        from cil.runner.display import Display
 
         model = load(run, device) if is_artifact(run) else open_run(run, device)
         paths = find_images(images)
@@ -126,9 +129,9 @@ def predict(
         skipped += 1
         typer.echo(f"skipped {error}", err=True)
 
-    # a bar would run through lines that are printed to the same terminal
+    # a progress bar would disturb lines that are printed to the same terminal
     bar = console if out is not None or not stdout.isatty() else None
-    target = nullcontext(say) if out is None else written(out, min(top, len(model.names)))
+    target = nullcontext(say) if out is None else open_writer(out, min(top, len(model.names)))
     with Display(bar) as display, target as add:
         for path, ranked in predict_images(
             model,
@@ -142,5 +145,5 @@ def predict(
         if skipped == len(paths):
             raise DataError(f"none of the {skipped} images can be read")
     if out is not None or skipped:
-        read = f"{len(paths) - skipped} of {len(paths)} images" if skipped else f"{len(paths)} images"
-        typer.echo(f"{out}: {read}" if out is not None else f"{read} could be read", err=out is None)
+        count = f"{len(paths) - skipped} of {len(paths)} images" if skipped else f"{len(paths)} images"
+        typer.echo(f"{out}: {count}" if out is not None else f"{count} could be read", err=out is None)

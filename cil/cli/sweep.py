@@ -1,4 +1,4 @@
-"""Commands about many settings of one benchmark: run them all, or choose among them."""
+"""Commands for many settings of one benchmark: run all of them, or select one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Source = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value for all runs, as for cil run")]
 Grid = Annotated[
     list[str] | None,
-    typer.Option(help="KEY=VALUE,VALUE, e.g. learner.lr=0.1,0.01 or learners.ncm.metric=…; repeatable: product."),
+    typer.Option(help="KEY=VALUE,VALUE, e.g. learner.lr=0.1,0.01 or learners.ncm.metric=…; repeatable, for a product."),
 ]
 
 
@@ -32,35 +32,36 @@ def sweep(
     seeds: Annotated[str | None, typer.Option(help="Training seeds, e.g. 0,1; short for seeds=[…].")] = None,
     results: Results = Path("results"),
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; default: one a GPU, or one a CPU where there is none.")
+        int | None,
+        typer.Option(min=1, help="Simultaneous runs; default: one per GPU, without GPUs one per core."),
     ] = None,
     cpus_per_run: Annotated[
-        int | None, typer.Option(min=1, help="CPUs and threads of a run; default: an equal share; on a cluster 1.")
+        int | None, typer.Option(min=1, help="CPUs and threads per run; default: an equal share; on a cluster 1.")
     ] = None,
     gpus_per_run: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of a run, may be a fraction; default: 1 where there are any.")
+        float | None, typer.Option(min=0, help="GPUs per run, may be a fraction; default: 1 if there are any.")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="A Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: this machine.")
+        str | None, typer.Option(help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: this machine.")
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="Further attempts of a run whose process died.")] = 1,
     print_: Annotated[
-        bool, typer.Option("--print", help="Run nothing; print each run's cil run command, one a line.")
+        bool, typer.Option("--print", help="Run nothing; print the cil run command of each run, one per line.")
     ] = False,
 ) -> None:
-    """Run a benchmark at every point of a grid, several at a time, on Ray. The same command goes on after any death.
+    """Run a benchmark at every point of a grid, several at a time, on Ray. Run the same command again to resume.
 
-    Each point is a learner of its own in results, e.g. ranpac_strength=10; finished runs are skipped. Exit code 1 if a
-    run failed; the others are run all the same.
+    Each point is a separate learner in the results, e.g. ranpac_strength=10. Finished runs are skipped. If a run fails,
+    the others still run, and the exit code is 1.
     """
     from rich.console import Console
 
     from cil.sweep.grid import trials
 
-    listed = [f"{key}=[{text}]" for key, text in (("orders", orders), ("seeds", seeds)) if text is not None]
+    lists = [f"{key}=[{text}]" for key, text in (("orders", orders), ("seeds", seeds)) if text is not None]
     console = Console(stderr=print_)
     with console.status("checking every setting …"):
-        todo = trials(config, [*(overrides or []), *listed], grid or [])
+        todo = trials(config, [*(overrides or []), *lists], grid or [])
     if print_:
         for trial in todo:
             typer.echo(trial.line(results))
@@ -72,7 +73,7 @@ def sweep(
     try:
         ended = run_all(todo, results, resources, say=lambda text: typer.echo(text))
     except KeyboardInterrupt:
-        typer.echo("\nstopped. Finished stages are kept; give the same command to go on.")
+        typer.echo("\nstopped. Finished stages are kept; run the same command to resume.")
         raise typer.Exit(130) from None
     failed = [result for result in ended if result.outcome.state == "failed"]
     _summary(ended)
@@ -83,7 +84,7 @@ def sweep(
 
 
 def _summary(ended: Sequence[Result]) -> None:
-    """What ran, was finished already and failed; a failure with its reason and its log."""
+    """Print the outcome of each run, with the reason and the log of a failure, and the totals."""
     from rich.console import Console
     from rich.table import Table
 
@@ -102,34 +103,34 @@ def tune(
     config: Source,
     overrides: Overrides = None,
     grid: Grid = None,
-    first_tasks: Annotated[int, typer.Option(min=1, help="Judge after so many tasks, on held-out images of all.")] = 1,
+    first_tasks: Annotated[int, typer.Option(min=1, help="Tasks to learn before the test on held-out images.")] = 1,
     results: Results = Path("results"),
 ) -> None:
-    """Choose hyper-parameters on the first task's training images: a part is held out (stream.validation, or a fifth).
+    """Select hyper-parameters on the first task's training images, a part of which is held out for the test.
 
-    No test image is opened, no image of a later task. Writes RESULTS/<name>/tuned.yaml for cil run, and tuned.json
-    with everything that was tried.
+    The held-out fraction is stream.validation, by default a fifth. Neither test images nor images of later tasks are
+    opened. Writes RESULTS/<name>/tuned.yaml for cil run, and tuned.json with the record of all settings.
     """
     from rich.console import Console
     from rich.table import Table
 
     console = Console(quiet=not is_main_process())
     with console.status("loading torch, data and backbone …"):
-        from cil.console import Display
-        from cil.sweep.tune import tune as choose
-    tuned = choose(
+        from cil.runner.display import Display
+        from cil.selection.tune import tune as select
+    tuned = select(
         config, overrides or [], grid or [], first_tasks=first_tasks, results=results, display=Display(console)
     )
     for choice in tuned.choices:
         table = Table("rank", choice.learner, "held out %", "seconds", box=None, pad_edge=False)
         for rank, one in enumerate(choice.ranked, 1):
             shown = one.reason or f"{100 * one.accuracy:.2f}"
-            table.add_row(str(rank), one.told, shown, f"{one.seconds:.1f}")
+            table.add_row(str(rank), one.title, shown, f"{one.seconds:.1f}")
         wide = Console(width=None if console.is_terminal else 10_000, quiet=console.quiet)
         wide.print("", table, sep="\n", markup=False)
         for key in choice.undecided:
             console.print(
-                f"{key}: all values do the same here, so nothing was chosen and the first was kept; what acts between "
+                f"{key}: all values give the same accuracies here, so the first is used; a parameter that acts between "
                 "tasks needs a larger --first-tasks",
                 markup=False,
                 soft_wrap=True,
@@ -138,7 +139,7 @@ def tune(
 
 
 class By(str, Enum):
-    """A score that ranks; more is better in each."""
+    """A score to rank by; higher is better for all of them."""
 
     NCM = "ncm"
     RIDGE = "ridge"
@@ -152,30 +153,30 @@ def rank_backbones(
         list[str] | None,
         typer.Option(help="A name as in backbone.name, or a section, e.g. '{name: …, weights: FILE}'; repeatable."),
     ] = None,
-    by: Annotated[By, typer.Option(help="The score to rank by.")] = By.NCM,
+    by: Annotated[By, typer.Option(help="Score to rank by.")] = By.NCM,
     results: Results = Path("results"),
 ) -> None:
     """Rank backbones on the first task's training images, without training: leave-one-out accuracies, LogME.
 
-    No test image is opened, no image of a later task. Writes RESULTS/<name>/backbones.json.
+    Neither test images nor images of later tasks are opened. Writes RESULTS/<name>/backbones.json.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from cil.configfile import load
+    from cil.config.reading import load_config
 
-    settings = load(config, overrides or [])
+    settings = load_config(config, overrides or [])
     console = Console(quiet=not is_main_process())
     with console.status("loading torch, data and backbones …"):
-        from cil.console import Display
-        from cil.sweep.backbones import rank_backbones as rank
-    found = rank(settings, backbone or [], results, by=by.value, display=Display(console))
+        from cil.runner.display import Display
+        from cil.selection.backbones import rank_backbones as rank
+    ranking = rank(settings, backbone or [], results, by=by.value, display=Display(console))
     head = ("NCM %", "ridge %", "LogME", "effective rank", "λ", "width", "seconds")
     table = Table("rank", "backbone", box=None, pad_edge=False)
     for heading in head:
         table.add_column(heading, justify="right", no_wrap=True)
-    for rank_, one in enumerate(found.ranked, 1):
+    for rank_, one in enumerate(ranking.ranked, 1):
         s = one.scores
         accuracies = f"{100 * s.ncm:.2f}", f"{100 * s.ridge:.2f}"
         others = f"{s.logme:.4f}", f"{s.effective_rank:.1f}", f"{s.ridge_strength:g}", str(one.feature_dim)
@@ -183,8 +184,8 @@ def rank_backbones(
     wide = Console(width=None if console.is_terminal else 10_000, quiet=console.quiet)
     wide.print("", table, sep="\n")
     pairs = [("ncm", "ridge"), ("ncm", "logme"), ("ridge", "logme")]
-    taus = [(one, other, found.agreement[one][other]) for one, other in pairs]
-    told = ", ".join(f"{one} and {other} {tau:.2f}" for one, other, tau in taus if tau is not None)
-    if told:
-        console.print(f"\nKendall's τ: {told}", markup=False, highlight=False)
-    console.print(f"\nrecord:    {found.record}", markup=False, highlight=False, soft_wrap=True)
+    taus = [(one, other, ranking.agreement[one][other]) for one, other in pairs]
+    text = ", ".join(f"{one} and {other} {tau:.2f}" for one, other, tau in taus if tau is not None)
+    if text:
+        console.print(f"\nKendall's τ: {text}", markup=False, highlight=False)
+    console.print(f"\nrecord:    {ranking.record}", markup=False, highlight=False, soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Images: where they come from (sources), how they become tensors (transforms), and how they are kept (images)."""
+"""Images: where they come from (sources), how they become tensors (transforms), and how they are cached (images)."""

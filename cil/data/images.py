@@ -1,4 +1,4 @@
-"""Pictures as batches of tensors: decoded once into memory where they fit, streamed by worker processes where not."""
+"""Images as batches of tensors, decoded once if they fit in memory and otherwise streamed by worker processes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from cil.config import DataConfig, HardwareConfig, TransformConfig
-from cil.data.held import Held
+from cil.data.decoded import DecodedSource
 from cil.data.opening import open_source
 from cil.data.sources import UNREADABLE, ImageSource, rank_in_class
 from cil.data.transforms import Transforms
 from cil.errors import DataError
-from cil.randomness import isolated, seed_everything
 from cil.store import FeatureStore, Key
+from cil.utils.randomness import isolated, seed_everything
 
 if TYPE_CHECKING:
     from cil.backbone import Backbone
 
 GIB = 2**30
 VERSIONS = {package: version(package) for package in ("timm", "pillow")}
-"""Of what turns files into pixels."""
+"""Versions of the packages that turn files into pixels."""
 Item = tuple[int, int | None]
-"""A picture's position, and the seed of its augmentation or None."""
+"""An image's position, and the seed of its augmentation (None: the test transform)."""
 
 
 class ImageSet:
-    """A source seen through one backbone's transforms.
+    """An image source with a backbone's transforms applied.
 
     Args:
-        source: Labelled pictures.
+        source: Labelled images.
         transforms: Test and training transform.
-        in_memory: Decoding is cheap because the pictures lie in memory; otherwise batches come from worker processes.
-            By default what the source says, if it is a :class:`Held` one.
-        memory_bytes: Keep transformed test pictures (uint8) if all of them fit.
-        workers: Worker processes when streaming, and where a GPU would wait for augmented pictures.
-        title: What to call the images where what was made of them is listed.
+        in_memory: True if decoding is cheap because the images are in memory; if False, worker processes load the
+            batches. By default ``fits`` of a :class:`~cil.data.decoded.DecodedSource`, and True for other sources.
+        memory_bytes: Transformed test images (uint8) are kept if all of them fit into this many bytes.
+        workers: Worker processes for streaming, and for augmentation that a GPU would otherwise wait for.
+        title: Name of the images in listings of the feature store.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class ImageSet:
         self.labels, self.class_names, self.domains = source.labels, source.class_names, source.domains
         shape = (len(source), 3, transforms.size, transforms.size)
         keep = float(np.prod(shape)) <= memory_bytes
-        self._pixels = torch.empty(shape, dtype=torch.uint8) if keep else None  # pages are touched as they fill
+        self._pixels = (
+            torch.empty(shape, dtype=torch.uint8) if keep else None
+        )  # the operating system provides pages as they are written
         self._ready = np.zeros(len(source), dtype=bool)
 
     def __len__(self) -> int:
@@ -70,12 +72,12 @@ class ImageSet:
     @property
     def in_memory(self) -> bool:
         if self._in_memory is None:
-            return self.source.fits if isinstance(self.source, Held) else True
+            return self.source.fits if isinstance(self.source, DecodedSource) else True
         return self._in_memory
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells these images, as the test transform shows them, from others: part of a feature store's key."""
+        """Identifies the images after the test transform; part of the feature store's key."""
         card = {key: value for key, value in self.transforms.card.items() if key != "augment"}
         return {"data": f"{self.source.fingerprint} {self.source.stamp}", "transform": card, **VERSIONS}
 
@@ -92,7 +94,7 @@ class ImageSet:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(normalised images float [B, 3, S, S], labels int64 [B]) over ``indices``; see ``TaskData.batches``."""
         if augment and generator is None:
-            raise ValueError("augmented batches need a generator: they may not draw from the global random state")
+            raise ValueError("augmented batches need a generator: they must not draw from the global random state")
         order, seeds = np.arange(len(indices)), None
         if generator is not None:
             order = torch.randperm(len(indices), generator=generator).numpy()
@@ -102,61 +104,62 @@ class ImageSet:
         chunks = [order[start : start + batch_size][rank::processes] for start in range(0, len(order), batch_size)]
         filled = [chunk for chunk in chunks if len(chunk)]
         gpu = torch.device(device).type == "cuda"
-        wanted = [indices[chunk] for chunk in filled]
+        positions = [indices[chunk] for chunk in filled]
         if seeds is None:
-            pixels = self._plain(wanted, gpu)
-        else:  # each picture has its own seed, so workers and batches change nothing
-            pixels = self._load([_items(indices[chunk], seeds[chunk]) for chunk in filled], gpu)
+            pixels = self._test_pixels(positions, gpu)
+        else:  # each image has its own seed, so the number of workers and the batch size change nothing
+            pixels = self.load([_items(indices[chunk], seeds[chunk]) for chunk in filled], gpu)
         nothing = torch.empty(0, 3, self.transforms.size, self.transforms.size, dtype=torch.uint8)
         for chunk in chunks:
             batch, targets = next(pixels) if len(chunk) else nothing, torch.as_tensor(labels[chunk])
-            if gpu:  # from pinned memory alone does a copy run beside what the device computes
+            if gpu:  # only a copy from pinned memory runs in parallel with the computation on the device
                 batch, targets = batch.pin_memory(), targets.pin_memory()
             yield (
                 self.transforms.normalize(batch.to(device, non_blocking=True)),
                 targets.to(device, non_blocking=True),
             )
 
-    def _plain(self, wanted: list[np.ndarray], gpu: bool) -> Iterator[torch.Tensor]:
-        """Test-transformed uint8 batches, each picture transformed once if memory allows."""
+    def _test_pixels(self, batches: list[np.ndarray], gpu: bool) -> Iterator[torch.Tensor]:
+        """Batches under the test transform, uint8 [B, 3, S, S]; each image is transformed once if memory allows."""
         if self._pixels is None:
-            yield from self._load([_items(part) for part in wanted], gpu)
+            yield from self.load([_items(batch) for batch in batches], gpu)
             return
-        # batch by batch: what comes later is decoded, by worker processes, while the earlier is computed on
+        # batch by batch, so that worker processes decode later batches while the model computes on earlier ones
         ready = self._ready.copy()
         missing = []
-        for part in wanted:
-            missing.append(np.unique(part[~ready[part]]))
-            ready[part] = True
-        loaded = self._load([_items(part) for part in missing if len(part)], gpu)
-        for part, lacking in zip(wanted, missing, strict=True):
-            if len(lacking):
-                self._pixels[torch.from_numpy(lacking)] = next(loaded)
-                self._ready[lacking] = True
-            yield self._pixels[torch.from_numpy(part)]
+        for batch in batches:
+            missing.append(np.unique(batch[~ready[batch]]))
+            ready[batch] = True
+        loaded = self.load([_items(positions) for positions in missing if len(positions)], gpu)
+        for batch, positions in zip(batches, missing, strict=True):
+            if len(positions):
+                self._pixels[torch.from_numpy(positions)] = next(loaded)
+                self._ready[positions] = True
+            yield self._pixels[torch.from_numpy(batch)]
 
-    def _load(self, batches: list[list[Item]], gpu: bool) -> Iterator[torch.Tensor]:
-        reader = _Pictures(self.source, self.transforms)
-        # starting processes takes as long as these many pictures; on the CPU they would only take turns with the model
+    def load(self, batches: list[list[Item]], gpu: bool) -> Iterator[torch.Tensor]:
+        """Batches of transformed images, uint8 [B, 3, S, S]; worker processes load many images, pinned for a GPU."""
+        reader = _ImageReader(self.source, self.transforms)
+        # starting processes takes as long as loading this many images; on a CPU, workers in memory only slow the model
         few = 64 if not self.in_memory else 512 if gpu else math.inf
         if not self.workers or sum(map(len, batches)) < few:
             for batch in batches:
                 with isolated():
-                    loaded = [reader[item] for item in batch]
-                yield torch.from_numpy(np.stack(loaded))
+                    images = [reader[item] for item in batch]
+                yield torch.from_numpy(np.stack(images))
             return
         loader: DataLoader[Any] = DataLoader(
             _Worker(self.source, self.transforms),
             batch_sampler=batches,
             num_workers=min(self.workers, len(batches)),
             collate_fn=_stack,
-            generator=torch.Generator().manual_seed(0),  # otherwise the loader draws a seed from the global state
+            generator=torch.Generator().manual_seed(0),  # without it the loader draws a seed from the global state
             pin_memory=gpu,
         )
-        for loaded in loader:
-            if isinstance(loaded, DataError):
-                raise loaded
-            yield loaded
+        for pixels in loader:
+            if isinstance(pixels, DataError):
+                raise pixels
+            yield pixels
 
 
 def _items(indices: np.ndarray, seeds: np.ndarray | None = None) -> list[Item]:
@@ -165,23 +168,25 @@ def _items(indices: np.ndarray, seeds: np.ndarray | None = None) -> list[Item]:
     return list(zip(indices.tolist(), seeds.tolist(), strict=True))
 
 
-class _Pictures(Dataset[np.ndarray]):
-    """(position, augmentation seed or None) → uint8 [3, S, S]. Seeds global state: run it isolated or in a worker."""
+class _ImageReader(Dataset[np.ndarray]):
+    """(position, augmentation seed or None) → uint8 [3, S, S]. Seeds the global random state, so it
+    must run inside :func:`~cil.utils.randomness.isolated` or in a worker process."""
 
     def __init__(self, source: ImageSource, transforms: Transforms) -> None:
         self.source, self.transforms = source, transforms
 
     def __getitem__(self, item: Item) -> np.ndarray:
         index, seed = item
-        picture = self.source.read(index)
+        image = self.source.read(index)
         if seed is None or self.transforms.augment is None:
-            return np.asarray(self.transforms.evaluate(picture))
+            return np.asarray(self.transforms.evaluate(image))
         seed_everything(seed)
-        return np.asarray(self.transforms.augment(picture))
+        return np.asarray(self.transforms.augment(image))
 
 
-class _Worker(_Pictures):
-    """The same in a worker process: an unreadable file comes back as a value, or it would arrive as a traceback."""
+class _Worker(_ImageReader):
+    """The same in a worker process, where an unreadable file is returned as a value: an exception would arrive as a
+    traceback."""
 
     def __getitem__(self, item: Item) -> np.ndarray | DataError:  # type: ignore[override]
         try:
@@ -190,13 +195,13 @@ class _Worker(_Pictures):
             return error
 
 
-def _stack(pictures: list[np.ndarray | DataError]) -> torch.Tensor | DataError:
-    broken = [p for p in pictures if isinstance(p, DataError)]
-    return broken[0] if broken else torch.from_numpy(np.stack(pictures))  # type: ignore[arg-type]
+def _stack(images: list[np.ndarray | DataError]) -> torch.Tensor | DataError:
+    broken = [p for p in images if isinstance(p, DataError)]
+    return broken[0] if broken else torch.from_numpy(np.stack(images))  # type: ignore[arg-type]
 
 
 def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
-    """The pictures at positions ``keep``; ``extra`` goes into the fingerprint."""
+    """The images at positions ``keep`` of a source; ``extra`` goes into the fingerprint."""
     return ImageSource(
         lambda i: source._read(int(keep[i])),
         source.labels[keep],
@@ -209,7 +214,7 @@ def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
 
 
 def training_part(source: ImageSource, config: DataConfig) -> ImageSource:
-    """The training pictures a configuration uses: all, or the first ``per_class`` of each class."""
+    """The training images a configuration uses: all, or the first ``per_class`` of each class."""
     if not config.per_class:
         return source
     first = np.flatnonzero(rank_in_class(source.labels) < config.per_class)
@@ -217,13 +222,18 @@ def training_part(source: ImageSource, config: DataConfig) -> ImageSource:
 
 
 class LoadedSplit:
-    """A split ready for any backbone: its source, where it lies, and what was skipped.
+    """A split ready for any backbone: its source, its title, and the files that were skipped.
 
     Args:
-        config: The data.
+        config: The section ``data`` of a configuration.
         split: ``train`` or ``test``.
-        hardware: Memory and workers.
-        store: Remembers which files are not readable, where these are to be skipped.
+        hardware: Memory and number of workers.
+        store: Remembers which files are not readable, if ``data.on_error`` is ``skip``.
+
+    Attributes:
+        source: The readable images.
+        skipped: Descriptions of the unreadable ones.
+        title: Path or name of the split, for listings.
     """
 
     def __init__(
@@ -233,47 +243,48 @@ class LoadedSplit:
         source = open_source(config, split)
         if split == "train":
             source = training_part(source, config)
-        given = (config.train if split == "train" else config.test) or split
-        self.title = str(config.root / given) if config.root else f"{config.dataset} {given}"
-        self.source, self.skipped = Held(source, self._memory, hardware.workers), []
+        name = (config.train if split == "train" else config.test) or split
+        self.title = str(config.root / name) if config.root else f"{config.dataset} {name}"
+        self.source, self.skipped = DecodedSource(source, self._memory, hardware.workers), []
         if config.on_error == "skip":
             broken = self._unreadable(source, store)
             self.skipped = [source.describe(i) for i in broken]
             if broken:
                 good = np.setdiff1d(np.arange(len(source)), broken)
-                self.source = self.source.only(good, subset(source, good, "readable"))
+                self.source = self.source.restricted_to(good, subset(source, good, "readable"))
 
     def _unreadable(self, source: ImageSource, store: FeatureStore | None) -> list[int]:
         key = Key({"unreadable": f"{source.fingerprint} {source.stamp}", **VERSIONS}, {"data_name": self.title})
-        known = store.recall(key) if store is not None else None
-        if known is None:
-            known = self.source.unreadable()
+        positions = store.recall(key) if store is not None else None
+        if positions is None:
+            positions = self.source.unreadable()
             if store is not None:
-                store.remember(key, known)
-        return known
+                store.remember(key, positions)
+        return positions
 
     @property
     def in_memory(self) -> bool:
-        """Whether the decoded pictures fit in memory."""
+        """Whether the decoded images fit in memory."""
         return self.source.fits
 
     def images(self, transforms: Transforms) -> ImageSet:
+        """The split with a backbone's transforms applied."""
         return ImageSet(self.source, transforms, memory_bytes=self._memory, workers=self._workers, title=self.title)
 
 
 def load_images(
     data: DataConfig | ImageSource | str, split: str, backbone: Backbone, transform: TransformConfig | None = None
 ) -> ImageSet:
-    """One split as a backbone sees it; two of them and the rules of the tasks make a ``Stream``.
+    """One split with a backbone's transforms applied; two splits and a task protocol make a ``Stream``.
 
     Args:
-        data: A dataset as ``data.dataset`` names it, the full configuration, or a source of one's own.
+        data: A dataset as ``data.dataset`` names it, the full section ``data``, or your own image source.
         split: ``train`` or ``test``.
-        backbone: Whose transforms are used.
-        transform: Overrides of them.
+        backbone: The backbone whose transforms are used.
+        transform: Overrides of these transforms.
 
     Raises:
-        DataError: See :func:`open_source`; a file that is no readable image.
+        DataError: As :func:`open_source` raises it.
     """
     transforms = Transforms(backbone.data_config, transform)
     if isinstance(data, ImageSource):
@@ -283,17 +294,17 @@ def load_images(
 
 
 def read_image(path: Path, transforms: Transforms) -> torch.Tensor:
-    """One picture from disk as the backbone wants it, float [1, 3, S, S].
+    """One image file under the test transform, normalised, float [1, 3, S, S].
 
     Raises:
-        DataError: No such file, or not an image.
+        DataError: The file does not exist or is not an image.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
-        picture = Image.open(path).convert("RGB")
+        image = Image.open(path).convert("RGB")
     except UNREADABLE as error:
         raise DataError(f"{path}: not a readable image ({type(error).__name__})") from None
     with isolated():
-        pixels = torch.from_numpy(np.asarray(transforms.evaluate(picture)))
+        pixels = torch.from_numpy(np.asarray(transforms.evaluate(image)))
     return transforms.normalize(pixels[None])

@@ -1,31 +1,34 @@
-"""From what a configuration says of its data to a source of labelled pictures."""
+"""Opens the dataset that a configuration names as a source of labelled images."""
 
 from __future__ import annotations
 
 from cil.config import DataConfig
-from cil.data import sources
+from cil.config.plugins import arguments, load_object
+from cil.data import libraries, sources
 from cil.data.sources import ImageSource
 from cil.errors import ConfigError, DataError, PluginError, nearest
-from cil.plugins import arguments, load
 
 
 def open_source(config: DataConfig, split: str) -> ImageSource:
-    """The source a configuration names, for ``split`` train or test.
+    """The source that a configuration names, for the split ``train`` or ``test``.
 
     Raises:
-        DataError: Unknown dataset, nothing at the path, an empty class, a missing package or network.
+        DataError: The dataset is unknown, its path does not exist, a class is empty, or a package or the network is
+            missing.
+        PluginError: A custom dataset cannot be loaded or returns something else than a source.
+        ConfigError: ``data.options`` does not fit the arguments of a custom dataset.
     """
     name = config.dataset
     if ":" in name:
-        return _own_source(config, split)
-    given = config.train if split == "train" else config.test
+        return _custom_source(config, split)
+    folder_or_split = config.train if split == "train" else config.test
     if name == "digits":
         return sources.digits(split)
     if name.lower().startswith("torch/"):
-        return sources.torchvision_set(name, config.root, split, config.download)
+        return libraries.torchvision_set(name, config.root, split, config.download)
     if name.lower().startswith("hfds/"):
         options = {"input_key": config.image_key or "image", "target_key": config.label_key or "label"}
-        return sources.huggingface_set(name, config.root, given or split, options)
+        return libraries.huggingface_set(name, config.root, folder_or_split or split, options)
     if name == "folder":
         if config.root is None:
             raise DataError("data.root: a folder dataset needs the folder that holds its splits, e.g. data.root=images")
@@ -34,9 +37,9 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
             raise DataError(f"data.root: {root} is not a folder")
         if config.domains:
             return sources.combine_domains(
-                [sources.folder(sources.find_split(root / d, given, split)) for d in config.domains]
+                [sources.folder(sources.find_split(root / d, folder_or_split, split)) for d in config.domains]
             )
-        return sources.folder(sources.find_split(root, given, split))
+        return sources.folder(sources.find_split(root, folder_or_split, split))
     known = ["digits", "folder", "torch/cifar100", "hfds/uoft-cs/cifar100"]
     raise DataError(
         f"data.dataset: unknown dataset {name!r}{nearest(name, known)}; "
@@ -44,15 +47,10 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
     )
 
 
-def _own_source(config: DataConfig, split: str) -> ImageSource:
-    """The source that a function of the user's own gives: ``function(split, **options)``, and ``root`` where it is set.
-
-    Raises:
-        PluginError: No such function, or what it gives is no source.
-        ConfigError: ``data.options`` does not fit its arguments.
-    """
+def _custom_source(config: DataConfig, split: str) -> ImageSource:
+    """The source that a user's function returns for ``function(split, **options)``; ``root`` is passed if it is set."""
     name = config.dataset
-    function = load(name, "dataset")
+    function = load_object(name, "dataset")
     root = {} if config.root is None else {"root": config.root.expanduser()}
     try:
         source = function(split, **arguments(function, {**config.options, **root}, given=("split",)))
@@ -62,7 +60,7 @@ def _own_source(config: DataConfig, split: str) -> ImageSource:
         raise PluginError(f"dataset {name!r}: {error}") from None
     if not isinstance(source, ImageSource):
         raise PluginError(
-            f"dataset {name!r} gave {type(source).__name__} for {split}; it must give an ImageSource "
+            f"dataset {name!r} returned {type(source).__name__} for {split}; it must return an ImageSource "
             "(cil.data.sources.from_arrays and folder make one)"
         )
     return source

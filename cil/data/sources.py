@@ -1,10 +1,11 @@
-"""Labelled pictures by dataset name: folders, tar files, torchvision, Hugging Face, scikit-learn's digits, arrays.
+"""Labelled images from folders, tar files, arrays and scikit-learn's digits; ``libraries`` has the other datasets.
 
-Every source answers the same four questions: how many, which label, which bytes, and which fingerprint. Labels are the
-dataset's own class positions here; a stream turns them into its order of appearance.
+Every source has a length, labels, images and a fingerprint. Labels are the dataset's own class positions here; a stream
+turns them into its order of appearance.
 
 timm's factory finds and indexes the files. Its ``ImageDataset`` is not used to read them: on a broken file it silently
-returns the *next* image, and its tar reader is not safe across forked workers. We read through its index instead.
+returns the *next* image, and its tar reader is not safe across forked workers. This module reads the files itself,
+through timm's index.
 """
 
 from __future__ import annotations
@@ -19,36 +20,28 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cil.errors import DataError, nearest
+from cil.errors import DataError
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "eval")}
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
-"""What PIL raises on files that are no images, or broken ones; SyntaxError on PNG chunks."""
-TORCHVISION = (
-    "cifar10",
-    "cifar100",
-    "mnist",
-    "fashion_mnist",
-    "kmnist",
-    "qmnist",
-    "imagenet",
-    "inaturalist",
-    "places365",
-)
+"""What PIL raises on files that are not images or are broken; SyntaxError comes from PNG chunks."""
 
 
 class ImageSource:
-    """Labelled pictures, decoded one at a time.
+    """Labelled images, decoded one at a time.
 
     Args:
-        read: Position → RGB picture. May raise OSError or UnidentifiedImageError; must be thread-safe.
-        labels: Class position of every picture, int64 [N].
+        read: Position → RGB image of PIL. May raise OSError or UnidentifiedImageError; must be thread-safe.
+        labels: Class position of every image, int64 [N].
         class_names: Names in the order of the class positions.
-        describe: Position → what to call the picture in a message (its path where it has one).
-        fingerprint: Hex digest that changes when pictures or labels do.
-        domains: Domain of every picture, int64 [N], for domain-incremental streams.
-        stamp: Changes when the files may have changed where the fingerprint, made from names and sizes, would not show
-            it. It is of this machine and takes no part in a run's identity.
+        describe: Position → name of the image in messages (its path, if it has one).
+        fingerprint: Hex digest that changes when images or labels change.
+        domains: Domain of every image, int64 [N], for domain-incremental streams.
+        stamp: Text that changes whenever the files may have changed, also where a fingerprint made from names and
+            sizes stays the same. It depends on this machine and is not part of a run's identity.
+
+    Raises:
+        DataError: A class has no images.
     """
 
     def __init__(
@@ -74,7 +67,7 @@ class ImageSource:
         return len(self.labels)
 
     def read(self, index: int) -> Image.Image:
-        """The RGB picture at a position.
+        """The RGB image at a position in 0…N−1.
 
         Raises:
             DataError: The file is truncated or not an image; the message names it.
@@ -88,7 +81,7 @@ class ImageSource:
             ) from None
 
     def read_or_none(self, index: int) -> Image.Image | None:
-        """The picture at a position, or None where :meth:`read` would raise."""
+        """The image at a position, or None where :meth:`read` would raise."""
         try:
             return self.read(index)
         except DataError:
@@ -101,7 +94,10 @@ def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, class_na
     Args:
         images: uint8 [N, H, W] (grey) or [N, H, W, 3] (RGB).
         labels: Class positions, [N].
-        class_names: One name a class.
+        class_names: One name per class.
+
+    Raises:
+        DataError: The images are not uint8 of such a shape, or their number is not that of the labels.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
         raise DataError(
@@ -131,7 +127,7 @@ def rank_in_class(labels: np.ndarray) -> np.ndarray:
 def digits(split: str) -> ImageSource:
     """scikit-learn's 1,797 handwritten digits (8×8, ten classes), the embedded dataset.
 
-    It comes without a split: in each class every fourth image is a test image.
+    They come without a split, so every fourth image of each class is a test image here.
     """
     from sklearn.datasets import load_digits
 
@@ -142,83 +138,11 @@ def digits(split: str) -> ImageSource:
     return from_arrays(images[members], labels[members], names)
 
 
-def torchvision_set(name: str, root: Path | None, split: str, download: bool) -> ImageSource:
-    """A torchvision dataset through timm's factory, e.g. ``torch/cifar100``."""
-    from timm.data import create_dataset
-
-    short = name.split("/", 1)[1].lower()
-    if short not in TORCHVISION:
-        raise DataError(
-            f"data.dataset: unknown torchvision set {name!r}{nearest(short, TORCHVISION)}; "
-            f"known: torch/{', torch/'.join(TORCHVISION)}"
-        )
-    root = root or Path("data")
-    try:
-        dataset = create_dataset(
-            name, root=str(root), split=split if split == "train" else "validation", download=download
-        )
-    except (
-        Exception
-    ) as error:  # torchvision raises RuntimeError, URLError, OSError … depending on the set and the network
-        what = "could not be downloaded to" if download else "is not in (set data.download=true to fetch it)"
-        raise DataError(f"{name} {what} {root}: {type(error).__name__}: {error}") from None
-    labels = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
-    if labels is None and hasattr(dataset, "index"):  # iNaturalist
-        labels = [target for target, _ in dataset.index]
-    if labels is None:
-        raise DataError(f"{name}: its labels cannot be read without decoding every image")
-    names = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)
-    labels = np.asarray(labels, dtype=np.int64)
-    labels = labels[:, 0] if labels.ndim == 2 else labels  # QMNIST keeps more columns
-    names = (
-        [" / ".join(n) if isinstance(n, tuple) else str(n) for n in names]
-        if names
-        else [str(c) for c in range(int(labels.max()) + 1)]
-    )
-    digest = hashlib.sha256(f"{name} {split}".encode() + labels.tobytes())
-    pixels = getattr(dataset, "data", None)
-    if pixels is not None:
-        digest.update(np.ascontiguousarray(np.asarray(pixels)).tobytes())
-    return ImageSource(
-        lambda i: dataset[i][0].convert("RGB"),
-        labels,
-        names,
-        describe=lambda i: f"{name} {split} image {i}",
-        fingerprint=digest.hexdigest(),
-        stamp="" if pixels is not None else str(root.resolve()),
-    )
-
-
-def huggingface_set(name: str, root: Path | None, split: str, options: dict[str, Any]) -> ImageSource:
-    """A Hugging Face dataset through timm's factory, e.g. ``hfds/uoft-cs/cifar100`` (extra ``hf``)."""
-    from timm.data import create_dataset
-
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise DataError(f"{name} needs the package datasets: pip install 'cil[hf]'") from None
-    try:
-        dataset = create_dataset(name, root=str(root) if root else None, split=split, **options)
-    except Exception as error:  # many kinds: no network, no such set, no such split, no such column
-        raise DataError(f"{name}, split {split}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-    reader = dataset.reader
-    labels = list(reader.iter_targets())
-    by_index = {v: k for k, v in reader.class_to_idx.items()}
-    names = [str(by_index.get(c, c)) for c in range(max(labels) + 1)]
-    digest = hashlib.sha256(
-        f"{name} {split} {getattr(reader.dataset, '_fingerprint', '')}".encode()
-        + np.asarray(labels, np.int64).tobytes()
-    )
-    return _from_reader(
-        reader, labels, names, describe=lambda i: f"{name} {split} image {i}", fingerprint=digest.hexdigest()
-    )
-
-
 def folder(path: Path) -> ImageSource:
     """One split from a folder of class folders, or from a tar file laid out the same way.
 
     Raises:
-        DataError: Nothing there, no images, or an empty class folder (named).
+        DataError: The path does not exist, holds no images, or has an empty class folder, which the message names.
     """
     from timm.data.readers import create_reader
 
@@ -251,15 +175,15 @@ def folder(path: Path) -> ImageSource:
         raise DataError(
             f"{path}: found {len(samples)} images in {len(class_to_idx)} class folders; expected <class>/<image>"
         )
-    held = {part for name, _, _ in samples for part in Path(name).parts[:-1]}
-    empty = sorted(listed - held)
+    with_images = {part for name, _, _ in samples for part in Path(name).parts[:-1]}
+    empty = sorted(listed - with_images)
     if empty:
         raise DataError(f"{path}: class folder {empty[0]!r} holds no images; fill or remove it")
     digest = hashlib.sha256()
     for name, size, target in samples:
         digest.update(f"{name}\0{size}\0{target}\n".encode())
     names = [name for name, _ in sorted(class_to_idx.items(), key=lambda item: item[1])]
-    return _from_reader(
+    return from_reader(
         reader,
         [target for _, _, target in samples],
         names,
@@ -271,16 +195,17 @@ def folder(path: Path) -> ImageSource:
 
 @lru_cache(maxsize=4)
 def _tar(path: Path, mtime_ns: int, size: int) -> tuple[Any, set[str]]:
-    """timm's reader of a tar file in the state these two tell, and the class folders it lists as members of their own.
+    """timm's reader of a tar file, and the class folders that are members of the archive.
 
-    A second run in this process does not read through the whole file again.
+    Modification time and size are part of the cache's key. Thanks to the cache a second run in this process does not
+    read through the whole file again.
     """
     import tarfile
 
     from timm.data.readers import create_reader
 
-    # The file is opened anew for each read (one cheap header): a kept file position would be shared by threads and by
-    # forked workers. And without cache_tarinfo=False timm reads and writes a pickle beside large tars.
+    # The file is reopened for each read (one cheap header), because threads and forked workers would share the position
+    # in an open one. Without cache_tarinfo=False timm reads and writes a pickle beside large tars.
     options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False}
     reader = create_reader("", str(path), **options)
     with tarfile.open(path) as tar:
@@ -288,7 +213,9 @@ def _tar(path: Path, mtime_ns: int, size: int) -> tuple[Any, set[str]]:
     return reader, listed
 
 
-def _from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **facts: Any) -> ImageSource:
+def from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **facts: Any) -> ImageSource:
+    """A source over a reader of timm: position → (open file, …). ``facts`` go to :class:`ImageSource`."""
+
     def read(index: int) -> Image.Image:
         file, *_ = reader[index]
         with file:
@@ -298,7 +225,11 @@ def _from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **fac
 
 
 def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
-    """Sources of the same classes, one a domain, as one source that knows each picture's domain."""
+    """Joins sources of the same classes, one per domain, into one source that records each image's domain.
+
+    Raises:
+        DataError: The sources do not have the same classes.
+    """
     names = parts[0].class_names
     for part in parts[1:]:
         if set(part.class_names) != set(names):
@@ -330,14 +261,14 @@ def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
     )
 
 
-def find_split(root: Path, given: str | None, split: str) -> Path:
-    """The folder or tar of a split below ``root``: the one named, or the first of the usual names that exists.
+def find_split(root: Path, name: str | None, split: str) -> Path:
+    """The folder or tar file of a split below ``root``: ``name``, or else the first of the usual names that exists.
 
     Raises:
-        DataError: With the names that were tried.
+        DataError: None exists; the message lists the names that were tried.
     """
-    candidates: Iterable[str] = [given] if given else [n + e for n in SPLIT_FOLDERS[split] for e in ("", ".tar")]
-    for name in candidates:
-        if (root / name).exists():
-            return root / name
+    candidates: Iterable[str] = [name] if name else [n + e for n in SPLIT_FOLDERS[split] for e in ("", ".tar")]
+    for candidate in candidates:
+        if (root / candidate).exists():
+            return root / candidate
     raise DataError(f"data.{split}: {root} holds none of {', '.join(candidates)}; set data.root and data.{split}")

@@ -1,8 +1,8 @@
-"""From a picture to the tensor the backbone was trained on.
+"""From a decoded image to the tensor that the backbone expects.
 
-Geometry comes from timm's ``create_transform`` with the backbone's own data configuration and ends in uint8, so that
-pictures are kept small in memory; :meth:`Transforms.normalize` does the arithmetic per batch, on the device.
-The overrides exist for published protocols (many feed [0, 1] pixels without normalisation, or crop 224 out of 256).
+Geometry comes from timm's ``create_transform`` with the backbone's own data configuration and ends in uint8, which
+keeps images small in memory; :meth:`Transforms.normalize` does the arithmetic per batch, on the device. The overrides
+exist for published protocols (many feed [0, 1] pixels without normalisation, or crop 224 out of 256).
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ from cil.errors import ConfigError
 
 
 class Transforms:
-    """Test and training transform of one backbone.
+    """Test and training transform of one backbone, PIL image → uint8 [3, S, S].
 
     Args:
         data_config: timm's resolved data configuration (input_size, mean, std, interpolation, crop_pct, crop_mode).
         config: Overrides.
+
+    Attributes:
+        size: Side S of the transformed images, in pixels.
+        evaluate: The test transform.
+        augment: The training transform, or None for ``transform.augment: none``.
+        card: The resolved settings, as ``metrics.json`` records them.
+
+    Raises:
+        ConfigError: ``transform.resize`` is smaller than the input of the backbone.
     """
 
     def __init__(self, data_config: dict[str, Any], config: TransformConfig | None = None) -> None:
@@ -35,7 +44,7 @@ class Transforms:
                 f"transform.resize: {config.resize} is smaller than the backbone's input of {self.size}; "
                 f"allowed: {self.size} and more"
             )
-        # half a pixel keeps timm's floor(size / crop_pct) from landing one below the size asked for
+        # half a pixel more, because timm's floor(size / crop_pct) could be one below the requested size
         crop_pct = self.size / (config.resize + 0.5) if config.resize else data_config["crop_pct"]
         interpolation = config.interpolation or data_config["interpolation"]
         crop_mode = config.crop or ("center" if config.resize else data_config.get("crop_mode") or "center")
@@ -45,7 +54,7 @@ class Transforms:
             mean, std = tuple(data_config["mean"]), tuple(data_config["std"])
         else:
             mean, std = config.normalize.mean, config.normalize.std
-        # use_prefetcher ends the pipeline in uint8; the mean is there only to fill the border of crop mode "border"
+        # use_prefetcher ends the pipeline in uint8; the mean only fills the border of crop mode "border"
         common: dict[str, Any] = {
             "input_size": self.size,
             "use_prefetcher": True,
@@ -64,7 +73,7 @@ class Transforms:
                 scale=augment.scale,
                 ratio=augment.ratio,
                 hflip=augment.flip,
-                color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # timm takes None, for none
+                color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # timm takes None for no jitter
             )
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
         self.card: dict[str, Any] = {
@@ -79,6 +88,6 @@ class Transforms:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, S, S] in 0…255 → float [B, 3, S, S]: (pixel / 255 − mean) / std, on the pixels' device."""
-        # a blocking copy would wait for all the device has queued
+        # a blocking copy would wait for everything queued on the device
         mean, std = (value.to(pixels.device, non_blocking=True) for value in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)

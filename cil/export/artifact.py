@@ -1,4 +1,4 @@
-"""Opening an exported model: its facts, its files checked against their hashes, and the model itself."""
+"""Loads an exported model: reads its facts, verifies the hashes of its files, and rebuilds the model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cil import hardware
 from cil.backbone import Backbone, load_backbone
 from cil.config import BackboneConfig, LearnerEntry
+from cil.config.renamed import current_learner_keys
 from cil.data.transforms import Transforms
 from cil.errors import ExportError
 from cil.export.program import INPUT, OUTPUTS, quiet, require_onnx
@@ -23,25 +23,26 @@ from cil.features import FeatureCache
 from cil.learner import Context
 from cil.learners import registry
 from cil.prediction import Model, Trained
-from cil.randomness import isolated
+from cil.runner.checkpoint import restore_learner
 from cil.stream import past_tasks
+from cil.utils import hardware
 
 FACTS = "model.json"
 SCHEMA = 1
 FORMATS = {"safetensors": "model.safetensors", "torch.export": "model.pt2", "onnx": "model.onnx"}
-"""Format → its file."""
+"""Format → file name of the model."""
 BACKBONE, LEARNER = "backbone.", "learner."
-"""What the names of tensors start with in ``model.safetensors``."""
+"""Prefixes of the tensors' names in ``model.safetensors``."""
 
 Facts = dict[str, Any]
 
 
 class Program(Model):
-    """A program that needs no learner: torch's or ONNX's, on the CPU."""
+    """A program of torch.export or ONNX, without a learner; runs on the CPU."""
 
     def __init__(self, answer: Callable[[Tensor], tuple[Tensor, Tensor]], facts: Facts) -> None:
         super().__init__(facts["classes"], Transforms(data_config(facts)), torch.device("cpu"))
-        self._answer = [answer]  # in a list, or torch's program would become a submodule, and refuses eval()
+        self._answer = [answer]  # in a list, because a program of torch would become a submodule, which refuses eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         logits, features = self._answer[0](images)
@@ -54,19 +55,19 @@ def is_artifact(folder: Path) -> bool:
 
 
 def load(folder: str | Path, device: str = "cpu") -> Model:
-    """An exported model, whatever its format: images → (logits, features), with class names and transforms.
+    """An exported model of any format: images → (logits, features), with class names and transforms.
 
-    From the format safetensors a :class:`cil.prediction.Trained`, whose ``learner`` can go on learning; the others
-    compute on the CPU. The run folder is not needed, nor the backbone's own weights.
+    The format safetensors gives a :class:`cil.prediction.Trained`, whose ``learner`` can continue to learn; the other
+    formats run on the CPU. Neither the run folder nor the backbone's original weights are needed.
 
     Args:
-        folder: What :func:`cil.export.export` wrote.
-        device: As ``hardware.device``; ``auto`` is the CPU for the other formats.
+        folder: A folder that :func:`cil.export.export` wrote.
+        device: As ``hardware.device``; for the other formats only ``cpu`` and ``auto``.
 
     Raises:
-        ExportError: No exported model there, a damaged one, another device than the CPU for one that is a program, or
-            a package is missing.
-        PluginError: The learner is not one of the package's own and cannot be found here.
+        ExportError: The folder has no exported model or a damaged one, a program is to run on another device than the
+            CPU, or a package is missing.
+        PluginError: The model has a custom learner whose code cannot be found here.
     """
     folder = Path(folder)
     facts = read_facts(folder)
@@ -86,7 +87,7 @@ def read_facts(folder: Path) -> Facts:
     """The content of ``model.json``.
 
     Raises:
-        ExportError: Missing, damaged, or written by a later version.
+        ExportError: The file is missing, damaged, or written by a later version.
     """
     try:
         facts: Facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -96,19 +97,20 @@ def read_facts(folder: Path) -> Facts:
         raise ExportError(f"{folder / FACTS}: damaged ({error}); export the run again") from None
     if facts.get("schema") != SCHEMA or facts.get("format") not in FORMATS:
         raise ExportError(
-            f"{folder / FACTS}: is of schema {facts.get('schema')} and format {facts.get('format')}; this version "
-            f"reads schema {SCHEMA} of {', '.join(FORMATS)}"
+            f"{folder / FACTS}: has schema {facts.get('schema')} and format {facts.get('format')}; this version "
+            f"reads schema {SCHEMA} with {', '.join(FORMATS)}"
         )
     return facts
 
 
 def data_config(facts: Facts) -> dict[str, Any]:
-    """The preprocessing of an exported model, as timm's transforms want it."""
+    """The preprocessing of an exported model as a data configuration of timm."""
     steps = facts["preprocessing"]
     return {**steps, "input_size": (3, steps["input_size"], steps["input_size"])}
 
 
 def sha256(file: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(2**20):
@@ -118,21 +120,24 @@ def sha256(file: Path) -> str:
 
 def _trained(folder: Path, facts: Facts, device: str) -> Trained:
     accelerator = hardware.accelerator(device)
-    said = facts["backbone"]
-    cls, parameters = registry.configure(LearnerEntry.model_validate(facts["learner"]["entry"]))
-    model = load_backbone(BackboneConfig(**said["config"], weights="random")).model
+    recorded = facts["backbone"]
+    cls, parameters = registry.configure(LearnerEntry.model_validate(current_learner_keys(facts["learner"]["entry"])))
+    model = load_backbone(BackboneConfig(**recorded["config"], weights="random")).model
     tensors = load_file(folder / FORMATS["safetensors"])
     state = {key: value for key, value in tensors.items() if key.startswith(LEARNER)}
     try:
         model.load_state_dict({k.removeprefix(BACKBONE): v for k, v in tensors.items() if k not in state})
-        backbone = Backbone(model, said["name"], data_config(facts)).to(accelerator.device)
-        if backbone.fingerprint != said["sha256"]:
+        backbone = Backbone(model, recorded["name"], data_config(facts)).to(accelerator.device)
+        if backbone.fingerprint != recorded["sha256"]:
             raise ExportError(f"{folder}: its backbone is not the one the run used; export the run again")
-        with isolated(0):
-            learner = cls(parameters, backbone).to(accelerator.device)
-        for task in past_tasks(facts["tasks"], facts["classes"]):
-            learner.begin(task, Context(accelerator, FeatureCache(accelerator), stage=task.index))
-        learner.load_state_dict({k.removeprefix(LEARNER): v for k, v in state.items()} | facts["learner"]["state"])
+        learner = registry.instantiate(cls, parameters, backbone).to(accelerator.device)
+        cache = FeatureCache(accelerator)
+        restore_learner(
+            learner,
+            past_tasks(facts["tasks"], facts["classes"]),
+            lambda stage: Context(accelerator, cache, stage=stage),
+            {k.removeprefix(LEARNER): v for k, v in state.items()} | facts["learner"]["state"],
+        )
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ExportError(
             f"{folder}: does not fit this version of {facts['learner']['title']} or its backbone: "

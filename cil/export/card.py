@@ -1,4 +1,4 @@
-"""The model card of an artifact: ``README.md`` with front matter as the Hugging Face Hub reads it."""
+"""The model card of an artifact: ``README.md`` with front matter for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cil.export.artifact import Facts
 
 LIBRARY = {"safetensors": "cil", "torch.export": "pytorch", "onnx": "onnx"}
 SHOWN = 200
-"""Classes the card names; ``model.json`` names all."""
+"""Maximum number of classes that the card lists; ``model.json`` lists all."""
 MEASURES = (
     ("accuracy_last", "accuracy after the last stage, over all classes seen, %"),
     ("accuracy_average", "mean of that accuracy over the stages, %"),
@@ -101,18 +101,18 @@ for path, ranked in predict(model, [Path("photo.png")], top=3):
 
 
 def licence(backbone: Backbone, weights: str | None) -> dict[str, str]:
-    """What is known of the terms of the backbone's weights: an identifier of the Hub, and a sentence.
+    """The licence of the backbone's weights, as far as it is known: an identifier of the Hub, and a sentence.
 
     Args:
         backbone: The backbone.
-        weights: As ``backbone.weights`` of the configuration.
+        weights: ``backbone.weights`` of the configuration.
     """
     pretrained: Any = getattr(backbone.model, "pretrained_cfg", None) or {}
     name, known = "unknown", f"timm states none for the backbone's weights, {backbone.name}."
     if weights == "random":
         known = "the backbone is untrained."
     elif weights is not None:
-        known = "the backbone's weights came from a local file, whose terms are not known here."
+        known = "the backbone's weights come from a local file whose terms are unknown."
     elif backbone.name == EMBEDDED:
         name = "other"
         known = f"the backbone's weights come with cil (Apache-2.0), trained on {embedded_card()['data']['dataset']}."
@@ -123,7 +123,7 @@ def licence(backbone: Backbone, weights: str | None) -> dict[str, str]:
 
 
 def card(facts: Facts) -> str:
-    """``README.md`` of an artifact, from its ``model.json``."""
+    """The text of ``README.md``, from the content of ``model.json``."""
     learner, backbone, check = facts["learner"], facts["backbone"], facts["check"]
     names, steps, size = facts["classes"], facts["preprocessing"], facts["preprocessing"]["input_size"]
     title = f"{learner['title']} on {facts['protocol']['benchmark']}"
@@ -131,23 +131,23 @@ def card(facts: Facts) -> str:
         front_matter(facts, title),
         f"# {title}",
         prose(
-            f"An image classifier that learned its {len(names)} classes task after task (class-incremental learning). "
-            f"Learner: `{learner['title']}` ({learner['paper']}), on the backbone `{backbone['name']}`. Features and "
-            "classifier are one model: normalised images in, logits and features out."
+            f"An image classifier that learned its {len(names)} classes in a sequence of tasks (class-incremental "
+            f"learning). Learner: `{learner['title']}` ({learner['paper']}), on the backbone `{backbone['name']}`. "
+            "Features and classifier are one model: normalised images in, logits and features out."
         ),
         "## Use",
         *usage(facts),
         "## Input and output",
         prose(
-            f"`images`: float32 {shape(facts['input']['shape'])}, RGB, any batch from 1 on. Pictures are resized with "
+            f"`images`: float32 {bracketed(facts['input']['shape'])}, RGB, any batch size ≥ 1. Images are resized with "
             f"PIL's {steps['interpolation']} filter (crop mode {steps['crop_mode']}, crop_pct {steps['crop_pct']:g}) "
             f"and cropped to {size} × {size} pixels; then (pixel / 255 − mean) / std with mean {steps['mean']} and std "
             f"{steps['std']}."
         ),
         prose(
-            f"`logits`: float32 {shape(facts['outputs']['logits'])}, the learner's own scores, which are no "
+            f"`logits`: float32 {bracketed(facts['outputs']['logits'])}, the learner's own scores, which are not "
             "probabilities; column i is class i of the list below and of `model.json`. "
-            f"`features`: float32 {shape(facts['outputs']['features'])}."
+            f"`features`: float32 {bracketed(facts['outputs']['features'])}."
         ),
         "## Classes",
         prose(", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more in `model.json`" if names[SHOWN:] else "")),
@@ -158,22 +158,23 @@ def card(facts: Facts) -> str:
         *results(facts),
         "## Intended use and limits",
         prose(
-            f"For pictures like those it learned from. Every picture gets one of the {len(names)} classes, whatever it "
-            "shows. Accuracy was measured on the images named above and nowhere else; it differs between classes, and "
-            "classes of early tasks may have been forgotten in part. Scores are not calibrated. What biases the "
-            "pre-training data have, the features have."
+            f"The model is meant for images like those it learned from. It assigns one of the {len(names)} classes to "
+            "every image, whatever the image shows. Its accuracy was measured only on the images named above; it "
+            "differs between classes, and classes of early tasks may have been forgotten in part. Scores are not "
+            "calibrated. The features inherit the biases of the pre-training data."
         ),
-        prose(f"Licence: {backbone['licence']['text']} The terms of the training images apply besides."),
+        prose(f"Licence: {backbone['licence']['text']} The terms of the training images apply as well."),
         "## Check",
-        prose(checked(check, facts["versions"]["exported"])),
+        prose(check_report(check, facts["versions"]["exported"])),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def front_matter(facts: Facts, title: str) -> str:
+    """The YAML block at the top of the card."""
     dataset = facts["protocol"]["dataset"]
     accuracy = {"type": "accuracy", "value": round(facts["summary"]["accuracy_last"], 4)}
-    found = {
+    result = {
         "task": {"type": "image-classification"},
         "dataset": {"name": dataset, "type": dataset},
         "metrics": [accuracy],
@@ -183,32 +184,33 @@ def front_matter(facts: Facts, title: str) -> str:
         "pipeline_tag": "image-classification",
         "license": facts["backbone"]["licence"]["id"],
         "tags": ["image-classification", "class-incremental-learning", "continual-learning", facts["learner"]["title"]],
-        "model-index": [{"name": title, "results": [found]}],
+        "model-index": [{"name": title, "results": [result]}],
     }
     return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---"
 
 
 def usage(facts: Facts) -> list[str]:
-    """How to run it, in code that runs in the artifact's folder."""
+    """Paragraphs on how to use the model, with code that runs in the artifact's folder."""
     kind = facts["format"]
     if kind == "safetensors":
         own = facts["learner"]["entry"].get("class")
         needs = f" The learner's own code must be at `{own}`." if own else ""
         return [
-            prose(f"With cil; the run it came from is not needed.{needs} Or, in a shell: `cil predict . photo.png`"),
+            prose(f"Use it with cil; the original run is not needed.{needs} In a shell: `cil predict . photo.png`"),
             f"```python\n{WITH_CIL}```",
         ]
     imports, run = RUN[kind]
     packages = {"torch.export": "torch, numpy and pillow", "onnx": "onnxruntime, numpy and pillow"}[kind]
     resize = RESIZE.get(facts["preprocessing"]["crop_mode"])
     if resize is None:
-        needs, code = f"With {packages}, and timm for the resizing.", PIXELS_BY_TIMM
+        needs, code = f"It needs {packages}, and timm for the resizing.", PIXELS_BY_TIMM
     else:
-        needs, code = f"With {packages}; neither cil nor timm is needed.", PIXELS.replace("{resize}", resize)
+        needs, code = f"It needs {packages}, but neither cil nor timm.", PIXELS.replace("{resize}", resize)
     return [prose(needs), f"```python\n{code.replace('{imports}', imports)}{run}```"]
 
 
 def training(facts: Facts) -> str:
+    """A paragraph on data, stream and training."""
     learner, protocol, stages = facts["learner"], facts["protocol"], facts["stages"]
     sizes = [len(task) for task in facts["tasks"]]
     what = "domains" if protocol["stream"]["type"] == "domain_incremental" else "tasks"
@@ -219,19 +221,22 @@ def training(facts: Facts) -> str:
         f"Hyper-parameters chosen by: {protocol['chosen_by']}."
     )
     if stages["finished"] < stages["planned"]:
-        text += f" {stages['planned'] - stages['finished']} further {what} of the stream were not learned yet."
+        text += f" {stages['planned'] - stages['finished']} further {what} of the stream have not been learned yet."
     if protocol["precision"] != "fp32":
-        text += f" The run computed in {protocol['precision']}, which its results are of; this model is float32."
+        text += f" The run and its results used {protocol['precision']}; this model is float32."
     if learner["stores_images"]:
-        text += " The learner keeps the images of old tasks, so this is an upper bound, not continual learning."
+        text += " The learner stores the images of old tasks, so this is an upper bound, not a continual learner."
     return text
 
 
 def results(facts: Facts) -> list[str]:
+    """The measures of the run and its curves, as Markdown tables."""
     summary, curves = facts["summary"], facts["curves"]
     rows = [f"| {name} | {percent(summary[key])} |" for key, name in MEASURES]
-    seen, forgotten = curves["accuracy/seen"], curves["forgetting/mean"]
-    stages = [f"| {i} | {percent(a)} | {percent(f)} |" for i, (a, f) in enumerate(zip(seen, forgotten, strict=True), 1)]
+    accuracy, forgetting = curves["accuracy/seen"], curves["forgetting/mean"]
+    stages = [
+        f"| {i} | {percent(a)} | {percent(f)} |" for i, (a, f) in enumerate(zip(accuracy, forgetting, strict=True), 1)
+    ]
     return [
         prose(f"Measured on the {facts['protocol']['tested_on']} images of all tasks so far, without task ids."),
         "\n".join(["| measure | value |", "|---|---|", *rows]),
@@ -239,24 +244,28 @@ def results(facts: Facts) -> list[str]:
     ]
 
 
-def checked(check: Facts, versions: dict[str, str]) -> str:
-    found, batches = check["logits"], " and ".join(map(str, check["batch_sizes"]))
+def check_report(check: Facts, versions: dict[str, str]) -> str:
+    """A paragraph on the differences between the written model and the learner."""
+    logits, batches = check["logits"], " and ".join(map(str, check["batch_sizes"]))
     return (
-        f"Opened again after it was written, the model gave logits that differ from the learner's by at most "
-        f"{found['max_difference']:.1e} in batches of {batches} images: {found['of_largest']:.1e} of the largest and "
-        f"{found['of_spread']:.1e} of their spread (allowed: {check['tolerance']['of_largest']:.0e} and "
+        f"The written model was loaded again. Its logits differ from the learner's by at most "
+        f"{logits['max_difference']:.1e} in batches of {batches} images: {logits['of_largest']:.1e} of the largest and "
+        f"{logits['of_spread']:.1e} of their spread (allowed: {check['tolerance']['of_largest']:.0e} and "
         f"{check['tolerance']['of_spread']:.0e}). Written by cil {versions['cil']} with torch {versions['torch']} and "
         f"timm {versions['timm']}."
     )
 
 
 def percent(value: float | None) -> str:
+    """A fraction in per cent, with one decimal."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def shape(sizes: list[Any]) -> str:
+def bracketed(sizes: list[Any]) -> str:
+    """A shape, e.g. ``[batch, 3, 64, 64]``."""
     return f"[{', '.join(map(str, sizes))}]"
 
 
 def prose(text: str) -> str:
+    """A paragraph, wrapped at 120 characters."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

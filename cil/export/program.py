@@ -1,4 +1,4 @@
-"""A model as a graph of tensor operations, by torch.export, and from there as ONNX."""
+"""Traces a model into a program of torch.export, and converts that to ONNX."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def trace(model: Model, title: str) -> ExportedProgram:
-    """The model as a program of any batch size ≥ 1, holding the tensors it computes with and no others.
+    """The model as a program for any batch size ≥ 1, with only the tensors that it computes with.
 
-    What a classifier solves for is a constant of the program: call the model once before.
+    The solution of a classifier becomes a constant of the program, so the model must have been called once before.
 
     Raises:
-        ExportError: An operation of the learner cannot be traced; the message names it.
+        ExportError: An operation of the learner cannot be traced; the message names its line.
     """
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(
                 model, example(model), dynamic_shapes={INPUT: {0: Dim("batch", min=1)}}, strict=False
             )
-    # torch.export's own errors are RuntimeErrors and ValueErrors; a call that cannot stand a tensor without values is a
-    # TypeError. The model has just run, so all of them are about tracing it
+    # torch.export raises RuntimeErrors and ValueErrors; a call that needs the values of a tensor raises a TypeError.
+    # The model has just run, so each of them is caused by tracing
     except (RuntimeError, ValueError, TypeError) as error:
         raise ExportError(
             f"{title} cannot be traced by torch.export: {where(error)} ({type(error).__name__}: {first_line(error)}); "
@@ -48,18 +48,18 @@ def trace(model: Model, title: str) -> ExportedProgram:
 
 
 def example(model: Model) -> tuple[Tensor]:
-    """Arguments to trace with; two images, since torch takes a size of one for a constant."""
+    """Arguments for tracing: zeros [2, 3, S, S]; two images, because torch treats a size of one as a constant."""
     return (torch.zeros(2, 3, model.transforms.size, model.transforms.size),)
 
 
 def lean(program: ExportedProgram) -> ExportedProgram:
-    """Drop, in place, what predicting does not need: unused weights and statistics, second copies, stack traces."""
+    """Remove, in place, everything prediction does not need: unused weights and statistics, copies, stack traces."""
     graph, signature, state = program.graph, program.graph_signature, program.state_dict
     inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    known: dict[Any, Any] = {}  # a tensor that is reached in two ways (PEFT's tree shares the backbone's) is kept once
-    held = {**state, **program.constants}
+    known: dict[Any, Any] = {}  # a tensor with two names (PEFT's model shares the backbone's) is stored once
+    tensors = {**state, **program.constants}
     for spec in signature.input_specs:
-        tensor = held.get(spec.target or "")
+        tensor = tensors.get(spec.target or "")
         if isinstance(tensor, Tensor):
             key = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
             node = inputs[spec.arg.name]
@@ -73,18 +73,18 @@ def lean(program: ExportedProgram) -> ExportedProgram:
             state.pop(spec.target or "", None)
             program.constants.pop(spec.target or "", None)
     for name, value in program.constants.items():
-        if isinstance(value, Tensor):  # a view would be saved with all it is a view of
+        if isinstance(value, Tensor):  # a view would be saved with its whole base tensor
             program.constants[name] = value.clone(memory_format=torch.contiguous_format)
     for node in graph.nodes:
-        for traced in ("stack_trace", "from_node"):  # they hold paths of this machine
-            node.meta.pop(traced, None)
+        for entry in ("stack_trace", "from_node"):  # they contain paths of this machine
+            node.meta.pop(entry, None)
     program.graph_module.recompile()
     program.example_inputs = None
     return program
 
 
 def save_program(program: ExportedProgram, file: Path) -> dict[str, Any]:
-    """Write ``file`` for ``torch.export.load``; what to record of it.
+    """Write ``file`` for ``torch.export.load``; returns further facts for ``model.json``, none here.
 
     Raises:
         OSError: The disk is full or not writable.
@@ -92,20 +92,21 @@ def save_program(program: ExportedProgram, file: Path) -> dict[str, Any]:
     try:
         with quiet():
             torch.export.save(program, file)
-    except RuntimeError as error:  # torch's zip writer speaks of a full disk this way
+    except RuntimeError as error:  # this is how torch's zip writer reports a full disk
         raise OSError(first_line(error)) from None
     return {}
 
 
 def save_onnx(program: ExportedProgram, file: Path, images: tuple[Tensor], title: str) -> dict[str, Any]:
-    """Write ``file`` as ONNX (above 2 GB with ``<file>.data`` beside it); what to record of it.
+    """Write ``file`` as ONNX, above 2 GB with ``<file>.data`` beside it; returns further facts for ``model.json``.
 
     Raises:
-        ExportError: An operation has no translation; the message names it.
+        ExportError: An operation cannot be translated; the message names it.
+        OSError: The disk is full or not writable.
     """
     try:
         with torch.no_grad(), quiet():
-            found: Any = torch.onnx.export(
+            exported: Any = torch.onnx.export(
                 program, images, dynamo=True, input_names=[INPUT], output_names=list(OUTPUTS), verbose=False
             )
     except torch.onnx.OnnxExporterError as error:
@@ -113,18 +114,18 @@ def save_onnx(program: ExportedProgram, file: Path, images: tuple[Tensor], title
         while inner.__cause__ is not None:
             inner = inner.__cause__
         raise ExportError(
-            f"{title} has no form in ONNX: {first_line(inner)}; --format torch.export and --format safetensors work"
+            f"{title} cannot be written as ONNX: {first_line(inner)}; --format torch.export and safetensors work"
         ) from None
-    found.rename_axes({found.model.graph.inputs[0].shape[0]: "batch"})
-    found.save(file)
-    return {"opset": found.model.opset_imports[""]}
+    exported.rename_axes({exported.model.graph.inputs[0].shape[0]: "batch"})
+    exported.save(file)
+    return {"opset": exported.model.opset_imports[""]}
 
 
 def require_onnx() -> None:
-    """Refuse before the work is done.
+    """Check for the packages of ONNX, before any work is done.
 
     Raises:
-        ExportError: A package is missing.
+        ExportError: A package is missing; the message says how to install it.
     """
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
@@ -133,7 +134,7 @@ def require_onnx() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """torch reports its progress, and on failure the whole graph, by way of prints, warnings and logs."""
+    """Suppress the prints, warnings and logs by which torch reports progress and, after a failure, the whole graph."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -149,7 +150,7 @@ def quiet() -> Iterator[None]:
 
 
 def where(error: BaseException) -> str:
-    """The innermost line outside torch that ``error`` passed through."""
+    """The innermost line outside torch in the traceback of ``error``."""
     torch_itself = str(Path(torch.__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_itself, "<"))]
     frame = frames[-1]
@@ -157,4 +158,5 @@ def where(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "without a message")

@@ -1,4 +1,4 @@
-"""From a run to a checked artifact on disk: written whole, or not at all."""
+"""Writes a run as a verified artifact, atomically."""
 
 from __future__ import annotations
 
@@ -6,47 +6,47 @@ import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cil import results
-from cil.checkpoint import RunFolder, split_state, write_json
 from cil.errors import ExportError, nearest
 from cil.export import program
 from cil.export.artifact import BACKBONE, FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load, sha256
 from cil.export.card import card, licence
-from cil.files import flush
 from cil.prediction import Model, Trained, open_run
-from cil.provenance import versions
+from cil.runner.checkpoint import RunFolder, split_state, write_json
+from cil.runner.provenance import versions
+from cil.utils.files import flush, reporting
 
 BATCHES = (1, 5)
 TOLERANCE = {"of_largest": 1e-4, "of_spread": 1e-2}
-"""Differences allowed, float32 rounding: LDA's logits, say, share a large offset, and so few of their digits differ."""
+"""Allowed differences, from float32 rounding. Relative to the spread more is allowed, because logits such as those of
+LDA share a large offset and differ only in their last digits."""
 
 
 def export(run: str | Path, out: str | Path | None = None, format: str = "safetensors", *, force: bool = False) -> Path:
-    """Write a run's learner, as it was after its last finished stage, as one artifact.
+    """Write the learner of a run, after its last finished stage, as one artifact.
 
-    The artifact is opened again and must give the learner's own logits and features for batches of 1 and 5 images, up
-    to :data:`TOLERANCE`. What was found stands in ``model.json``.
+    The artifact is loaded again, and its logits and features for batches of 1 and 5 images must equal those of the
+    learner up to :data:`TOLERANCE`. ``model.json`` records the differences.
 
     Args:
         run: A run folder.
         out: The folder to write; ``<run>/export-<format>`` by default.
         format: ``safetensors``, ``torch.export`` or ``onnx``.
-        force: Replace an exported model that is already there; another folder is never replaced.
+        force: Replace an existing exported model; any other folder is never replaced.
 
     Returns:
-        The folder.
+        The folder of the artifact.
 
     Raises:
-        ExportError: Unknown format, the target is there, a learner that the format cannot express, logits that differ,
-            or the disk is full; nothing is left behind then.
+        ExportError: The format is unknown, the target exists, the format cannot express the learner, logits differ, or
+            the disk is full. Nothing is left behind in these cases.
         RunError: The run cannot be loaded.
     """
     if format not in FORMATS:
@@ -57,50 +57,50 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
     out = Path(out) if out is not None else run / f"export-{format}"
     require_free(out, force)
     model = open_run(run)
-    header, rows = results.load(run), RunFolder(run).rows()
-    run_facts = results.assemble(header, rows, len(header["tasks"]))
+    header, rows = results.read_run(run), RunFolder(run).rows()
+    run_facts = results.assemble(cast(results.Header, header), rows, len(header["tasks"]))
     temporary = out.parent / f".{out.name}.{os.getpid()}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        expected = answers(model)
-        facts = describe(model, run_facts, format, features=expected[0][1].shape[1])
-        facts |= write_model(model, facts, temporary)
-        facts["files"] = {
-            file.name: {"sha256": sha256(file), "bytes": file.stat().st_size} for file in sorted(temporary.iterdir())
-        }
-        write_json(temporary / FACTS, facts)
-        facts["check"] = compare(expected, answers(load(temporary)), f"learner {header['learner']} as {format}")
-        write_json(temporary / FACTS, facts)
-        (temporary / "README.md").write_text(card(facts), encoding="utf-8")
-        mode = (temporary / "README.md").stat().st_mode
-        for file in temporary.iterdir():
-            file.chmod(mode)  # safetensors lets nobody else read its files
-            flush(file)
-        put(temporary, out)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{out}: cannot be written: {error}") from None
+        with reporting(out, "What was there stays", error=ExportError):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            expected = answers(model)
+            facts = make_facts(model, run_facts, format, features=expected[0][1].shape[1])
+            facts |= write_model(model, facts, temporary)
+            facts["files"] = {
+                file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
+                for file in sorted(temporary.iterdir())
+            }
+            write_json(temporary / FACTS, facts)
+            facts["check"] = compare(expected, answers(load(temporary)), f"learner {header['learner']} as {format}")
+            write_json(temporary / FACTS, facts)
+            (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+            mode = (temporary / "README.md").stat().st_mode
+            for file in temporary.iterdir():
+                file.chmod(mode)  # safetensors writes files that only the owner can read
+                flush(file)
+            put(temporary, out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # there only if something went wrong, which is on its way up
+        shutil.rmtree(temporary, ignore_errors=True)  # it still exists only after an error
     return out
 
 
 def require_free(out: Path, force: bool) -> None:
-    """Refuse a target before any work is done.
+    """Check the target folder before any work is done.
 
     Raises:
-        ExportError: It is there and may not be replaced.
+        ExportError: It exists and may not be replaced.
     """
     if not out.exists():
         return
     if not is_artifact(out):
-        raise ExportError(f"{out}: is there and holds no exported model; give another --out, or remove it")
+        raise ExportError(f"{out}: exists and is not an exported model; give another --out, or delete it")
     if not force:
-        raise ExportError(f"{out}: is there already; give another --out, or --force to replace it")
+        raise ExportError(f"{out}: exists already; give another --out, or --force to replace it")
 
 
 def put(temporary: Path, out: Path) -> None:
-    """Rename into place; what was there is removed only then."""
+    """Rename ``temporary`` to ``out``; an existing ``out`` is deleted only after that."""
     old = out.with_name(f".{out.name}.old.{os.getpid()}")
     if not out.exists():
         temporary.rename(out)
@@ -114,8 +114,15 @@ def put(temporary: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def describe(model: Trained, run: dict[str, Any], format: str, features: int) -> Facts:
-    """Everything a reader or a program must know, but for the files and the check."""
+def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) -> Facts:
+    """The content of ``model.json`` without the keys ``files`` and ``check``.
+
+    Args:
+        model: The model.
+        run: The content of the run's ``metrics.json``.
+        format: A key of :data:`FORMATS`.
+        features: Width F of the features.
+    """
     config, backbone, learner = run["config"], model.backbone, model.learner
     stages, packages = run["stages"], program.ONNX_PACKAGES if format == "onnx" else ()
     return {
@@ -160,7 +167,7 @@ def describe(model: Trained, run: dict[str, Any], format: str, features: int) ->
 
 
 def write_model(model: Trained, facts: Facts, folder: Path) -> Facts:
-    """The model's file in its format; what else to record.
+    """Write the model in its format; returns further facts for ``model.json``.
 
     Raises:
         ExportError: The format cannot express the learner.
@@ -179,37 +186,44 @@ def write_model(model: Trained, facts: Facts, folder: Path) -> Facts:
 
 
 def answers(model: Model) -> list[tuple[Tensor, Tensor]]:
-    """Logits and features of the same images, in batches of every size of :data:`BATCHES`."""
+    """(logits, features) of the same random images, for every batch size of :data:`BATCHES`."""
     generator, size = torch.Generator().manual_seed(0), model.transforms.size
     coarse, fine = (torch.randn(max(BATCHES), 3, side, side, generator=generator) for side in (4, size))
-    # patches of colour under noise: images unlike one another, or all would choose the same prompts
+    # patches of colour with noise, because similar images would all choose the same prompts
     images = F.interpolate(coarse, size=(size, size)) + 0.1 * fine
     with torch.no_grad():
         return [model(images[:count]) for count in BATCHES]
 
 
 def compare(expected: list[tuple[Tensor, Tensor]], found: list[tuple[Tensor, Tensor]], what: str) -> Facts:
-    """The largest differences: absolute, of the largest value, and of how far an image's values lie from their mean.
+    """The largest differences between two models: absolute, relative to the largest value, and relative to the spread.
+
+    The spread is the largest distance of a value from the mean over its image.
+
+    Args:
+        expected: What :func:`answers` returns for the learner.
+        found: What it returns for the written model.
+        what: Name of the written model, for messages.
 
     Raises:
-        ExportError: One is above its tolerance, or a shape or an infinite value differs.
+        ExportError: A difference exceeds its tolerance, or a shape or an infinite value differs.
     """
-    noted: Facts = {"batch_sizes": list(BATCHES), "tolerance": TOLERANCE}
+    report: Facts = {"batch_sizes": list(BATCHES), "tolerance": TOLERANCE}
     for i, name in enumerate(program.OUTPUTS):
         mine, theirs = (torch.cat([pair[i] for pair in side]) for side in (expected, found))
         finite = mine.isfinite()
         if mine.shape != theirs.shape or not torch.equal(mine[~finite], theirs[~finite]):
-            raise ExportError(f"{what} gives {name} of another shape, or infinite ones, where the learner does not")
+            raise ExportError(f"{what} gives {name} of another shape than the learner, or other infinite values")
         absolute = max((mine - theirs)[finite].abs().tolist(), default=0.0)
         known = mine.double().masked_fill(~finite, torch.nan)
-        away = known - known.nanmean(1, keepdim=True)  # what all of an image's scores share decides nothing
+        away = known - known.nanmean(1, keepdim=True)  # an offset of all scores of an image decides nothing
         largest, spread = (float(x.abs().nan_to_num().max()) for x in (known, away))
-        found_of = {"of_largest": absolute / (largest or 1.0), "of_spread": absolute / (spread or largest or 1.0)}
-        if not all(found_of[key] <= TOLERANCE[key] for key in TOLERANCE):
+        relative = {"of_largest": absolute / (largest or 1.0), "of_spread": absolute / (spread or largest or 1.0)}
+        if not all(relative[key] <= TOLERANCE[key] for key in TOLERANCE):
             raise ExportError(
-                f"{what} gives other {name} than the learner: they differ by {found_of['of_largest']:.1e} of the "
-                f"largest and {found_of['of_spread']:.1e} of their spread (allowed: {TOLERANCE['of_largest']:.0e} and "
+                f"{what} gives other {name} than the learner: they differ by {relative['of_largest']:.1e} of the "
+                f"largest and {relative['of_spread']:.1e} of their spread (allowed: {TOLERANCE['of_largest']:.0e} and "
                 f"{TOLERANCE['of_spread']:.0e}); nothing was written. Does it draw random numbers when it predicts?"
             )
-        noted[name] = {"max_difference": absolute, **found_of}
-    return noted
+        report[name] = {"max_difference": absolute, **relative}
+    return report

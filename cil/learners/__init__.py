@@ -1,4 +1,4 @@
-"""One file a method, in the paper's terms; importing a class imports that method only."""
+"""The learners: one file per method, in the terms of its paper. Importing a class imports that method only."""
 
 from __future__ import annotations
 

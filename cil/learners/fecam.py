@@ -1,30 +1,35 @@
-"""FeCAM: Mahalanobis distances to class means."""
+"""FeCAM: Mahalanobis distances to class means, with one covariance per class."""
 
 from __future__ import annotations
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from cil.classifiers import Mahalanobis
-from cil.learners.adapt_once import AdaptOnce
+from cil.learners.bases.first_session import AdaptOnce
 
 
 class FeCAM(AdaptOnce):
     """FeCAM (Goswami et al., arXiv 2309.14062), in the order of the authors' ViT scripts.
 
-    u = f/‖f‖; per class μ_c = mean u_i and Σ_c their covariance; shrink Σ_s = Σ + α₁ v₁ I + α₂ v₂ (1 − I), normalise to
-    correlations Σ̂, and predict argmin_c (u − μ_c)ᵀ Σ̂_c⁻¹ (u − μ_c). Nothing is trained (``tuner`` adds the
-    first-task adaptation another toolbox uses). One forward pass an image; keeps F² + F numbers a class.
+    u = f/‖f‖. Each class has the mean μ_c and the covariance Σ_c of its u_i. Σ_c is shrunk to
+    Σ_s = Σ + α₁ v₁ I + α₂ v₂ (1 − I), v₁ and v₂ the mean variance and the mean covariance, and normalised to
+    correlations Σ̂; the prediction is argmin_c (u − μ_c)ᵀ Σ̂_c⁻¹ (u − μ_c). Nothing is trained (``tuner`` adds the
+    first-task adaptation that another toolbox uses). Keeps F² + F numbers per class. One forward pass per image.
     """
 
     class Config(AdaptOnce.Config):
         shrinkage: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
-            (1.0, 0.0), description="α₁, α₂: weight of the mean variance and of the mean covariance added"
+            (1.0, 0.0), description="shrinkage weights α₁ ≥ 0 of the mean variance and α₂ ≥ 0 of the mean covariance"
         )
-        tukey: PositiveFloat = Field(1.0, description="power applied to features first; 1: none, as for ViTs")
-        normalize: bool = Field(True, description="L2-normalise features first")
-        correlation: bool = Field(True, description="normalise covariances to correlations")
+        tukey: PositiveFloat = Field(
+            1.0, description="exponent > 0 of the power transform of features; 1: none, as for ViTs"
+        )
+        normalize: bool = Field(True, description="whether to L2-normalise features")
+        correlation: bool = Field(True, description="whether to normalise covariances to correlations")
 
     name = "fecam"
+    summary = "Mahalanobis distance to class means, one covariance per class"
+    trains = "nothing, or a tuner on the first task"
     paper = "Goswami et al., FeCAM, NeurIPS 2023, arXiv 2309.14062"
 
     def make_classifier(self) -> Mahalanobis:

@@ -1,8 +1,8 @@
-"""Joint training on everything seen so far: the ceiling."""
+"""Joint training on all images so far: the upper bound."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers.heads import LinearHead
+from cil.features import View
 from cil.learner import Context
 from cil.learners.finetune import Finetune
 from cil.stream import Task, TaskData, concatenate
@@ -18,16 +19,18 @@ from cil.tuning.weights import WeightTuner
 
 
 class Joint(Finetune):
-    """Upper bound: at every stage, fine-tune the pre-trained weights anew on the images of all tasks so far.
+    """Upper bound: at every stage, fine-tune from the pre-trained weights on the images of all tasks so far.
 
-    L = CE(f_θ(x) Wᵀ + b, y) over all seen classes and all their images. Not a continual learner: it keeps every image
-    (``stores_images``). With ``trains: head`` only the head is trained, the joint linear probe.
+    L = CE(f_θ(x) Wᵀ + b, y) over all classes seen and all their images. It is not a continual learner, since it keeps
+    all images (``stores_images``). With ``trains: head`` only the head is trained: the joint linear probe.
     """
 
     class Config(Finetune.Config):
-        trains: Literal["all", "head"] = Field("all", description="all weights, or the head alone")
+        trains: Literal["all", "head"] = Field("all", description="trained parameters: all weights, or the head only")
 
     name = "joint"
+    summary = "retrained on all images so far at every stage: the upper bound"
+    trains = "all weights, or the head"
     stores_images = True
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
@@ -45,10 +48,9 @@ class Joint(Finetune):
 
     @property
     def exemplar_bytes(self) -> int:
-        """All images seen, as uint8 at the backbone's input size."""
+        """Size in bytes of all images seen, as uint8 at the backbone's input size."""
         size = self.backbone.data_config["input_size"]
         return sum(map(len, self.tasks)) * int(np.prod(size)) * torch.uint8.itemsize
 
-    @property
-    def feature_version(self) -> Hashable:
-        return FROZEN if self.config.trains == "head" else self.stages
+    def views(self) -> Mapping[Hashable, View]:
+        return {FROZEN if self.config.trains == "head" else self.stages: self.tuned}

@@ -1,4 +1,4 @@
-"""A linear head trained task after task on frozen features."""
+"""A linear head trained on one task after another, on frozen features."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ from pydantic import Field
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.batches import TensorData
 from cil.classifiers.heads import LinearHead
 from cil.learner import Context, Learner
 from cil.stream import Task
-from cil.training import Group, Recipe, Softmax, cross_entropy, fit
+from cil.training import ParamGroup, Recipe, Softmax, cross_entropy, fit
+from cil.training.batches import TensorData
 
 
 class LinearProbe(Learner):
-    """Sequential linear probe: the eyes are frozen, the head is fine-tuned on every task in turn.
+    """Sequential linear probe: features are frozen; the head is trained on each task in turn.
 
-    L(W, b) = CE(f Wᵀ + b, y) over the current task's features. With ``loss: global`` the cross-entropy runs over all
-    classes seen, and the head forgets although the features cannot: new rows grow while old rows only ever see
-    negatives. With ``loss: local`` it runs over the task's own classes, so old rows are left alone.
-    One forward pass per image; trains F + 1 numbers a class.
+    L(W, b) = CE(f Wᵀ + b, y) over the current task's features. With ``loss: global`` the softmax runs over all classes
+    seen, and the head forgets although the features do not change: old rows only receive negatives. With
+    ``loss: local`` it runs over the task's own classes, so old rows do not change.
+    Trains and keeps F + 1 numbers per class. One forward pass per image.
     """
 
     class Config(Recipe):
-        epochs: int = Field(20, gt=0, description="passes over the task's features")
+        epochs: int = Field(20, gt=0, description="epochs per task, over its features")
         lr: float = Field(0.1, gt=0, description="peak learning rate")
-        loss: Softmax = Field("global", description="classes in the softmax: all seen, or the task's")
+        loss: Softmax = Field("global", description="classes in the softmax: all classes seen, or the task's own")
 
     name = "linear_probe"
+    summary = "linear head on frozen features, trained on each task in turn"
+    trains = "head"
     paper = "baseline"
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
@@ -41,7 +43,7 @@ class LinearProbe(Learner):
     def learn(self, task: Task, ctx: Context) -> None:
         first = task.classes[0] if self.config.loss == "local" else 0
         data = TensorData(*ctx.features(self, task.train))
-        fit(cross_entropy(self.head, self.config, first), [Group(self.head.parameters())], data, self.config, ctx)
+        fit(cross_entropy(self.head, self.config, first), [ParamGroup(self.head.parameters())], data, self.config, ctx)
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head(features)

@@ -1,4 +1,4 @@
-"""LoRanPAC: least squares on randomly projected features, through a continually truncated SVD."""
+"""LoRanPAC: least squares on randomly projected features, by an SVD that is truncated after every update."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 
 from cil.classifiers import TruncatedSVD
 from cil.learner import Context
-from cil.learners.adapt_once import AdaptOnce
+from cil.learners.bases.first_session import AdaptOnce
 from cil.stream import Task
 from cil.tuning import TunerConfig
 
@@ -16,21 +16,26 @@ from cil.tuning import TunerConfig
 class LoRanPAC(AdaptOnce):
     """LoRanPAC (arXiv 2410.00645).
 
-    As RanPAC, h(x) = ReLU(f(x) R) with R ~ N(0, 1) drawn once, but no ridge: the left singular pairs (U, σ) of all h
-    seen are kept and truncated as they grow, M ← M + Σ h(x_i) onehot(y_i)ᵀ, W = U diag(1/σ²) Uᵀ M, and predict
-    argmax_c h(x) · W_c. Constant memory, no strength to choose, and no matrix as wide as the projection is, squared.
-    With a ``tuner`` the first task adapts it as APER does. One forward pass an image.
+    As in RanPAC, h(x) = ReLU(f(x) R) with R ~ N(0, 1) drawn once, but without ridge: the left singular vectors and
+    values (U, σ) of all h so far are kept and truncated after every update, M ← M + Σ h(x_i) onehot(y_i)ᵀ and
+    W = U diag(1/σ²) Uᵀ M; the prediction is argmax_c h(x) · W_c. Memory is constant in the number of tasks, there is no
+    E × E matrix and no ridge strength to choose. With a ``tuner`` it is adapted on the first task, as in APER. One
+    forward pass per image.
     """
 
     class Config(AdaptOnce.Config):
-        tuner: TunerConfig | None = Field(None, description="what is adapted on the first task; null: nothing")
+        tuner: TunerConfig | None = Field(None, description="tuner trained on the first task; null: none")
         projection: PositiveInt = Field(10_000, description="width E of the random projection")
-        truncation: float = Field(0.25, ge=0, lt=1, description="share τ of the singular directions that is cut")
-        rank: PositiveInt | None = Field(2000, description="most singular directions kept; null: no limit")
-        strength: float = Field(0.0, ge=0, description="ridge λ in addition")
-        block: PositiveInt = Field(2000, description="images an update of the decomposition takes at most")
+        truncation: float = Field(
+            0.25, ge=0, lt=1, description="fraction τ in [0, 1) of the singular directions that is removed"
+        )
+        rank: PositiveInt | None = Field(2000, description="largest number of singular directions kept; null: no limit")
+        strength: float = Field(0.0, ge=0, description="ridge strength λ ≥ 0 in addition to the truncation")
+        block: PositiveInt = Field(2000, description="images per update of the decomposition, at most")
 
     name = "loranpac"
+    summary = "least squares on random projections, by a truncated SVD in constant memory"
+    trains = "nothing, or a tuner on the first task"
     paper = "LoRanPAC, ICLR 2025, arXiv 2410.00645"
     classifier: TruncatedSVD
 
@@ -38,16 +43,11 @@ class LoRanPAC(AdaptOnce):
         c = self.config
         return TruncatedSVD(self.backbone.feature_dim, c.projection, c.truncation, c.rank, c.strength, c.block)
 
-    def begin(self, task: Task, ctx: Context) -> None:
-        super().begin(task, ctx)
-        if task.index == 0:
-            self.classifier.draw(ctx.generator)
-
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)
         ctx.log("rank", len(self.classifier.singular_values))
         ctx.log("condition_number", self.classifier.condition_number)
         ctx.log("condition_number_uncut", self.classifier.uncut_condition_number)
         score = self.classifier.leave_one_out_accuracy(*ctx.features(self, task.train))
-        if not math.isnan(score):  # nothing is cut, and W interpolates the task
+        if not math.isnan(score):  # NaN: nothing is truncated, and W interpolates the task
             ctx.log("leave_one_out_accuracy", score)

@@ -1,4 +1,4 @@
-"""Sequential merging: every task is learned from the same pre-trained weights, and the updates become one backbone."""
+"""Sequential merging: each task is trained from the same pre-trained weights, and the updates are merged."""
 
 from __future__ import annotations
 
@@ -15,75 +15,88 @@ from cil.classifiers import LDA, NCM, Classifier, CosineHead, Ridge
 from cil.classifiers.drift import AffineMap, ridge_map, translation
 from cil.features import View
 from cil.learner import Context, Learner
-from cil.learners.mergeable import mergeable
+from cil.learners.bases.merged_space import mergeable
+from cil.learners.bases.new_classes import task_head
 from cil.merging import RuleConfig, build_rule
+from cil.merging.configs import OPCMConfig
 from cil.merging.statistics import Statistics, diagonal_fisher, input_grams
-from cil.merging.table import OPCMConfig
 from cil.stream import Task
-from cil.training import Group, Optimizer, Recipe, fit, local_cross_entropy
+from cil.training import Optimizer, ParamGroup, Recipe, fit, local_cross_entropy
 from cil.tuning import Tuner, TunerConfig
+from cil.tuning.configs import LoraConfig
 from cil.tuning.frozen import replaced_tree
-from cil.tuning.table import LoraConfig
 
 
 class Merge(Learner):
     """Continual model merging (OPCM, arXiv 2501.09522, and its family) with one classifier over all classes.
 
     Task t: θ_t = θ_0 + τ_t is trained from the pre-trained θ_0 on the task's own classes, with a cosine head that is
-    thrown away; a rule of :mod:`cil.merging` folds τ_t into the merged θ^(t); θ_t is discarded. The classifier is in
-    closed form on [φ_0; φ_{θ^(t)}] (``anchor``) or φ_{θ^(t)}. Statistics of old classes were taken under θ^(t−1): a map
-    fitted on the current images, seen under both, carries them along (:mod:`cil.classifiers.drift`); those under θ_0
-    stay exact. Passes per training image: the epochs, and one under each of θ_0, θ^(t−1) and θ^(t).
+    then dropped. A rule of :mod:`cil.merging` merges τ_t into θ^(t), and θ_t is discarded. The classifier is computed
+    in closed form on [φ_0; φ_{θ^(t)}] (with ``anchor``) or on φ_{θ^(t)}. Statistics of old classes under θ_0 stay
+    exact. Those under θ^(t−1) are corrected by a map fitted on the current images' features under θ^(t−1) and θ^(t)
+    (:mod:`cil.classifiers.drift`). Keeps the rule's state and the classifier's statistics. Forward passes per training
+    image: one per epoch, and one under each of θ_0, θ^(t−1) and θ^(t).
 
-    θ are the backbone's weights where the tuner comes to an update of them, else the tuner's own parameters
-    (:mod:`cil.learners.mergeable`). With ``start: merged`` tasks go on from θ^(t−1), the rule seeing θ_t − θ_0 as
-    before: ``ema`` then averages along the way, and with α = 1 this is sequential training. ``trained: first`` is
-    adaptation on the first task alone.
+    θ are the backbone's weights if the tuner updates them, else the tuner's own parameters
+    (:mod:`~cil.learners.bases.merged_space`). With ``start: merged`` each task starts from θ^(t−1), and the rule
+    receives θ_t − θ_0 as before: ``ema`` is then a moving average during training, and with α = 1 it is sequential
+    training. ``trained: first`` is adaptation on the first task only.
     """
 
     class Config(Recipe):
-        rule: RuleConfig = Field(OPCMConfig(), description="how updates are merged")
+        rule: RuleConfig = Field(OPCMConfig(), description="rule that merges the tasks' updates")
         tuner: TunerConfig = Field(
             LoraConfig(rank=16, alpha=16, targets=["qkv", "attn.proj", "fc1", "fc2"]),
-            description="what a task trains; merged are the weights it comes to, or else its own parameters",
+            description="tuner trained per task; its weight update is merged, or its own parameters if it has none",
         )
         start: Literal["pretrained", "merged"] = Field(
-            "pretrained", description="where every task's training starts: at θ_0, or where merging has come to"
+            "pretrained", description="weights at which each task starts: pre-trained (θ_0) or merged (θ^(t−1))"
         )
         trained: Literal["all", "first"] = Field(
-            "all", description="tasks that are trained and merged; first: later ones are classified only"
+            "all", description="tasks that are trained and merged; first: later tasks only update the classifier"
         )
-        optimizer: Optimizer = Field("adamw", description="SGD with momentum, Adam or AdamW")
+        optimizer: Optimizer = Field("adamw", description="optimiser: SGD with momentum, Adam or AdamW")
         lr: float = Field(1e-3, gt=0, description="peak learning rate")
-        head_lr: float = Field(10.0, gt=0, description="factor on it for the head a task is trained with")
-        sigma: float = Field(16.0, gt=0, description="scale of that head's cosine logits at the start")
+        head_lr_factor: float = Field(
+            10.0, gt=0, description="factor on the learning rate for the head a task is trained with"
+        )
+        head_scale: float = Field(
+            16.0, gt=0, description="initial scale σ > 0 of the cosine logits of the head a task is trained with"
+        )
         prototypes: Literal["stale", "translate", "linear"] = Field(
-            "linear", description="old classes' statistics: as they were, shifted, or mapped with a ridge regression"
+            "linear", description="correction of old classes' statistics: none, a translation, or a ridge regression"
         )
-        map_shrinkage: float = Field(0.05, ge=0, description="of that map towards the identity")
-        anchor: bool = Field(True, description="see through the pre-trained weights, too")
+        map_shrinkage: float = Field(
+            0.05, ge=0, description="shrinkage ≥ 0 of the ridge regression towards the identity"
+        )
+        anchor: bool = Field(True, description="whether to add the features of the pre-trained weights")
         head: Literal["ncm", "lda", "ridge", "concat"] = Field(
-            "lda", description="class means, LDA, ridge regression, or the tasks' own heads side by side"
+            "lda",
+            description="classifier: class means, LDA, ridge regression, or the concatenation of the tasks' own heads",
         )
-        shrinkage: float = Field(1e-2, ge=0, le=1, description="of LDA's covariance")
+        shrinkage: float = Field(1e-2, ge=0, le=1, description="shrinkage in [0, 1] of LDA's covariance")
         projection: PositiveInt | None = Field(
-            None, description="width of a random projection before the ridge regression (RanPAC has 10,000); null: none"
+            None, description="width of a random projection before the ridge regression (RanPAC: 10,000); null: none"
         )
-        statistics: PositiveInt = Field(256, description="images a task for rules that need Fisher or Gram matrices")
+        statistics: PositiveInt = Field(256, description="images per task for rules that need Fisher or Gram matrices")
 
         @model_validator(mode="after")
         def _fit_together(self) -> Any:
             if self.head == "concat" and (self.anchor or self.prototypes != "stale"):
-                raise ValueError("head: concat has no statistics to carry; set prototypes: stale and anchor: false")
+                raise ValueError("head: concat has no statistics to correct; set prototypes: stale and anchor: false")
             if self.head == "concat" and self.trained == "first":
-                raise ValueError("head: concat has a head of every task; set trained: all")
+                raise ValueError("head: concat needs a trained head per task; set trained: all")
             if self.projection is not None and self.head != "ridge":
                 raise ValueError(f"projection belongs to head: ridge, not {self.head}; leave it out")
             if self.projection is not None and self.prototypes in ("translate", "linear"):
-                raise ValueError("no map carries what passed the projection's ReLU; set prototypes: stale")
+                raise ValueError(
+                    "projection: statistics after its ReLU cannot be corrected by a map; set prototypes: stale"
+                )
             return self
 
     name = "merge"
+    summary = "one model per task, merged sequentially, classified by LDA"
+    trains = "one tuner per task"
     paper = "Tang et al., Merging Models on the Fly Without Retraining (OPCM), arXiv 2501.09522"
     trains_backbone = True
 
@@ -92,7 +105,7 @@ class Merge(Learner):
         self.models = mergeable(config.tuner, backbone)
         self.rule = self.models.start(build_rule(config.rule))
         self.classifier = self.make_classifier()
-        self._seen_through: tuple[Tuner, ...] = ()  # a tuple, or the tuner would become part of the state
+        self._merged_tuner: tuple[Tuner, ...] = ()  # a tuple keeps the tuner out of the state
 
     def make_classifier(self) -> Classifier:
         """The classifier on :meth:`features`, without statistics."""
@@ -105,40 +118,38 @@ class Merge(Learner):
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
-        if not isinstance(self.classifier, CosineHead):  # whose rows come with their training
+        if not isinstance(self.classifier, CosineHead):  # a head receives its rows after training
             self.classifier.grow(len(task.seen))
         if task.index == 0:
             self.models.draw(ctx.generator)
-            self._seen_through = ()
+            self._merged_tuner = ()
             if isinstance(self.classifier, Ridge):
                 self.classifier.draw(ctx.generator)
 
-    def trains(self, task: Task) -> bool:
-        """Whether the task moves θ; else it is classified as others left it."""
+    def trains_on(self, task: Task) -> bool:
+        """Whether the task is trained and merged; otherwise it only updates the classifier."""
         return task.index == 0 or self.config.trained == "all"
 
     def learn(self, task: Task, ctx: Context) -> None:
-        carries = task.index > 0 and self.trains(task) and self.config.prototypes != "stale"
-        before = ctx.features(self, task.train)[0] if carries else None
-        if self.trains(task):
+        corrects = task.index > 0 and self.trains_on(task) and self.config.prototypes != "stale"
+        before = ctx.features(self, task.train)[0] if corrects else None
+        if self.trains_on(task):
             self.add(*self.train_task(task, ctx), task, ctx)
         if self.config.head == "concat":
             return
         after, labels = ctx.features(self, task.train)
         if before is not None:
-            self.carry(before, after)
+            self.correct_drift(before, after)
         self.classifier.partial_fit(after, labels)
 
     def train_task(self, task: Task, ctx: Context) -> tuple[Tuner, CosineHead]:
-        """θ_t from :meth:`start`, with the task's own classes in the softmax."""
+        """Train θ_t from :meth:`start`, with the task's own classes in the softmax; returns tuner and head."""
         tuner = self.models.tuner(self.start(), ctx.generator)
-        head = CosineHead(self.backbone.feature_dim, self.config.sigma)
-        head.grow(len(task.classes), ctx.generator)
-        head.to(ctx.device)
+        head = task_head(CosineHead(self.backbone.feature_dim, self.config.head_scale), task, ctx)
         loss = local_cross_entropy(lambda images: head(self.backbone(images, tuner)), self.config, task.classes[0])
         fit(
             loss,
-            [Group(tuner.parameters()), Group(head.parameters(), lr=self.config.head_lr)],
+            [ParamGroup(tuner.parameters()), ParamGroup(head.parameters(), lr_factor=self.config.head_lr_factor)],
             task.train,
             self.config,
             ctx,
@@ -146,15 +157,15 @@ class Merge(Learner):
         return tuner, head
 
     def start(self) -> Mapping[str, Tensor]:
-        """Where the next task's training starts, by name."""
+        """The weights at which the next task starts, by name."""
         return self.rule.merged() if self.config.start == "merged" else self.models.initial
 
     def update(self, tuner: Tuner) -> dict[str, Tensor]:
-        """τ_t = θ_t − θ_0 of what a task trained, by name; before it is merged."""
+        """τ_t = θ_t − θ_0 of a trained tuner, by name; before it is merged."""
         return self.models.update(tuner, self.start())
 
     def add(self, tuner: Tuner, head: CosineHead, task: Task, ctx: Context) -> None:
-        """θ^(t) from θ^(t−1) and τ_t, and what else the rule needs to know of the task."""
+        """Merge a task: measure the statistics that the rule needs, compute θ^(t), append the head if it is used."""
         update = self.update(tuner)
         ctx.log("task_vector_norm", math.hypot(*[float(delta.norm()) for delta in update.values()]))
         self.fold(update, self.measure(update, head, task, ctx))
@@ -162,12 +173,12 @@ class Merge(Learner):
             self.classifier.extend(head)
 
     def fold(self, update: Mapping[str, Tensor], stats: Statistics | None) -> None:
-        """θ^(t) from θ^(t−1) and τ_t alone."""
+        """Compute θ^(t) from θ^(t−1) and τ_t."""
         self.rule.add_update(update, stats)
-        self._seen_through = ()
+        self._merged_tuner = ()
 
     def measure(self, update: Mapping[str, Tensor], head: CosineHead, task: Task, ctx: Context) -> Statistics | None:
-        """Fisher information or Gram matrices of θ_t on some of the task's images, where the rule asks for them."""
+        """Fisher information or Gram matrices of θ_t on some of the task's images, if the rule needs them."""
         if self.rule.needs is None:
             return None
         frozen = dict(self.backbone.model.named_parameters())
@@ -178,6 +189,7 @@ class Merge(Learner):
         return Statistics(grams=input_grams(model, images, block=getattr(self.rule, "block", None)))
 
     def some_images(self, task: Task, ctx: Context) -> Iterator[Tensor]:
+        """Batches of ``statistics`` random training images, counted as forward passes."""
         left = self.config.statistics
         for images, _ in task.train.batches(min(64, left), generator=ctx.generator, device=ctx.device):
             images = images[:left]
@@ -187,8 +199,8 @@ class Merge(Learner):
             if left == 0:
                 return
 
-    def carry(self, before: Tensor, after: Tensor) -> None:
-        """Statistics of old classes, from θ^(t−1) to θ^(t), by the current images' features [N, F] under both."""
+    def correct_drift(self, before: Tensor, after: Tensor) -> None:
+        """Map old classes' statistics from θ^(t−1) to θ^(t), given the current images' features [N, F] under both."""
         width = self.backbone.feature_dim
         if not isinstance(self.classifier, NCM | LDA | Ridge):
             return  # heads have no statistics
@@ -203,22 +215,15 @@ class Merge(Learner):
 
     def merged(self, images: Tensor) -> Tensor:
         """φ_{θ^(t)}(x), [B, F]."""
-        if not self._seen_through:
-            self._seen_through = (self.models.given(self.rule.merged()),)
-        return self.backbone(images, *self._seen_through)
+        if not self._merged_tuner:
+            self._merged_tuner = (self.models.tuner_at(self.rule.merged()),)
+        return self.backbone(images, *self._merged_tuner)
 
     def views(self) -> Mapping[Hashable, View]:
-        merged: dict[Hashable, View] = {("merged", int(self.rule.count)): self.merged}
+        # the count is the value of a tensor, which a program must not read while it is exported
+        count = "any" if torch.compiler.is_exporting() else int(self.rule.count)
+        merged: dict[Hashable, View] = {("merged", count): self.merged}
         return {FROZEN: self.backbone, **merged} if self.config.anchor else merged
-
-    def features(self, images: Tensor) -> Tensor:
-        # not through views(): the count in their names is a value, and an exported program may not look at values
-        merged = self.merged(images)
-        return torch.cat([self.backbone(images), merged], dim=1) if self.config.anchor else merged
 
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier.logits(features)
-
-    @property
-    def feature_version(self) -> Hashable:
-        return int(self.rule.count)

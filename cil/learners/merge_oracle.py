@@ -1,4 +1,4 @@
-"""What merging could reach if statistics never grew old: an upper bound that keeps all images."""
+"""Upper bound for merging: class statistics are recomputed from all images after each merge."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from cil.stream import Task, TaskData
 
 
 class MergeOracle(Merge):
-    """Merging with the statistics of all classes taken anew under every θ^(t), from the images of all tasks.
+    """Merging with the statistics of all classes recomputed under every θ^(t), from the images of all tasks.
 
-    Tasks are trained and merged as by ``merge``, to the bit; only the classifier's statistics differ. Its accuracy less
-    that of ``merge`` is the price of drift that no map made up for. Not a continual learner (``stores_images``).
+    Tasks are trained and merged as in ``merge``, bit for bit; only the classifier's statistics differ. The difference
+    of the two accuracies is the cost of the drift that the map of ``merge`` does not correct. It is not a continual
+    learner, since it keeps all images (``stores_images``).
     """
 
     class Config(Merge.Config):
-        prototypes: Literal["oracle"] = Field("oracle", description="statistics from all images so far")  # type: ignore[assignment]
-        head: Literal["ncm", "lda", "ridge"] = Field("lda", description="class means, LDA or ridge regression")
+        prototypes: Literal["oracle"] = Field(
+            "oracle", description="always oracle: statistics are computed from all images so far"
+        )  # type: ignore[assignment]
+        head: Literal["ncm", "lda", "ridge"] = Field(
+            "lda", description="classifier: class means, LDA or ridge regression"
+        )
 
     name = "merge_oracle"
+    summary = "merging, with class statistics recomputed from old images: an upper bound"
+    trains = "one tuner per task"
     stores_images = True
     exemplar_bytes = Joint.exemplar_bytes
 
@@ -37,7 +44,7 @@ class MergeOracle(Merge):
         self.tasks.append(task.train)
 
     def learn(self, task: Task, ctx: Context) -> None:
-        if self.trains(task):
+        if self.trains_on(task):
             self.add(*self.train_task(task, ctx), task, ctx)
         self.classifier = self.make_classifier().to(ctx.device)
         for data in self.tasks:

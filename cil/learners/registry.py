@@ -1,5 +1,7 @@
-"""From what a configuration writes to a learner class: a name, ``pkg.module:Class``, ``path/file.py:Class``, or an
-entry point of the group ``cil.learners``. Imports nothing heavy until a class is asked for."""
+"""Finds the learner class for a name, ``pkg.module:Class``, ``path/file.py:Class`` or an entry point ``cil.learners``.
+
+A method's module is imported when its class is needed, so listing the names is fast.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import importlib
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from cil.config import LearnerEntry, named
-from cil.configfile import validated
+from cil.config import LearnerEntry, as_section
+from cil.config.plugins import load_object
+from cil.config.reading import validated
 from cil.errors import PluginError, nearest
-from cil.plugins import load
 
 if TYPE_CHECKING:
     from cil.backbone import Backbone
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 BUILTIN = {
     "ncm": "cil.learners.ncm:NCMLearner",
-    "finetune": "cil.learners.finetune:Finetune",
     "linear_probe": "cil.learners.linear_probe:LinearProbe",
+    "finetune": "cil.learners.finetune:Finetune",
     "joint": "cil.learners.joint:Joint",
     "aper": "cil.learners.aper:APER",
     "ranpac": "cil.learners.ranpac:RanPAC",
@@ -30,28 +32,29 @@ BUILTIN = {
     "tuna": "cil.learners.tuna:TUNA",
     "mos": "cil.learners.mos:MOS",
     "slca": "cil.learners.slca:SLCA",
-    "lae": "cil.learners.lae:LAE",
+    "ssiat": "cil.learners.ssiat:SSIAT",
+    "rsiat": "cil.learners.rsiat:RSIAT",
     "l2p": "cil.learners.l2p:L2P",
     "dualprompt": "cil.learners.dualprompt:DualPrompt",
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
+    "lae": "cil.learners.lae:LAE",
+    "l2_sp": "cil.learners.l2_sp:L2SP",
+    "avalanche": "cil.avalanche.learner:AvalancheLearner",
+    "avalanche_replay": "cil.avalanche.learner:AvalancheReplay",
     "merge": "cil.learners.merge:Merge",
     "merge_lca": "cil.learners.merge_lca:MergeLCA",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
-    "avalanche": "cil.learners.avalanche:AvalancheLearner",
-    "avalanche_replay": "cil.learners.avalanche:AvalancheReplay",
-    "l2_sp": "cil.learners.l2_sp:L2SP",
-    "ssiat": "cil.learners.ssiat:SSIAT",
-    "rsiat": "cil.learners.rsiat:RSIAT",
 }
+"""Place of every built-in learner's class, by name; lists and tables have this order."""
 
 
 def installed() -> dict[str, EntryPoint]:
-    """Learners that other installed packages offer, by name."""
+    """Learners of other installed packages (entry points), by name."""
     return {entry.name: entry for entry in entry_points(group="cil.learners")}
 
 
 def resolve(spec: str) -> type[Learner]:
-    """The learner class a specification names.
+    """The learner class for a specification.
 
     Raises:
         PluginError: Unknown name, missing file or module, no such class in it, or not a :class:`Learner`.
@@ -60,11 +63,11 @@ def resolve(spec: str) -> type[Learner]:
         module, _, attribute = BUILTIN[spec].partition(":")
         return getattr(importlib.import_module(module), attribute)
     if ":" in spec:
-        found = load(spec, "learner")
+        cls = load_object(spec, "learner")
     elif spec in installed():
         try:
-            found = installed()[spec].load()
-        except Exception as error:  # somebody else's package may fail in any way while it is imported
+            cls = installed()[spec].load()
+        except Exception as error:  # importing another package may fail in any way
             raise PluginError(
                 f"learner {spec!r} (entry point {installed()[spec].value}): {type(error).__name__}: {error}"
             ) from error
@@ -75,9 +78,9 @@ def resolve(spec: str) -> type[Learner]:
         )
     from cil.learner import Learner
 
-    if not (isinstance(found, type) and issubclass(found, Learner)):
-        raise PluginError(f"learner {spec!r} is {found!r}; it must be a subclass of cil.Learner")
-    return found
+    if not (isinstance(cls, type) and issubclass(cls, Learner)):
+        raise PluginError(f"learner {spec!r} is {cls!r}; it must be a subclass of cil.Learner")
+    return cls
 
 
 def configure(entry: LearnerEntry) -> tuple[type[Learner], LearnerConfig]:
@@ -91,11 +94,24 @@ def configure(entry: LearnerEntry) -> tuple[type[Learner], LearnerConfig]:
     return cls, validated(cls.Config, entry.parameters, prefix=f"learner {entry.title}: ")
 
 
+def instantiate(cls: type[Learner], parameters: LearnerConfig, backbone: Backbone) -> Learner:
+    """A fresh learner of a class that was configured by :func:`configure`.
+
+    The global random state is isolated from it: a learner that forgets to use its generator still starts from the
+    same weights every time, and the learner checks find the mistake.
+    """
+    from cil.utils.randomness import isolated
+
+    with isolated(0):
+        return cls(parameters, backbone)
+
+
 def build_learner(config: LearnerEntry | str | dict[str, Any], backbone: Backbone) -> Learner:
-    """A fresh learner on a backbone, for use without the runner.
+    """A new learner on a backbone, for use without the runner.
 
     Args:
-        config: As in a configuration: ``"ranpac"``, ``"mine.py:Mine"``, ``{"name": "ranpac", "projection": 2000}``.
+        config: Learner as in a configuration: ``"ranpac"``, ``"mine.py:Mine"``,
+            ``{"name": "ranpac", "projection": 2000}``.
         backbone: The frozen backbone.
 
     Raises:
@@ -103,5 +119,5 @@ def build_learner(config: LearnerEntry | str | dict[str, Any], backbone: Backbon
         ConfigError: A hyper-parameter is unknown, of the wrong type or out of range.
         BackboneError: The learner does not fit the backbone.
     """
-    cls, parameters = configure(validated(LearnerEntry, named(config)))
-    return cls(parameters, backbone)
+    cls, parameters = configure(validated(LearnerEntry, as_section(config)))
+    return instantiate(cls, parameters, backbone)

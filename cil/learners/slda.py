@@ -1,4 +1,4 @@
-"""SLDA: linear discriminant analysis, class means and one covariance updated task after task."""
+"""SLDA: linear discriminant analysis with class means and one covariance that are updated with each task."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from typing import Literal
 from pydantic import Field
 
 from cil.classifiers import LDA
-from cil.learners.adapt_once import AdaptOnce
+from cil.learners.bases.first_session import AdaptOnce
 
 
 class SLDA(AdaptOnce):
-    """Deep SLDA (Hayes and Kanan, arXiv 1909.01520), in its batch form.
+    """Deep SLDA (Hayes and Kanan, arXiv 1909.01520) in batch form.
 
-    logit_c = fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c with class means μ_c and one within-class covariance Σ of all classes,
-    shrunk to (1 − s) Σ + s · tr(Σ)/F · I. All are sums over images, so the order of tasks does not matter while nothing
-    is trained (``tuner`` adapts the backbone on the first task, as APER does). The paper's running covariance over a
-    stream of single images approximates this Σ and depends on their order. One forward pass an image; keeps F² numbers,
-    and F a class. It is the classifier of ``merge``, and so what merging has to beat.
+    logit_c = fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c, with class means μ_c and one within-class covariance Σ of all classes,
+    shrunk to (1 − s) Σ + s · tr(Σ)/F · I. All statistics are sums over images, so the order of tasks has no effect if
+    nothing is trained (a ``tuner`` is trained on the first task, as in APER). The paper's running covariance over a
+    stream of single images approximates this Σ and depends on their order. Keeps F² numbers, and F + 1 per class. One
+    forward pass per image. ``merge`` uses the same classifier, so SLDA is its baseline without training.
     """
 
     class Config(AdaptOnce.Config):
-        shrinkage: float = Field(1e-4, ge=0, le=1, description="s: the published 10⁻⁴; more for few images")
-        priors: Literal["uniform", "counts"] = Field("uniform", description="π_c: all alike, or as frequent as seen")
+        shrinkage: float = Field(
+            1e-4,
+            ge=0,
+            le=1,
+            description="shrinkage s in [0, 1] of the covariance; published: 10⁻⁴, larger for few images",
+        )
+        priors: Literal["uniform", "counts"] = Field(
+            "uniform", description="class priors π_c: equal, or the class frequencies so far"
+        )
 
     name = "slda"
+    summary = "linear discriminant analysis, one covariance for all classes"
+    trains = "nothing, or a tuner on the first task"
     paper = "Hayes and Kanan, Lifelong Machine Learning with Deep Streaming LDA, CVPR-W 2020, arXiv 1909.01520"
 
     def make_classifier(self) -> LDA:

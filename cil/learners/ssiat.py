@@ -1,90 +1,93 @@
-"""SSIAT: one adapter trained through all tasks, old Gaussians carried along, one head aligned on them."""
+"""SSIAT: one adapter trained through all tasks, Gaussians corrected for feature drift, a head aligned on them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers import CosineHead, Gaussians, mean_scales
+from cil.classifiers import CosineHead, Gaussians
 from cil.classifiers.drift import local_shifts
-from cil.learner import Context, Learner
-from cil.learners.aligning import AlignedRecipe, align, softmax_of
+from cil.features import View
+from cil.learner import Context
+from cil.learners.bases.alignment import AlignedRecipe, align, mean_scales, softmax_of
+from cil.learners.bases.new_classes import TaskOfClass, task_head
+from cil.learners.bases.sequential import SequentialTuning
 from cil.stream import Task
-from cil.training import Group, Loss, Recipe, cosface, fit
-from cil.tuning import TunerConfig, build_tuner
-from cil.tuning.table import AdapterConfig
+from cil.training import Loss, ParamGroup, Recipe, cosface, fit
+from cil.tuning import Tuner, TunerConfig, build_tuner
+from cil.tuning.configs import AdapterConfig
 
 
-class SSIAT(Learner):
+class SSIAT(TaskOfClass, SequentialTuning):
     """SSIAT: semantic shift and incremental adapter tuning (Tan et al., arXiv 2403.19979), with any tuner.
 
-    Training: one tuner goes on from task to task, with new rows of a cosine head under CosFace over the task's own
-    classes; old rows are frozen. Drift: the means of old classes move as the current images near them moved from before
-    the training to after it; their covariances stay. Then one Gaussian per new class. Alignment, from the second task
-    on: all rows are re-balanced on vectors drawn from all Gaussians, older means shrunk more, and training goes on from
-    the rows it ends with. One pass an image at test, whatever the number of tasks.
+    Training: one tuner is trained further on every task, with new rows of a cosine head, by CosFace over the task's own
+    classes; old rows are frozen. Drift: the mean of an old class is shifted by the mean drift of the current images
+    near it, from before to after the training; its covariance does not change. Then one Gaussian per new class is
+    estimated. Alignment, from the second task on: all rows are trained on vectors sampled from all Gaussians, with
+    older means scaled down more; the next task starts from these rows. Keeps the tuner, the head and one Gaussian per
+    class. One pass per image at test, for any number of tasks.
     """
 
     class Config(AlignedRecipe):
-        tuner: TunerConfig = Field(AdapterConfig(), description="what is trained through all tasks")
-        first_epochs: PositiveInt = Field(20, description="passes over the first task")
-        epochs: int = Field(10, gt=0, description="passes over each later task")
-        train_batch_size: int = Field(48, gt=0, description="images an optimiser step")
+        tuner: TunerConfig = Field(AdapterConfig(), description="tuner trained through all tasks")
+        first_epochs: PositiveInt = Field(20, description="epochs on the first task")
+        epochs: int = Field(10, gt=0, description="epochs per task after the first")
+        train_batch_size: int = Field(48, gt=0, description="images per optimiser step")
         weight_decay: float = Field(2e-4, ge=0, description="L2 penalty, in training and alignment")
-        scale: float = Field(20.0, gt=0, description="s, factor of the cosines in every softmax")
-        margin: float = Field(0.1, ge=0, lt=2, description="m of CosFace: the cosine by which the true class must win")
-        sigma: float | None = Field(
-            4.0, gt=0, description="width of the neighbourhood whose drift a mean follows; null: means stay"
+        scale: float = Field(20.0, gt=0, description="factor s > 0 on the cosines in every softmax")
+        margin: float = Field(0.1, ge=0, lt=2, description="margin m of CosFace, a cosine in [0, 2)")
+        drift_bandwidth: float | None = Field(
+            4.0,
+            gt=0,
+            description="standard deviation σ > 0, in units of the features, of the Gaussian kernel that weights the "
+            "images around a class mean in its drift; null: means are not corrected",
         )
-        ridge: float = Field(1e-3, gt=0, description="added to every variance of the Gaussians")
+        ridge: float = Field(1e-3, gt=0, description="constant > 0 added to each variance of the Gaussians")
 
     name = "ssiat"
+    summary = "head re-trained on class Gaussians that are corrected for feature drift"
+    trains = "one tuner, head"
     paper = (
         "Tan et al., Semantically-Shifted Incremental Adapter-Tuning is A Continual ViTransformer, CVPR 2024, "
         "arXiv 2403.19979"
     )
-    needs_new_classes = True
 
-    task_of: Tensor
+    tuner: Tuner
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.tuner = build_tuner(config.tuner, backbone)
         self.head = CosineHead(backbone.feature_dim, config.scale)
-        self.head.sigma.requires_grad_(False)  # it is s
+        self.head.sigma.requires_grad_(False)  # it stays at s
         self.gaussians = Gaussians(backbone.feature_dim, config.ridge)
-        self.register_buffer("task_of", torch.zeros(0, dtype=torch.int64))
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
         if task.index == 0:
             self.tuner.reset(ctx.generator)
-        self.task_of = torch.cat([self.task_of, self.task_of.new_full((len(task.classes),), task.index)])
 
     def learn(self, task: Task, ctx: Context) -> None:
-        follows = task.index > 0 and self.config.sigma is not None
-        before = ctx.features(self, task.train)[0] if follows else None
+        corrects = task.index > 0 and self.config.drift_bandwidth is not None
+        before = ctx.features(self, task.train)[0] if corrects else None
         self.head.extend(self.train_rows(task, ctx))
         after, labels = ctx.features(self, task.train)
         if before is not None:
-            self.carry(before, after, ctx)
+            self.correct_drift(before, after, ctx)
         self.gaussians.partial_fit(after, labels)
         if task.index and self.config.alignment_epochs:
             self.align(ctx)
 
     def train_rows(self, task: Task, ctx: Context) -> CosineHead:
-        """The tuner and the task's own rows, the softmax over the task's classes only."""
+        """Train the tuner and the task's new rows, with the task's own classes in the softmax; returns the rows."""
         config, first = self.config, task.classes[0]
-        rows = CosineHead(self.backbone.feature_dim)
-        rows.grow(len(task.classes), ctx.generator)
-        rows.to(ctx.device)
-        fitted = cosface(
+        rows = task_head(CosineHead(self.backbone.feature_dim), task, ctx)
+        cosface_loss = cosface(
             lambda features: F.pad(rows(features), (first, 0), value=-math.inf),
             config,
             first,
@@ -92,30 +95,27 @@ class SSIAT(Learner):
             config.margin,
         )
         recipe = config if task.index else config.model_copy(update={"epochs": config.first_epochs})
-        self.train_on(task, fitted, [Group([*self.tuner.parameters(), rows.weight])], recipe, ctx)
+        self.train_on(task, cosface_loss, [ParamGroup([*self.tuner.parameters(), rows.weight])], recipe, ctx)
         return rows
 
-    def train_on(self, task: Task, fitted: Loss, groups: list[Group], recipe: Recipe, ctx: Context) -> None:
-        """Minimise ``fitted``, a loss of (features, labels), over the task."""
-        fit(lambda images, labels: fitted(self.features(images), labels), groups, task.train, recipe, ctx)
+    def train_on(self, task: Task, cosface_loss: Loss, groups: list[ParamGroup], recipe: Recipe, ctx: Context) -> None:
+        """Minimise ``cosface_loss``, a loss of (features, labels), over the task."""
+        fit(lambda images, labels: cosface_loss(self.tuned(images), labels), groups, task.train, recipe, ctx)
 
-    def carry(self, before: Tensor, after: Tensor, ctx: Context) -> None:
-        """Means of old classes, to where the task's images say they have gone; features [N, F] of these twice."""
-        shifts = local_shifts(self.gaussians.means, before, after, self.config.sigma)
+    def correct_drift(self, before: Tensor, after: Tensor, ctx: Context) -> None:
+        """Shift old classes' means by the drift of the task's images, given their features [N, F] before and after."""
+        shifts = local_shifts(self.gaussians.means, before, after, self.config.drift_bandwidth)
         ctx.log("mean_drift", float(shifts.norm(dim=1).mean()))
         self.gaussians.translate(shifts)
 
     def align(self, ctx: Context) -> None:
-        """CE(s · cos(z, W), y) on vectors from all Gaussians, over all rows."""
+        """Minimise CE(s · cos(z, W), y) over all rows, on vectors from all Gaussians."""
         scales = mean_scales(self.task_of)
-        align(softmax_of(self.head), Group([self.head.weight]), self.gaussians, scales, self.config, ctx)
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.backbone(images, self.tuner)
+        align(softmax_of(self.head), ParamGroup([self.head.weight]), self.gaussians, scales, self.config, ctx)
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head.logits(features)
 
-    @property
-    def feature_version(self) -> Hashable:
-        return self.head.num_classes  # rows arrive with the training that moved the tuner, in the middle of a stage
+    def views(self) -> Mapping[Hashable, View]:
+        # not by stage: within a stage features are needed before and after training, which adds rows to the head
+        return {self.head.num_classes: self.tuned}

@@ -1,6 +1,6 @@
-"""Models fine-tuned one after the other become one model, in constant memory. State dicts in, a state dict out.
+"""Merging rules: models that were fine-tuned one after the other become one model, in constant memory.
 
-::
+State dicts go in, a state dict comes out::
 
     from cil.merging import OPCM
 
@@ -9,44 +9,28 @@
         rule.add(finetuned)
     model.load_state_dict(rule.merged())
 
-=================== ============================================= ============ =============== ==================
-rule                what                                          order-free   state           needs
-=================== ============================================= ============ =============== ==================
-average             running mean                                  yes          P
-wise_ft             interpolation with each new model             no           P
-ema                 the same, but the first model as it is        no           P
-task_arithmetic     scaled sum of updates                         yes          P
-ties                trim, elect a sign, merge                     yes          2 P (others 4)
-continual_ties      TIES of merged and new, as published          no           P
-magmax              largest change of every weight                yes, but ties P
-dare, dare_ties     random drop, then a sum or TIES               no (masks)   P, 2 P
-fisher              weighted by Fisher information                yes          2 P             Fisher
-regmean             least squares on layer outputs                yes          P + Grams, f64  Gram matrices
-gram_merge          RegMean, depth slope, capped norm             yes          P + Grams, f64  Gram matrices
-iso_c               mean update, equal singular values            yes          P
-nufilt              updates where old ones do not act             no           P
-opcm                projected sum at the mean norm                no           P
-=================== ============================================= ============ =============== ==================
+``cil list rules`` lists the rules. What a rule needs and keeps, and whether the order of the tasks matters, are
+attributes of its class: ``needs``, ``state_size``, ``order_free``.
 
-P is the number of merged weights, in the computing dtype. All rules walk over tensors one by one, so ``cil merge``
-holds one tensor of base, task and state at a time, and what the rule makes of it: O(largest tensor) of memory for every
-rule, where "tensor" includes a layer's Gram matrix for the two that have one. Finalisers (:class:`NormMatching`,
-:class:`LiNeS`) act on the merged update at read-out and are never part of the state.
+All rules process tensors one by one, so ``cil merge`` holds one tensor of base, task and state at a time, plus
+intermediate results. Memory is therefore O(largest tensor) for every rule, where "tensor" includes a layer's Gram
+matrix for the two rules that need one. Finalisers (:class:`NormMatching`, :class:`LiNeS`) act on the merged update
+whenever it is read, and are never part of the state.
 """
 
 from cil.merging.base import Rule
+from cil.merging.configs import RuleConfig, build_rule
 from cil.merging.dare import DARE, DareTIES
 from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
 from cil.merging.fisher import Fisher
+from cil.merging.iso_c import IsoC
 from cil.merging.layout import HEADS, Entry, Layout, layout
 from cil.merging.linear import EMA, Average, TaskArithmetic, WiseFT
 from cil.merging.magmax import MagMax
 from cil.merging.nufilt import NUFILT
 from cil.merging.opcm import OPCM
 from cil.merging.regmean import GramMerge, RegMean
-from cil.merging.spectral import IsoC
 from cil.merging.store import Store
-from cil.merging.table import RuleConfig, build_rule
 from cil.merging.ties import TIES, ContinualTIES
 
 __all__ = [

@@ -1,14 +1,14 @@
-"""What every merging rule shares: checked input, a state of constant size, one tensor at a time.
+"""The base of all merging rules: checked input, a state of constant size, one tensor at a time.
 
-A rule is an accumulator. :meth:`Rule.add` takes one fine-tuned state dict and folds its task vector τ_t = θ_t − θ_0
-into the state; :meth:`Rule.merged` reads the merged model out. Neither ever needs an earlier task again. Both walk over
-the tensors one by one and hold one of them at a time, so with a mapping that reads lazily and a store on disk the same
-code merges models that do not fit into memory (:mod:`cil.merging.stream`).
+A rule is an accumulator. :meth:`Rule.add` takes one fine-tuned state dict and adds its task vector τ_t = θ_t − θ_0 to
+the state; :meth:`Rule.merged` computes the merged model. Neither ever needs an earlier task again. Both process the
+tensors one by one, so with a mapping that reads lazily and a store on disk the same code merges models that do not fit
+into memory (:mod:`cil.merging.on_disk`).
 
-A new rule says what it keeps of a tensor (:meth:`Rule.slots`), how a task changes it (:meth:`Rule.update`) and what the
-merged update of that tensor is (:meth:`Rule.read`). What it needs to know of a task as a whole before the first tensor
-(its norm, a threshold) comes from :meth:`Rule.measure`, and what it needs to know of its whole state before the first
-tensor is read from :meth:`Rule.survey`.
+A new rule defines what it keeps per tensor (:meth:`Rule.state_spec`), how a task changes it (:meth:`Rule.update`) and
+how the merged update of the tensor follows from it (:meth:`Rule.read`). Numbers for the task as a whole that are needed
+before its first tensor (its norm, a threshold) come from :meth:`Rule.measure`; the number for the whole state that is
+needed before the first tensor is read comes from :meth:`Rule.global_statistic`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from cil.errors import BackboneError, ConfigError, DataError, nearest
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import HEADS, Entry, Layout, check_names, layout, source
 from cil.merging.numerics import norm
-from cil.merging.store import Buffers, Slots, State, Store
-from cil.precision import exact
+from cil.merging.store import Buffers, State, StateSpec, Store
+from cil.utils.precision import exact
 
 R = TypeVar("R", bound="Rule")
-Task = dict[str, float]
-"""What is known of a task as a whole; ``norm`` always, more by :meth:`Rule.measure`."""
+TaskNorms = dict[str, float]
+"""Numbers for a task as a whole: its ``norm``, and those of :meth:`Rule.measure`."""
 Updates = Callable[[], Iterator[tuple[Entry, Tensor]]]
-"""A pass over a task's vector, one tensor at a time; can be called as often as needed."""
+"""Iterates over a task's vector, one tensor at a time; it can be called as often as needed."""
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wraps an iterable in a progress bar: (iterable, description, length) → iterable."""
 
 
 class TaskStatistics(Protocol):
-    """Statistics of one task, per weight name; :class:`cil.merging.statistics.Statistics` has them."""
+    """Statistics of one task by name of the weight, e.g. a :class:`cil.merging.statistics.Statistics`."""
 
     @property
     def fisher(self) -> Mapping[str, Tensor]: ...
@@ -48,33 +48,41 @@ class TaskStatistics(Protocol):
 
 
 class Rule(nn.Module, ABC):
-    """State dicts in, a merged state dict out::
+    """Merges state dicts into one::
 
         rule = OPCM(alpha=0.5).start(pretrained)
         for finetuned in tasks:
             rule.add(finetuned)
         model.load_state_dict(rule.merged())
 
-    Everything a rule knows is a buffer: ``state_dict()`` goes on in a fresh rule after ``start`` with the same
-    pre-trained weights (which are not part of it), its size does not depend on the number of tasks, and inside a
-    learner it is saved with the learner. Computed in float32, in float64 if the pre-trained weights are; half
-    precision is widened first. Norms are float64. On the device the buffers are on.
+    All of a rule's state is in buffers, so ``state_dict()`` can be loaded into a new rule after ``start`` with the same
+    pre-trained weights (which are not part of it). Its size does not depend on the number of tasks, and inside a
+    learner it is saved with the learner. A rule computes in float32, or in float64 if the pre-trained weights are
+    float64; half precision is widened first. Norms are float64. All computation is on the device of the buffers.
 
     Args:
-        finalisers: Applied in this order at every read-out, before those given to :meth:`merged`.
+        finalisers: Finalisers that are applied, in this order, whenever the merged update is read, before those passed
+            to :meth:`merged`.
 
     Buffers:
-        count: int64, tasks so far. norm\\_sum: float64, Σ ‖τ_t‖₂ over all merged tensors. Slots of every merged tensor.
+        count: int64, number of tasks so far. norm\\_sum: float64, Σ_t ‖τ_t‖₂, each over all merged tensors. The state
+            of every merged tensor.
     """
 
+    summary: ClassVar[str] = ""
+    """What the rule does, in a phrase for lists."""
+    paper: ClassVar[str] = ""
+    """Where the rule comes from."""
+    state_size: ClassVar[str] = "P"
+    """What is kept, in words: P is one number per merged weight, in the computing dtype."""
     needs: ClassVar[Literal["fisher", "grams"] | None] = None
-    """Statistics of every task that :meth:`add` must be given."""
+    """Statistics of every task that :meth:`add` requires."""
     order_free: ClassVar[bool] = True
     """Whether the order of the tasks does not matter (up to rounding)."""
     matrices: ClassVar[bool] = False
-    """Whether it does something of its own to the weights of linear maps only; without any it is a mean or a sum."""
-    surveys: ClassVar[bool] = False
-    """Whether :meth:`read` needs the sum of :meth:`survey` over all entries."""
+    """Whether the rule treats the matrices of linear layers specially; without any it reduces to a mean or a sum."""
+    needs_global_statistic: ClassVar[bool] = False
+    """Whether :meth:`read` needs the sum of :meth:`global_statistic` over all entries."""
 
     count: Tensor
     norm_sum: Tensor
@@ -87,38 +95,42 @@ class Rule(nn.Module, ABC):
             self.register_buffer("norm_sum", torch.zeros((), dtype=torch.float64))
         self._layout: Layout | None = None
         self._pretrained: Mapping[str, Tensor] = {}
-        self._store: Store = Buffers(self, self.slots)
+        self._store: Store = Buffers(self, self.state_spec)
 
-    # --- what a rule says of itself ---------------------------------------------------------------------------------
-
-    @abstractmethod
-    def slots(self, entry: Entry) -> Slots:
-        """What is kept of a tensor: slot → shape and dtype. All start at zero."""
+    # --- what a rule defines ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def update(self, entry: Entry, state: State, tau: Tensor, task: Task, stats: TaskStatistics | None) -> State:
-        """The state of a tensor after one more task with update τ; ``count`` is still that of the tasks before."""
+    def state_spec(self, entry: Entry) -> StateSpec:
+        """Return the state of a tensor as slot → shape and dtype. All slots start at zero."""
 
     @abstractmethod
-    def read(self, entry: Entry, state: State, surveyed: float) -> Tensor:
-        """The merged update of a tensor, before finalisers."""
+    def update(self, entry: Entry, state: State, tau: Tensor, task: TaskNorms, stats: TaskStatistics | None) -> State:
+        """Return the state of a tensor after one more task with update τ; ``count`` does not include that task yet."""
+
+    @abstractmethod
+    def read(self, entry: Entry, state: State, statistic: float) -> Tensor:
+        """Return the merged update of a tensor, before finalisers; ``statistic`` is the summed global statistic."""
 
     def inspect(self, entry: Entry, tau: Tensor, stats: TaskStatistics | None) -> None:
-        """Refuse statistics that do not fit; called for every entry before anything changes."""
+        """Refuse statistics that do not fit. This is called for every entry before anything changes.
+
+        Raises:
+            DataError: The statistics of the entry are missing or do not fit.
+        """
 
     def prepare(self, entry: Entry, tau: Tensor) -> Tensor:
-        """The update that :meth:`measure` and :meth:`update` see; the task's norm is always that of τ itself."""
+        """Return the update for :meth:`measure` and :meth:`update`; the task's norm is always that of τ itself."""
         return tau
 
     def measure(self, updates: Updates, stats: TaskStatistics | None) -> dict[str, float]:
-        """What :meth:`update` has to know of the task as a whole beside its norm."""
+        """Return the numbers for the task as a whole that :meth:`update` needs in addition to its norm."""
         return {}
 
-    def survey(self, entry: Entry, state: State) -> float:
-        """A number of every entry, whose sum :meth:`read` receives."""
+    def global_statistic(self, entry: Entry, state: State) -> float:
+        """Return a number for an entry; :meth:`read` receives the sum over all entries."""
         return 0.0
 
-    # --- what a caller uses -----------------------------------------------------------------------------------------
+    # --- what callers use -------------------------------------------------------------------------------------------
 
     def start(
         self: R,
@@ -129,23 +141,23 @@ class Rule(nn.Module, ABC):
         linear: Iterable[str] | None = None,
         store: Store | None = None,
     ) -> R:
-        """Begin at the pre-trained weights θ_0; what was added before is forgotten.
+        """Start at the pre-trained weights θ_0, and forget all tasks that were added before.
 
         Args:
-            pretrained: State dict, kept by reference and never changed; nobody else may change it either.
-            exclude, names, linear: What is merged, see :func:`cil.merging.layout.layout`.
-            store: Where the state lies; by default in this module's buffers.
+            pretrained: State dict, kept by reference; it is never changed, and the caller must not change it either.
+            exclude, names, linear: Choice of the merged tensors, see :func:`cil.merging.layout.layout`.
+            store: Store of the state; by default it is in this module's buffers.
 
         Raises:
-            ConfigError, BackboneError: See :func:`cil.merging.layout.layout`; a finaliser that does not fit.
+            ConfigError, BackboneError: See :func:`cil.merging.layout.layout`, or a finaliser does not fit.
         """
         plan = layout(pretrained, exclude=exclude, names=names, linear=linear)
-        for finaliser in self.finalisers:  # one that does not fit is better found before the work than after it
+        for finaliser in self.finalisers:  # one that does not fit must fail before the work, not after it
             finaliser.factors(dict.fromkeys((entry.name for entry in plan.entries), 1.0), 1.0, 1)
         self._layout, self._pretrained = plan, pretrained
         self.count.zero_()
         self.norm_sum.zero_()
-        own = Buffers(self, self.slots)
+        own = Buffers(self, self.state_spec)
         with exact():
             own.allocate(self.layout.entries if store is None else (), self.count.device)
         self._store = own if store is None else store
@@ -153,10 +165,10 @@ class Rule(nn.Module, ABC):
 
     @property
     def layout(self) -> Layout:
-        """What is merged.
+        """The merged tensors.
 
         Raises:
-            ConfigError: Not started yet.
+            ConfigError: The rule has not been started yet.
         """
         if self._layout is None:
             raise ConfigError(f"{type(self).__name__}: call start(pretrained) first")
@@ -170,10 +182,10 @@ class Rule(nn.Module, ABC):
     def add(
         self: R, finetuned: Mapping[str, Tensor], stats: TaskStatistics | None = None, track: Track | None = None
     ) -> R:
-        """Fold in a model that was fine-tuned from the pre-trained weights.
+        """Add a model that was fine-tuned from the pre-trained weights.
 
         Raises:
-            BackboneError: Names, shapes or values that do not fit; nothing is added then.
+            BackboneError: Names, shapes or values do not fit; nothing is added then.
             DataError: Statistics that the rule needs are missing or do not fit; nothing is added then.
         """
         check_names(finetuned, self._pretrained, self.layout)
@@ -194,11 +206,11 @@ class Rule(nn.Module, ABC):
     def add_update(
         self: R, update: Mapping[str, Tensor], stats: TaskStatistics | None = None, track: Track | None = None
     ) -> R:
-        """Fold in a task given by its updates ΔW, such as ``PeftTuner.delta()``; tensors without one did not change.
+        """Add a task by its updates ΔW, such as ``PeftTuner.delta()``; tensors without an update did not change.
 
         Raises:
-            BackboneError: A name that is not merged, a shape or value that does not fit; nothing is added then.
-            DataError: As in :meth:`add`.
+            BackboneError: A name is not merged, or a shape or value does not fit; nothing is added then.
+            DataError: Statistics are missing or do not fit, as in :meth:`add`.
         """
         entries = {entry.name: entry for entry in self.layout.entries}
         for name, value in update.items():
@@ -218,19 +230,19 @@ class Rule(nn.Module, ABC):
         return self._add(tau, "update", stats, track)
 
     def merged(self, finalisers: Sequence[Finaliser] = ()) -> dict[str, Tensor]:
-        """The merged model, θ_0 + Δ, under all names of the pre-trained state dict and in its dtypes.
+        """Return the merged model, θ_0 + Δ, under all names of the pre-trained state dict and in its dtypes.
 
-        What is not merged, and what no task has changed, is the pre-trained tensor itself, to the bit.
+        Tensors that are not merged, and those that no task has changed, are bit-identical to the pre-trained ones.
 
         Raises:
-            ConfigError: Not started, or a finaliser that does not fit.
+            ConfigError: The rule has not been started, or a finaliser does not fit.
         """
         return dict(self.items(finalisers))
 
     def items(self, finalisers: Sequence[Finaliser] = (), track: Track | None = None) -> Iterator[tuple[str, Tensor]]:
-        """:meth:`merged`, one tensor at a time."""
-        kept: dict[str, Tensor] = {}  # tied tensors stay one tensor
-        names = set(self.layout.tied.values())
+        """Yield the items of :meth:`merged`, one tensor at a time."""
+        shared: dict[str, Tensor] = {}  # tied tensors stay one tensor
+        shared_names = set(self.layout.tied.values())
         deltas = self.deltas(finalisers, track)
         merged = {entry.name for entry in self.layout.entries}
         for name in self._pretrained:
@@ -238,54 +250,56 @@ class Rule(nn.Module, ABC):
                 _, delta = next(deltas)
                 with exact():
                     value = self._pretrained[name].detach()
-                    if bool(delta.any()):  # else to the bit, the sign of a zero included
+                    if bool(delta.any()):  # an unchanged tensor stays bit-identical, including the signs of zeros
                         value = (self._wide(value) + delta).to(value)
-                if name in names:
-                    kept[name] = value
+                if name in shared_names:
+                    shared[name] = value
                 yield name, value
             else:
-                yield name, kept[self.layout.tied[name]] if name in self.layout.tied else self._pretrained[name]
+                yield name, shared[self.layout.tied[name]] if name in self.layout.tied else self._pretrained[name]
 
     def deltas(
         self, finalisers: Sequence[Finaliser] = (), track: Track | None = None
     ) -> Iterator[tuple[Entry, Tensor]]:
-        """The merged update Δ of every entry, finalisers applied, one at a time.
+        """Yield every entry with its merged update Δ, after finalisers, one at a time.
 
         With finalisers every entry is read twice, or once if the state is in memory.
         """
         entries, total = self.layout.entries, len(self.layout.entries)
         track = track or _untracked
-        surveyed = 0.0
+        statistic = 0.0
         with exact():
-            if self.surveys and int(self.count):
-                surveyed = math.fsum(self.survey(e, self._store.get(e)) for e in track(entries, "measuring", total))
-        chosen = (*self.finalisers, *finalisers)
+            if self.needs_global_statistic and int(self.count):
+                statistic = math.fsum(
+                    self.global_statistic(e, self._store.get(e)) for e in track(entries, "measuring", total)
+                )
+        finalisers = (*self.finalisers, *finalisers)
         factors: dict[str, float] = {}
-        kept: dict[str, Tensor] = {}
-        if chosen and int(self.count):
+        cached: dict[str, Tensor] = {}
+        if finalisers and int(self.count):
             norms = {}
             for entry in track(entries, "measuring", total):
-                delta = self._read(entry, surveyed)
+                delta = self._read(entry, statistic)
                 norms[entry.name] = norm(delta)
                 if isinstance(self._store, Buffers):
-                    kept[entry.name] = delta
+                    cached[entry.name] = delta
             factors = dict.fromkeys(norms, 1.0)
-            for finaliser in chosen:
-                now = {name: factors[name] * value for name, value in norms.items()}
-                further = finaliser.factors(now, self.mean_norm, int(self.count))
+            for finaliser in finalisers:
+                scaled_norms = {name: factors[name] * value for name, value in norms.items()}
+                further = finaliser.factors(scaled_norms, self.mean_norm, int(self.count))
                 factors = {name: factors[name] * further[name] for name in norms}
         for entry in track(entries, "writing", total):
-            delta = kept.pop(entry.name) if entry.name in kept else self._read(entry, surveyed)
+            delta = cached.pop(entry.name) if entry.name in cached else self._read(entry, statistic)
             if entry.name in factors:
                 with exact():
                     delta = delta * factors[entry.name]
             yield entry, delta
 
-    def _read(self, entry: Entry, surveyed: float) -> Tensor:
+    def _read(self, entry: Entry, statistic: float) -> Tensor:
         with exact():
             if not int(self.count):
                 return torch.zeros(entry.shape, dtype=self.layout.dtype, device=self.count.device)
-            return self.read(entry, self._store.get(entry), surveyed).to(self.layout.dtype)
+            return self.read(entry, self._store.get(entry), statistic).to(self.layout.dtype)
 
     def _wide(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.count.device, self.layout.dtype)
@@ -301,7 +315,7 @@ class Rule(nn.Module, ABC):
                 "the fine-tuned model and the task's images"
             )
 
-        def passed() -> Iterator[tuple[Entry, Tensor]]:
+        def updates() -> Iterator[tuple[Entry, Tensor]]:
             for entry in track(entries, "measuring", total):
                 with exact():
                     update = tau(entry)
@@ -309,12 +323,12 @@ class Rule(nn.Module, ABC):
 
         with exact():
             norms = []
-            for entry, update in passed():  # everything is looked at before anything is changed
+            for entry, update in updates():  # everything is checked before anything is changed
                 norms.append(norm(update))
                 if not math.isfinite(norms[-1]):
                     self._name_non_finite(entry, where)
                 self.inspect(entry, update, stats)
-            prepared: Updates = lambda: ((entry, self.prepare(entry, update)) for entry, update in passed())  # noqa: E731
+            prepared: Updates = lambda: ((entry, self.prepare(entry, delta)) for entry, delta in updates())  # noqa: E731
             task = {"norm": math.hypot(*norms), **self.measure(prepared, stats)}
             for entry in track(entries, "merging", total):
                 update = self.prepare(entry, tau(entry))
@@ -325,11 +339,11 @@ class Rule(nn.Module, ABC):
         return self
 
     def _name_non_finite(self, entry: Entry, where: str) -> None:
-        guilty = where
+        culprit = where
         if not bool(torch.isfinite(self._wide(self._pretrained[entry.name])).all()):
-            guilty = source(self._pretrained, "the pre-trained model")
+            culprit = source(self._pretrained, "the pre-trained model")
         raise BackboneError(
-            f"{guilty}: {entry.name} holds NaN or infinite values; leave it out with exclude, or retrain"
+            f"{culprit}: {entry.name} holds NaN or infinite values; leave it out with exclude, or retrain"
         )
 
 

@@ -1,4 +1,4 @@
-"""DARE: drop entries of every task vector at random, scale up the rest, then merge as usual."""
+"""DARE: entries of every task vector are dropped at random and the rest is scaled up, then vectors are merged."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cil.merging.base import Rule
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
 from cil.merging.linear import TaskArithmetic
-from cil.merging.ties import TIES, Merge
-from cil.randomness import generator
+from cil.merging.ties import TIES, Combination
+from cil.utils.randomness import generator
 
 
 class _Drop(Rule):
-    """τ ← mask ⊙ τ / (1 − p), mask ~ Bernoulli(1 − p), which leaves the expectation as it is.
+    """τ ← mask ⊙ τ / (1 − p), mask ~ Bernoulli(1 − p), which does not change the expectation.
 
-    Masks depend on the seed, the task's number and the tensor's name alone: not on the order in which tensors are read,
-    and an interrupted merge goes on with the masks it would have had.
+    A mask depends only on the seed, the task's number and the tensor's name. So the order in which tensors are read
+    does not matter, and a resumed merge has the same masks as an uninterrupted one.
     """
 
     drop: float
@@ -37,7 +37,7 @@ class _Drop(Rule):
             raise ConfigError(f"{type(self).__name__}: seed is {seed}; it must be at least 0")
 
     def prepare(self, entry: Entry, tau: Tensor) -> Tensor:
-        # PEFT's random_pruning draws from the global random state; this is the same with a generator of one's own
+        # the same as PEFT's random_pruning, which draws from the global random state
         keep = torch.full(entry.shape, 1 - self.drop, dtype=tau.dtype)
         mask = torch.bernoulli(keep, generator=generator(self.seed, int(self.count), zlib.crc32(entry.name.encode())))
         return tau * mask.to(tau.device) / (1 - self.drop)
@@ -46,18 +46,20 @@ class _Drop(Rule):
 class DARE(_Drop, TaskArithmetic):
     """Task arithmetic of dropped and rescaled task vectors (DARE, arXiv 2311.03099): θ = θ_0 + s Σ mask_t ⊙ τ_t/(1−p).
 
-    PEFT's ``dare_linear`` with ``density`` = 1 − p, except for the source of the masks.
+    It equals PEFT's ``dare_linear`` with ``density`` = 1 − p, except for the source of the masks.
 
     Args:
-        drop: p, in [0, 1).
-        scale, divide: As in :class:`TaskArithmetic`.
-        seed: An integer ≥ 0, or a generator from which one is drawn at once.
+        drop: Probability p that an entry is dropped, in [0, 1).
+        scale, divide: Factors, as in :class:`TaskArithmetic`.
+        seed: Seed of the masks, an integer ≥ 0, or a generator from which one is drawn immediately.
 
     Raises:
         ConfigError: An argument is out of range.
     """
 
-    order_free = False  # masks are numbered
+    summary = "scaled sum of randomly dropped, rescaled updates"
+    paper = "arXiv 2311.03099"
+    order_free = False  # masks depend on the task's number
 
     def __init__(
         self,
@@ -73,23 +75,27 @@ class DARE(_Drop, TaskArithmetic):
 
 
 class DareTIES(_Drop, TIES):
-    """TIES with DARE in place of trimming; PEFT's ``dare_ties`` for ``merge="mean", scale=1``, but for the masks.
+    """TIES with DARE in place of trimming.
+
+    For ``merge="mean", scale=1`` it equals PEFT's ``dare_ties``, except for the source of the masks.
 
     Args:
-        drop: p, in [0, 1).
-        merge, scale: As in :class:`TIES`.
-        seed: An integer ≥ 0, or a generator from which one is drawn at once.
+        drop: Probability p that an entry is dropped, in [0, 1).
+        merge, scale: How entries are combined and scaled, as in :class:`TIES`.
+        seed: Seed of the masks, an integer ≥ 0, or a generator from which one is drawn immediately.
 
     Raises:
         ConfigError: An argument is out of range.
     """
 
+    summary = "TIES with random dropping in place of trimming"
+    paper = "arXiv 2311.03099"
     order_free = False
 
     def __init__(
         self,
         drop: float = 0.5,
-        merge: Merge = "sum",
+        merge: Combination = "sum",
         scale: float = 0.3,
         seed: int | torch.Generator = 0,
         *,

@@ -1,7 +1,7 @@
-"""Safetensors checkpoints read and written one tensor at a time.
+"""Reads and writes safetensors checkpoints one tensor at a time.
 
-``safetensors`` writes a dictionary that is in memory as a whole; :class:`TensorWriter` writes the same format from
-shapes that are known and tensors that come one by one.
+The package ``safetensors`` writes a dictionary that is completely in memory; :class:`TensorWriter` writes the same
+format from shapes that are known in advance and tensors that arrive one by one.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, read from disk when asked for and not kept.
+    """The tensors of a checkpoint by name, each read from disk at every access.
 
     Args:
         path: A safetensors file, an index ``model.safetensors.index.json`` of several, or a folder with either, as
             timm and Transformers write them.
 
     Attributes:
-        path: As given.
-        files: Every file of it, with the names it holds in file order.
+        path: The path as passed.
+        files: Every file of the checkpoint, with the names of its tensors in file order.
 
     Raises:
-        BackboneError: Nothing there, damaged, incomplete, a pickle, a LoRA adapter, or a dtype that is not merged.
+        BackboneError: The checkpoint does not exist, is damaged or incomplete, is a pickle or a LoRA adapter, or has a
+            dtype that cannot be merged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,19 +67,19 @@ class Checkpoint(Mapping[str, Tensor]):
                     self.files[file] = names
                     self.metadata: dict[str, str] = dict(opened.metadata() or {})
             except FileNotFoundError:
-                raise BackboneError(f"{file}: not there, though {INDEX} names it") from None
+                raise BackboneError(f"{file}: does not exist, though {INDEX} names it") from None
             except (SafetensorError, OSError) as error:
-                raise BackboneError(f"{file}: no safetensors file, or a damaged one ({error})") from None
+                raise BackboneError(f"{file}: not a safetensors file, or a damaged one ({error})") from None
             missing = [name for name in expected if name not in self._shapes]
             if missing:
                 raise BackboneError(f"{file}: {missing[0]} is missing, though {INDEX} says it is there")
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype, without reading the tensor."""
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return a tensor's shape and dtype without reading it."""
         return self._shapes[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        # opened anew for every tensor: pages of a file that stays mapped count as memory of this process
+        # reopened for every tensor: pages of a file that stays mapped count as memory of this process
         with safe_open(self._where[name], framework="pt") as opened:
             return opened.get_tensor(name).clone()
 
@@ -89,7 +90,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def below(self, prefix: str) -> Mapping[str, Tensor]:
-        """The tensors whose names start with ``prefix``, without it."""
+        """Return the tensors whose names start with ``prefix``, by their names without it."""
         return _Below(self, prefix)
 
 
@@ -111,11 +112,11 @@ class _Below(Mapping[str, Tensor]):
 
 
 class TensorWriter:
-    """A safetensors file written one tensor at a time, in any order. Complete once closed without an exception.
+    """Writes a safetensors file one tensor at a time, in any order. The file is complete after an exit without error.
 
     Args:
-        path: The file, replaced if it is there. Write under a temporary name and rename: this does not.
-        shapes: Name → shape and dtype of everything that will be written.
+        path: The file; an existing one is overwritten, not atomically, so write under a temporary name and rename.
+        shapes: Shape and dtype of every tensor that will be written, by name.
         metadata: Strings for the header.
     """
 
@@ -126,30 +127,34 @@ class TensorWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        self._places: dict[str, tuple[int, int]] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
         offset = 0
         # widest items first keeps every tensor aligned, as safetensors itself does
         for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: -item[1][1].itemsize):
             size = torch.Size(shape).numel() * dtype.itemsize
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            self._places[name] = (offset, size)
+            self._offsets[name] = (offset, size)
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._left = set(shapes)
+        self._missing = set(shapes)
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of the announced shape and dtype, from any device."""
-        offset, size = self._places[name]
+        """Write a tensor of the announced shape and dtype, from any device.
+
+        Raises:
+            ValueError: The tensor has another size.
+        """
+        offset, size = self._offsets[name]
         data = as_bytes(tensor)
         if data.nbytes != size:
             raise ValueError(f"{name}: {data.nbytes} bytes, but {size} were announced")
         self._file.seek(self._start + offset)
         self._file.write(memoryview(data))
-        self._left.discard(name)
+        self._missing.discard(name)
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -159,20 +164,20 @@ class TensorWriter:
     ) -> None:
         try:
             if kind is None:
-                if self._left:
-                    raise ValueError(f"{self._file.name}: {sorted(self._left)[0]} was announced but not written")
+                if self._missing:
+                    raise ValueError(f"{self._file.name}: {sorted(self._missing)[0]} was announced but not written")
                 self._file.flush()
                 os.fsync(self._file.fileno())
         finally:
             self.close()
 
     def close(self) -> None:
-        """Let go of a file that will not be completed."""
+        """Close a file that will not be completed."""
         self._file.close()
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes, uint8 [n]."""
+    """Return a tensor's bytes, uint8 [n]."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
@@ -195,15 +200,16 @@ def _files(path: Path) -> dict[Path, list[str]]:
     if path.suffix == ".json":
         try:
             weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            found: dict[Path, list[str]] = {}
+            files: dict[Path, list[str]] = {}
             for name, file in sorted(weights.items(), key=lambda item: (item[1], item[0])):
-                found.setdefault(path.parent / file, []).append(name)
+                files.setdefault(path.parent / file, []).append(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackboneError(f"{path}: no index of safetensors files ({type(error).__name__}: {error})") from None
-        return found
+            what = f"{type(error).__name__}: {error}"
+            raise BackboneError(f"{path}: not an index of safetensors files ({what})") from None
+        return files
     if path.suffix != ".safetensors":
         raise BackboneError(
-            f"{path}: not a .safetensors file; pickles are never loaded: convert it to safetensors where you trust it"
+            f"{path}: not a .safetensors file; pickles are never loaded: if you trust it, convert it to safetensors"
         )
     return {path: []}
 

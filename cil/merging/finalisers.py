@@ -1,7 +1,7 @@
-"""What is done to the accumulated update when it is read out. Never fed back into a rule's state.
+"""Finalisers: scalings of the merged update whenever it is read. They never change a rule's state.
 
-A finaliser multiplies every tensor of the update by a number of its own, so any of them compose with any rule, and a
-read-out needs one more pass over norms at most.
+A finaliser multiplies each tensor of the update by one number. So finalisers can be combined with each other and with
+every rule, and reading needs at most one additional pass, over norms.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cil.errors import ConfigError
 
@@ -18,14 +18,19 @@ _BLOCK = re.compile(r"^(.*?)\b(blocks|layers?|resblocks|h)\.(\d+)\.")
 
 
 class Finaliser(ABC):
-    """Factors of the tensors of a merged update."""
+    """Computes one factor per tensor of a merged update."""
+
+    summary: ClassVar[str] = ""
+    """What the finaliser does, in a phrase for lists."""
+    paper: ClassVar[str] = ""
+    """Where the finaliser comes from."""
 
     @abstractmethod
     def factors(self, norms: Mapping[str, float], mean_norm: float, count: int) -> dict[str, float]:
-        """Name → factor.
+        """Return a factor for each name.
 
         Args:
-            norms: ‖Δ‖_F of every tensor of the update as it stands, finalisers before this one applied.
+            norms: ‖Δ‖_F of every tensor of the update, after the finalisers before this one.
             mean_norm: n̄, the mean of ‖τ_t‖₂ over the tasks.
             count: Number of tasks T.
         """
@@ -34,15 +39,19 @@ class Finaliser(ABC):
 class NormMatching(Finaliser):
     """Scale the whole update to the tasks' mean norm: Δ ← Δ · scale · n̄ / ‖Δ‖₂, the norm rule of OPCM (2501.09522).
 
-    Norms count exactly the merged tensors. Without it the norm of an average of T orthogonal updates falls as 1/√T.
+    Norms are over exactly the merged tensors. Without norm matching, the norm of an average of T orthogonal updates of
+    equal norm falls as 1/√T.
 
     Args:
-        scale: > 0, share of the mean norm.
-        cap: Only ever shrink: an update below that norm stays as it is.
+        scale: Norm of the result in units of n̄, > 0.
+        cap: Whether only larger updates are scaled: an update below that norm does not change.
 
     Raises:
         ConfigError: ``scale`` is not positive.
     """
+
+    summary = "scales the merged update to the tasks' mean norm"
+    paper = "arXiv 2501.09522"
 
     def __init__(self, scale: float = 1.0, cap: bool = False) -> None:
         if not 0 < scale < math.inf:
@@ -58,19 +67,22 @@ class NormMatching(Finaliser):
 class LiNeS(Finaliser):
     """Scale updates linearly with depth: block l of L by α + β l/(L−1), all other tensors by α (LiNeS, 2410.17146).
 
-    Early blocks carry general features and stay closer to the pre-trained ones. Blocks are found by name:
-    ``blocks.<l>.`` in timm, ``layer(s).<l>.``, ``h.<l>.`` and ``resblocks.<l>.`` elsewhere, counted in every tower of a
-    model by itself. A tower of one block counts as its own last one, so it is scaled by α + β.
+    Early blocks have general features and stay closer to the pre-trained ones. Blocks are recognised by name:
+    ``blocks.<l>.`` in timm, ``layer(s).<l>.``, ``h.<l>.`` and ``resblocks.<l>.`` elsewhere. Each tower of a model has
+    its own numbering. If a tower has one block, it counts as the last one and is scaled by α + β.
 
     Args:
-        alpha: ≥ 0, scale of the first block; ``"1/T"`` divides by the number of tasks, which is the authors' choice
-            (‖Σ τ‖ / ‖Δ‖)/T for an update Δ that is the sum of the tasks' updates. Other sums: give the number.
-        beta: ≥ 0, what the last block gets on top. Default 1 − α, as the authors take for a single model; they choose
-            it on validation data after merging.
+        alpha: Scale of the first block, ≥ 0. ``"1/T"`` divides by the number of tasks. It equals the authors' choice
+            (‖Σ τ‖ / ‖Δ‖)/T if the update Δ is the sum of the tasks' updates; for other updates pass a number.
+        beta: Additional scale of the last block, ≥ 0. The default is 1 − α, which the authors use for a single model;
+            after merging they choose it on validation data.
 
     Raises:
-        ConfigError: A number out of range, or at read-out a model without numbered blocks.
+        ConfigError: A number is out of range or, when the update is read, the model has no numbered blocks.
     """
+
+    summary = "scales the merged update linearly with depth"
+    paper = "arXiv 2410.17146"
 
     def __init__(self, alpha: float | Literal["1/T"] = 0.5, beta: float | None = None) -> None:
         for name, value in (("alpha", alpha), ("beta", beta)):
@@ -85,15 +97,15 @@ class LiNeS(Finaliser):
     def factors(self, norms: Mapping[str, float], mean_norm: float, count: int) -> dict[str, float]:
         alpha = 1 / max(1, count) if isinstance(self.alpha, str) else self.alpha
         beta = 1 - alpha if self.beta is None else self.beta
-        places = {name: found for name in norms if (found := _BLOCK.match(name))}
-        if not places:
-            raise ConfigError("LiNeS: no tensor belongs to a numbered block (blocks.<l>., layers.<l>., …); drop it")
+        matches = {name: match for name in norms if (match := _BLOCK.match(name))}
+        if not matches:
+            raise ConfigError("LiNeS: no tensor belongs to a numbered block (blocks.<l>., layers.<l>., …); drop LiNeS")
         last: dict[str, int] = {}
-        for found in places.values():
-            tower = found[1] + found[2]
-            last[tower] = max(last.get(tower, 0), int(found[3]))
+        for match in matches.values():
+            tower = match[1] + match[2]
+            last[tower] = max(last.get(tower, 0), int(match[3]))
         factors = dict.fromkeys(norms, alpha)
-        for name, found in places.items():
-            depth = last[found[1] + found[2]]
-            factors[name] = alpha + beta * (int(found[3]) / depth if depth else 1.0)
+        for name, match in matches.items():
+            depth = last[match[1] + match[2]]
+            factors[name] = alpha + beta * (int(match[3]) / depth if depth else 1.0)
         return factors

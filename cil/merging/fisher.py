@@ -1,4 +1,4 @@
-"""Merging weighted by the diagonal Fisher information."""
+"""Fisher merging: an average of the models, weighted by their diagonal Fisher information."""
 
 from __future__ import annotations
 
@@ -8,34 +8,37 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cil.errors import ConfigError, DataError
-from cil.merging.base import Rule, Task, TaskStatistics, Updates
+from cil.merging.base import Rule, TaskNorms, TaskStatistics, Updates
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
 from cil.merging.numerics import norm
-from cil.merging.store import Slots, State
+from cil.merging.store import State, StateSpec
 
 
 class Fisher(Rule):
     """Fisher-weighted averaging (arXiv 2111.09832), per weight j: θ_j = Σ_t w_t (F_tj + ε) θ_tj / Σ_t w_t (F_tj + ε).
 
-    Numerator (in update form, around θ_0) and denominator are sums, so it is exact and order-free. With ``normalize``
-    w_t = 1/(‖F_t‖₂ + ε), norms over the whole model: a task with large gradients does not outvote the others. ε decides
-    what becomes of weights without Fisher information: the plain mean (weighted by w).
+    Numerator (of updates, around θ_0) and denominator are sums, so the rule is exact and order-free. With ``normalize``
+    w_t = 1/(‖F_t‖₂ + ε), with norms over the whole model: a task with large gradients does not outvote the others. ε
+    determines the result for weights without Fisher information: their mean, weighted by w.
 
-    ``add`` needs ``stats.fisher``: the diagonal Fisher [shape of the weight] of every merged tensor. A tensor that the
-    task left alone (τ = 0) may have none; its information then counts as 0.
+    ``add`` needs ``stats.fisher``: the diagonal Fisher information of every merged tensor, of its shape. A tensor that
+    the task did not change (τ = 0) may have none; its information then counts as 0.
 
     Args:
-        epsilon: ε > 0, in units of F.
-        normalize: Whether to divide by the Fisher's norm.
+        epsilon: Constant ε > 0, in units of F.
+        normalize: Whether to divide by the norm of F.
 
-    Slots:
+    State:
         numerator: Σ w (F + ε) τ. denominator: Σ w (F + ε).
 
     Raises:
         ConfigError: ``epsilon`` is not positive.
     """
 
+    summary = "mean of the models, weighted by Fisher information"
+    paper = "arXiv 2111.09832"
+    state_size = "2 P"
     needs = "fisher"
 
     def __init__(self, epsilon: float = 1e-6, normalize: bool = True, *, finalisers: Sequence[Finaliser] = ()) -> None:
@@ -44,14 +47,14 @@ class Fisher(Rule):
             raise ConfigError(f"Fisher: epsilon is {epsilon}; it must be positive and finite")
         self.epsilon, self.normalize = epsilon, normalize
 
-    def slots(self, entry: Entry) -> Slots:
+    def state_spec(self, entry: Entry) -> StateSpec:
         return {"numerator": (entry.shape, self.layout.dtype), "denominator": (entry.shape, self.layout.dtype)}
 
     def inspect(self, entry: Entry, tau: Tensor, stats: TaskStatistics | None) -> None:
-        information = _of(entry, stats)
+        information = _information(entry, stats)
         if information is None:
             if bool(tau.any()):
-                raise DataError(f"Fisher: the statistics hold no Fisher information of {entry.name}, which was trained")
+                raise DataError(f"Fisher: the statistics have no Fisher information of {entry.name}, which was trained")
             return
         if tuple(information.shape) != entry.shape:
             raise DataError(
@@ -64,18 +67,18 @@ class Fisher(Rule):
     def measure(self, updates: Updates, stats: TaskStatistics | None) -> dict[str, float]:
         if not self.normalize:
             return {"weight": 1.0}
-        found = (_of(entry, stats) for entry in self.layout.entries)
-        return {"weight": 1 / (math.hypot(*(norm(f) for f in found if f is not None)) + self.epsilon)}
+        known = (_information(entry, stats) for entry in self.layout.entries)
+        return {"weight": 1 / (math.hypot(*(norm(f) for f in known if f is not None)) + self.epsilon)}
 
-    def update(self, entry: Entry, state: State, tau: Tensor, task: Task, stats: TaskStatistics | None) -> State:
-        information = _of(entry, stats)
+    def update(self, entry: Entry, state: State, tau: Tensor, task: TaskNorms, stats: TaskStatistics | None) -> State:
+        information = _information(entry, stats)
         plus = self.epsilon if information is None else information.to(tau) + self.epsilon
         weight = task["weight"] * plus
         return {"numerator": state["numerator"] + weight * tau, "denominator": state["denominator"] + weight}
 
-    def read(self, entry: Entry, state: State, surveyed: float) -> Tensor:
+    def read(self, entry: Entry, state: State, statistic: float) -> Tensor:
         return state["numerator"] / state["denominator"]
 
 
-def _of(entry: Entry, stats: TaskStatistics | None) -> Tensor | None:
+def _information(entry: Entry, stats: TaskStatistics | None) -> Tensor | None:
     return None if stats is None else stats.fisher.get(entry.name)

@@ -1,7 +1,8 @@
-"""Which tensors of a state dict are merged, and which of them are the weights of linear maps.
+"""Finds the tensors of a state dict that are merged, and those of them that are the weights of linear maps.
 
-A rule sees state dicts, never modules: a walk over modules misses parameters that sit beside submodules (class token,
-position embedding, a fused ``in_proj_weight``), and then divides what it missed by every later rescaling.
+A rule works on state dicts, never on modules: a loop over the modules without children misses parameters of modules
+with children (class token, position embedding, a fused ``in_proj_weight``), and every later rescaling is then wrong for
+these.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Entry:
     """One merged tensor.
 
     Attributes:
-        name: Its name in the state dict.
-        shape, dtype: Those of the pre-trained tensor.
-        linear: Whether it is the weight [out, in] of a linear map.
+        name: Name in the state dict.
+        shape, dtype: Shape and dtype of the pre-trained tensor.
+        linear: Whether the tensor is the weight [out, in] of a linear map.
         fused: Whether its rows are query, key and value of an attention, one after the other.
     """
 
@@ -47,10 +48,10 @@ class Layout:
     """The merged entries of a pre-trained state dict, in its order.
 
     Attributes:
-        entries: What is merged.
-        tied: Further names of merged tensors, name → name of the entry: the same tensor, merged and counted once.
-        excluded: Patterns of the names that tasks may have of their own.
-        dtype: What is computed in: float64 if any entry is float64, else float32.
+        entries: Merged tensors.
+        tied: Other names of merged tensors, name → name of the entry. The tensor is merged and counted once.
+        excluded: Patterns of the names that are not merged; tasks may have such tensors that the base does not have.
+        dtype: Dtype of the computation: float64 if any entry is float64, else float32.
     """
 
     entries: tuple[Entry, ...]
@@ -61,11 +62,11 @@ class Layout:
     def dtype(self) -> torch.dtype:
         return torch.float64 if any(e.dtype == torch.float64 for e in self.entries) else torch.float32
 
-    def held(self, entry: Entry, found: Mapping[str, Tensor]) -> str | None:
-        """Under which of its names ``found`` holds an entry: some formats save a tied tensor once."""
-        if entry.name in found:
+    def held(self, entry: Entry, tensors: Mapping[str, Tensor]) -> str | None:
+        """Return the name under which ``tensors`` has an entry, or None: some formats save a tied tensor only once."""
+        if entry.name in tensors:
             return entry.name
-        return next((alias for alias, name in self.tied.items() if name == entry.name and alias in found), None)
+        return next((alias for alias, name in self.tied.items() if name == entry.name and alias in tensors), None)
 
 
 def layout(
@@ -75,91 +76,92 @@ def layout(
     names: Iterable[str] | None = None,
     linear: Iterable[str] | None = None,
 ) -> Layout:
-    """Sort out the tensors of ``pretrained``.
+    """Find the tensors of ``pretrained`` that are merged.
 
-    Merged is every floating point tensor but excluded ones and BatchNorm's running statistics (sums of updates could
-    make a variance negative); integers, booleans and all the rest keep their pre-trained values. A tensor that stands
-    there under several names is merged once.
+    Every floating point tensor is merged, except for excluded ones and BatchNorm's running statistics (sums of updates
+    could make a variance negative). All other tensors keep their pre-trained values. A tensor that has several names is
+    merged once.
 
     Args:
         pretrained: The pre-trained state dict.
-        exclude: Regular expressions; a name in which one is found is not merged.
-        names: Merge only these, for instance the parameters that were trained; then norms and shares count only them.
-        linear: Which are weights [out, in] of linear maps. Default: by name, that is every two-dimensional
-            ``….weight`` or ``…_weight`` that is no embedding and no table of relative positions.
+        exclude: Regular expressions; a name that contains a match of one is not merged.
+        names: Names of the only tensors to merge, for instance of the trained parameters; norms and shares then count
+            only these. None: all.
+        linear: Names of the weights [out, in] of linear maps. None: every two-dimensional ``….weight`` or ``…_weight``
+            that is not an embedding or a table of relative positions.
 
     Raises:
-        ConfigError: A pattern is no regular expression, or a name is not there.
-        BackboneError: Nothing is left to merge.
+        ConfigError: A pattern is not a regular expression, or a name does not exist.
+        BackboneError: No tensor is left to merge.
     """
     try:
         patterns = [re.compile(p) for p in exclude]
     except re.error as error:
         raise ConfigError(f"exclude: {error.pattern!r} is not a regular expression ({error})") from None
     wanted = None if names is None else set(_known(names, pretrained, "names"))
-    given = None if linear is None else set(_known(linear, pretrained, "linear"))
+    linear_names = None if linear is None else set(_known(linear, pretrained, "linear"))
     entries: list[Entry] = []
     tied: dict[str, str] = {}
-    first: dict[tuple[object, ...], str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
     for name in pretrained:
-        shape, dtype = describe(pretrained, name)
+        shape, dtype = shape_and_dtype(pretrained, name)
         if not dtype.is_floating_point or (wanted is not None and name not in wanted):
             continue
         if any(p.search(name) for p in patterns) or _RUNNING.search(name):
             continue
-        place = _place(pretrained, name)
-        if place is not None and first.setdefault(place, name) != name:
-            tied[name] = first[place]
+        address = _address(pretrained, name)
+        if address is not None and first_names.setdefault(address, name) != name:
+            tied[name] = first_names[address]
             continue
-        is_linear = name in given if given is not None else _looks_linear(name, shape)
+        is_linear = name in linear_names if linear_names is not None else _looks_linear(name, shape)
         if is_linear and len(shape) != 2:
             raise ConfigError(f"linear: {name} has shape {list(shape)}; the weight of a linear map is [out, in]")
         entries.append(Entry(name, shape, dtype, is_linear, is_linear and _looks_fused(name, shape)))
     if not entries:
-        raise BackboneError("the pre-trained model has no floating point tensor to merge beside what is excluded")
+        raise BackboneError("the pre-trained model has no floating point tensor to merge, apart from excluded ones")
     return Layout(tuple(entries), tied, tuple(exclude))
 
 
-def describe(tensors: Mapping[str, Tensor], name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype; from a file's header where the mapping offers ``describe`` itself."""
-    if hasattr(tensors, "describe"):
-        return tensors.describe(name)
+def shape_and_dtype(tensors: Mapping[str, Tensor], name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return a tensor's shape and dtype, from the file's header if the mapping is a file (``shape_and_dtype``)."""
+    if hasattr(tensors, "shape_and_dtype"):
+        return tensors.shape_and_dtype(name)
     return tuple(tensors[name].shape), tensors[name].dtype
 
 
 def source(tensors: Mapping[str, Tensor], default: str) -> str:
-    """What to call a state dict in an error: its file, if it has one."""
+    """The name of a state dict in error messages: its file if it has one, else ``default``."""
     return str(getattr(tensors, "path", default))
 
 
-def check_names(found: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], plan: Layout) -> None:
+def check_names(finetuned: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], plan: Layout) -> None:
     """Refuse a fine-tuned state dict whose names or shapes are not those of the pre-trained one.
 
     Raises:
-        BackboneError: It names the tensor and the file.
+        BackboneError: A name, shape or dtype does not fit; the message names the tensor and the file.
     """
-    task, base = source(found, "the fine-tuned model"), source(pretrained, "the pre-trained model")
-    lora = next((name for name in found if _LORA.search(name)), None)
+    task, base = source(finetuned, "the fine-tuned model"), source(pretrained, "the pre-trained model")
+    lora = next((name for name in finetuned if _LORA.search(name)), None)
     if lora is not None:
         raise BackboneError(
             f"{task}: {lora} belongs to a LoRA adapter, not to a full model; merge the adapter into its model first "
-            "(merge_and_unload() in PEFT) and save that, or hand over the updates ΔW themselves (add_update)"
+            "(merge_and_unload() in PEFT) and save that, or pass the updates ΔW themselves (add_update)"
         )
-    missing = [entry.name for entry in plan.entries if plan.held(entry, found) is None]
+    missing = [entry.name for entry in plan.entries if plan.held(entry, finetuned) is None]
     if missing:
         raise BackboneError(
             f"{task}: {missing[0]} is missing ({len(missing)} of {len(plan.entries)} tensors are)"
-            f"{nearest(missing[0], found)}; tasks must be fine-tuned from {base}; leave tensors out with exclude"
+            f"{nearest(missing[0], finetuned)}; tasks must be fine-tuned from {base}; leave tensors out with exclude"
         )
     patterns = [re.compile(p) for p in plan.excluded]
-    extra = [n for n in found if n not in pretrained and not any(p.search(n) for p in patterns)]
+    extra = [n for n in finetuned if n not in pretrained and not any(p.search(n) for p in patterns)]
     if extra:
         raise BackboneError(
             f"{task}: {extra[0]} is not in {base} ({len(extra)} such tensors){nearest(extra[0], pretrained)}; "
             "tasks must have the same architecture; leave tensors out with exclude"
         )
     for entry in plan.entries:
-        shape, dtype = describe(found, plan.held(entry, found) or entry.name)
+        shape, dtype = shape_and_dtype(finetuned, plan.held(entry, finetuned) or entry.name)
         if shape != entry.shape:
             raise BackboneError(
                 f"{task}: {entry.name} has shape {list(shape)}, but {list(entry.shape)} in {base}; "
@@ -173,19 +175,19 @@ def check_names(found: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], p
 
 
 def _looks_linear(name: str, shape: tuple[int, ...]) -> bool:
-    module, own = _ends(name)
-    return len(shape) == 2 and (own == "weight" or own.endswith("_weight")) and not _TABLE.search(module)
+    module, parameter = _ends(name)
+    return len(shape) == 2 and (parameter == "weight" or parameter.endswith("_weight")) and not _TABLE.search(module)
 
 
 def _looks_fused(name: str, shape: tuple[int, ...]) -> bool:
-    module, own = _ends(name)
-    return shape[0] % 3 == 0 and (own == "in_proj_weight" or (own == "weight" and module in _FUSED))
+    module, parameter = _ends(name)
+    return shape[0] % 3 == 0 and (parameter == "in_proj_weight" or (parameter == "weight" and module in _FUSED))
 
 
 def _ends(name: str) -> tuple[str, str]:
-    """The last module and the parameter itself: blocks.0.attn.qkv.weight → qkv, weight."""
-    path, _, own = name.rpartition(".")
-    return path.rpartition(".")[2], own
+    """The names of the last module and of the parameter: blocks.0.attn.qkv.weight → qkv, weight."""
+    path, _, parameter = name.rpartition(".")
+    return path.rpartition(".")[2], parameter
 
 
 def _known(names: Iterable[str], pretrained: Mapping[str, Tensor], what: str) -> Iterable[str]:
@@ -195,9 +197,9 @@ def _known(names: Iterable[str], pretrained: Mapping[str, Tensor], what: str) ->
         yield name
 
 
-def _place(tensors: Mapping[str, Tensor], name: str) -> tuple[object, ...] | None:
-    """Where a tensor lies in memory, to find names that share it; a file holds every tensor once."""
-    if hasattr(tensors, "describe"):
+def _address(tensors: Mapping[str, Tensor], name: str) -> tuple[object, ...] | None:
+    """The memory that a tensor occupies, to find names that share it; None for a file, which has every tensor once."""
+    if hasattr(tensors, "shape_and_dtype"):
         return None
     tensor = tensors[name]
     if tensor.device.type == "meta" or not tensor.numel():

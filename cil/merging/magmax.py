@@ -1,4 +1,4 @@
-"""The largest change of every weight."""
+"""MagMax: the largest change of every weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cil.errors import ConfigError
-from cil.merging.base import Task, TaskStatistics
+from cil.merging.base import TaskNorms, TaskStatistics
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
 from cil.merging.linear import SumRule
@@ -19,15 +19,18 @@ from cil.merging.store import State
 class MagMax(SumRule):
     """Per weight the update of largest magnitude over tasks: θ = θ_0 + s τ_max (MagMax, arXiv 2407.06322).
 
-    A running maximum, so exact in constant memory. Of equal magnitudes the later task's wins; but for those it is
-    order-free.
+    This is a running maximum, so it is exact in constant memory. Among equal magnitudes the later task wins; except for
+    such ties the rule is order-free.
 
     Args:
-        scale: s, finite.
+        scale: Factor s, finite.
 
     Raises:
         ConfigError: ``scale`` is not finite.
     """
+
+    summary = "largest change of every weight"
+    paper = "arXiv 2407.06322"
 
     def __init__(self, scale: float = 0.5, *, finalisers: Sequence[Finaliser] = ()) -> None:
         super().__init__(finalisers)
@@ -35,8 +38,8 @@ class MagMax(SumRule):
             raise ConfigError(f"MagMax: scale is {scale}; it must be finite")
         self.scale = scale
 
-    def update(self, entry: Entry, state: State, tau: Tensor, task: Task, stats: TaskStatistics | None) -> State:
+    def update(self, entry: Entry, state: State, tau: Tensor, task: TaskNorms, stats: TaskStatistics | None) -> State:
         return {"sum": torch.where(tau.abs() >= state["sum"].abs(), tau, state["sum"])}
 
-    def read(self, entry: Entry, state: State, surveyed: float) -> Tensor:
+    def read(self, entry: Entry, state: State, statistic: float) -> Tensor:
         return self.scale * state["sum"]

@@ -1,7 +1,7 @@
-"""What some rules need to know of a task beside its weights: diagonal Fisher information, Gram matrices of inputs.
+"""Statistics of a task that some rules need in addition to its weights: Fisher information, Gram matrices of inputs.
 
 Both are sums over a task's own training images, computed when the task is merged; no image is kept. A few hundred
-images are the usual number (256 in the references).
+images are usual (256 in the references).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cil.errors import ConfigError, DataError, nearest
-from cil.files import replacing
 from cil.merging.files import Checkpoint
 from cil.merging.regmean import blocks
-from cil.precision import exact
+from cil.utils.files import replacing
+from cil.utils.precision import exact
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,25 @@ class Statistics:
     grams: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file atomically."""
         tensors = {f"fisher.{name}": value for name, value in self.fisher.items()}
         tensors |= {f"grams.{name}": value for name, value in self.grams.items()}
-        with replacing(Path(path)) as half:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, half)
+        with replacing(Path(path)) as temporary:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Open such a file; tensors are read when they are asked for.
+        """Open a file that :meth:`save` wrote; each tensor is read from disk at every access.
 
         Raises:
-            BackboneError: No such file, or a damaged one.
-            DataError: A safetensors file without statistics.
+            BackboneError: The file does not exist or is damaged.
+            DataError: The file has no statistics.
         """
         opened = Checkpoint(path)
-        found = cls(opened.below("fisher."), opened.below("grams."))
-        if not found.fisher and not found.grams:
-            raise DataError(f"{path}: holds no statistics; Statistics.save writes them")
-        return found
+        statistics = cls(opened.below("fisher."), opened.below("grams."))
+        if not statistics.fisher and not statistics.grams:
+            raise DataError(f"{path}: has no statistics; Statistics.save writes them")
+        return statistics
 
 
 def diagonal_fisher(
@@ -67,25 +67,26 @@ def diagonal_fisher(
     classes: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """F_j = E_x E_{y ~ p(y|x)} (∂ log p(y|x) / ∂θ_j)², the true Fisher's diagonal at the model's own predictions.
+    """Compute F_j = E_x E_{y ~ p(y|x)} (∂ log p(y|x) / ∂θ_j)², the diagonal of the Fisher information.
 
-    Gradients are per image and per class, squared one by one: squaring a batch's summed gradient mixes in products of
-    different images. A forward pass and one backward pass a class for every image; evaluation mode.
+    It is the true Fisher information, at the model's own predictions. Gradients are squared per image and class: the
+    square of a batch's summed gradient would include products of different images. Each image costs one forward pass
+    and one backward pass per class. The model is in evaluation mode.
 
     Args:
-        model: Gives logits [B, C], or features if there is a ``head``. It is not changed.
+        model: Module that returns logits [B, C], or features if there is a ``head``; it is not changed.
         batches: Images [B, 3, H, W] on the model's device.
-        names: Parameters to measure; all of the model's by default.
-        head: The task's own classifier, features → logits; nothing of it is measured.
-        classes: Sum over this many most probable classes, weighted by p(y|x), which is exact from C on; None: draw one
-            y ~ p(y|x) an image.
+        names: Names of the parameters to measure; None: all of the model's.
+        head: Classifier of the task, features → logits; its own parameters are not measured.
+        classes: Number of most probable classes to sum over, weighted by p(y|x), which is exact from C on; None: draw
+            one y ~ p(y|x) per image.
         generator: CPU generator of the draws; seed 0 by default.
 
     Returns:
-        Name → float32 tensor ≥ 0 of the parameter's shape.
+        Fisher information by name of the parameter, float32 ≥ 0 of its shape.
 
     Raises:
-        ConfigError: Unknown parameter, or ``classes`` below 1.
+        ConfigError: A parameter is unknown, or ``classes`` is below 1.
         DataError: There is no image.
     """
     if classes is not None and classes < 1:
@@ -106,14 +107,13 @@ def diagonal_fisher(
                 log_p = (answer if head is None else head(answer)).float().log_softmax(1)[0]
                 p = log_p.detach().exp()
                 if classes is None:
-                    drawn = torch.multinomial(p.cpu(), 1, generator=generator)
-                    wanted = [(int(drawn), 1.0)]
+                    labels = [(int(torch.multinomial(p.cpu(), 1, generator=generator)), 1.0)]
                 else:
                     top = p.topk(min(classes, len(p)))
-                    wanted = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-                for i, (label, share) in enumerate(wanted):
+                    labels = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                for i, (label, share) in enumerate(labels):
                     gradients = torch.autograd.grad(
-                        log_p[label], list(weights.values()), retain_graph=i + 1 < len(wanted), allow_unused=True
+                        log_p[label], list(weights.values()), retain_graph=i + 1 < len(labels), allow_unused=True
                     )
                     for name, gradient in zip(chosen, gradients, strict=True):
                         if gradient is not None:
@@ -131,19 +131,21 @@ def input_grams(
     block: int | None = None,
     forward: Callable[[Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """G = XᵀX / N of the inputs X [N, in] of every ``nn.Linear`` of a model, tokens and images all being rows.
+    """Compute G = XᵀX / N of the inputs X [N, in] of every ``nn.Linear`` of a model; each token of an image is a row.
 
-    Layers that are never called have none: weights that a model uses without calling their layer (BEiT's qkv), and
-    layers the forward pass does not reach. Evaluation mode, no gradients, full precision.
+    Layers that are never called have no Gram matrix: those whose weights a model uses without calling them (BEiT's
+    qkv), and those that the forward pass does not reach. The model is in evaluation mode, in full precision and without
+    gradients.
 
     Args:
-        model: Whose layers are watched. It is not changed.
-        batches: Images on the model's device.
-        block: Only the diagonal blocks of Gram matrices wider than this, as :class:`cil.merging.RegMean` takes them.
-        forward: What to call with the images; by default the model itself.
+        model: Model whose layers are observed; it is not changed.
+        batches: Images [B, 3, H, W] on the model's device.
+        block: Width above which only the diagonal blocks of a Gram matrix are computed, as
+            :class:`cil.merging.RegMean` uses them; None: no limit.
+        forward: Function that is called with the images; by default the model itself.
 
     Returns:
-        Name of the layer's weight → float64 [k, in/k, in/k], k = 1 unless cut into blocks; symmetric to the bit.
+        Gram matrices by name of the layer's weight, float64 [k, in/k, in/k], k = 1 unless in blocks; exactly symmetric.
 
     Raises:
         DataError: There is no image, or an input is not finite.
@@ -175,7 +177,7 @@ def input_grams(
         for handle in hooks:
             handle.remove()
     if not sums:
-        raise DataError("input_grams: no linear layer was called; are there images, and does the model hold nn.Linear?")
+        raise DataError("input_grams: no linear layer was called; are there images, and does the model have nn.Linear?")
     for name, value in sums.items():
         if not bool(torch.isfinite(value).all()):
             raise DataError(f"input_grams: inputs of {name} are NaN or infinite")
@@ -184,7 +186,7 @@ def input_grams(
 
 @contextmanager
 def _evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode inside; every submodule gets its own mode back."""
+    """Set evaluation mode in the block; afterwards every submodule has its previous mode."""
     with ExitStack() as stack:
         for model in models:
             for module in model.modules() if model is not None else ():

@@ -1,4 +1,4 @@
-"""Where a rule's state lies: in buffers of the rule, or anywhere else that can get and put one tensor's slots."""
+"""Stores of a rule's state: the rule's buffers, or any object that can get and put the slots of one tensor."""
 
 from __future__ import annotations
 
@@ -12,42 +12,44 @@ from cil.merging.layout import Entry
 
 State = dict[str, Tensor]
 """Slot → tensor, for one entry."""
-Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
+StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Slot → shape and dtype, for one entry."""
 
 
 class Store(Protocol):
-    """Where the slots of all entries lie."""
+    """A store for the slots of all entries."""
 
-    def get(self, entry: Entry) -> State: ...
+    def get(self, entry: Entry) -> State:
+        """Return the slots of an entry."""
 
-    def put(self, entry: Entry, state: State) -> None: ...
+    def put(self, entry: Entry, state: State) -> None:
+        """Replace the slots of an entry."""
 
     def commit(self) -> None:
-        """A task's last tensor has been put."""
+        """Complete a task, after its last tensor has been put."""
 
 
 class Buffers:
-    """The default store: buffers of the rule, named slot:name with / for the dots, which buffers may not have.
+    """The default store: buffers of the rule, named ``slot:name`` with / for dots, which buffer names must not contain.
 
     Args:
-        module: Whose buffers.
-        slots: What is kept of an entry.
+        module: Module that owns the buffers.
+        slots: Function that returns the slots of an entry, with shapes and dtypes.
     """
 
-    def __init__(self, module: nn.Module, slots: Callable[[Entry], Slots]) -> None:
-        self.module, self.slots = module, slots
+    def __init__(self, module: nn.Module, slots: Callable[[Entry], StateSpec]) -> None:
+        self.module, self.state_spec = module, slots
 
     def allocate(self, entries: Iterable[Entry], device: torch.device) -> None:
-        """Zeros for these entries, and nothing else."""
+        """Create slots of zeros for these entries, and remove all others."""
         for name in [name for name in self.module._buffers if ":" in name]:
             del self.module._buffers[name]
         for entry in entries:
-            for slot, (shape, dtype) in self.slots(entry).items():
+            for slot, (shape, dtype) in self.state_spec(entry).items():
                 self.module.register_buffer(slot_name(entry, slot), torch.zeros(shape, dtype=dtype, device=device))
 
     def get(self, entry: Entry) -> State:
-        return {slot: self.module.get_buffer(slot_name(entry, slot)) for slot in self.slots(entry)}
+        return {slot: self.module.get_buffer(slot_name(entry, slot)) for slot in self.state_spec(entry)}
 
     def put(self, entry: Entry, state: State) -> None:
         for slot, value in state.items():
@@ -58,5 +60,5 @@ class Buffers:
 
 
 def slot_name(entry: Entry, slot: str) -> str:
-    """How a slot is called in ``state_dict()`` and in a state file."""
+    """Return the name of a slot in ``state_dict()`` and in a state file."""
     return f"{slot}:{entry.name.replace('.', '/')}"

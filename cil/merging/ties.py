@@ -1,4 +1,4 @@
-"""TIES-Merging: trim, elect a sign, merge what agrees. In constant memory, and in its published continual form."""
+"""TIES-Merging (trim, elect a sign, merge what agrees): exact in constant memory, and in published continual form."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from cil.errors import ConfigError
-from cil.merging.base import Rule, Task, TaskStatistics, Updates
+from cil.merging.base import Rule, TaskNorms, TaskStatistics, Updates
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
 from cil.merging.numerics import kth_largest_magnitude
-from cil.merging.store import Slots, State
+from cil.merging.store import State, StateSpec
 
-Merge = Literal["sum", "mean", "max"]
+Combination = Literal["sum", "mean", "max"]
 Trim = Literal["model", "tensor"]
 
 
 class _Ties(Rule):
-    def __init__(self, density: float, merge: Merge, scale: float, finalisers: Sequence[Finaliser]) -> None:
+    def __init__(self, density: float, merge: Combination, scale: float, finalisers: Sequence[Finaliser]) -> None:
         super().__init__(finalisers)
         name = type(self).__name__
         if not 0 < density <= 1:
@@ -33,7 +33,7 @@ class _Ties(Rule):
         self.density, self.merge, self.scale = density, merge, scale
 
     def threshold(self, updates: Updates) -> float:
-        """The smallest magnitude that trimming keeps, over the flattened model."""
+        """Return the smallest magnitude that trimming keeps, over the flattened model."""
         if self.density == 1:
             return 0.0
         size = sum(math.prod(entry.shape) for entry in self.layout.entries)
@@ -42,38 +42,41 @@ class _Ties(Rule):
 
 
 class TIES(_Ties):
-    """TIES-Merging (arXiv 2306.01708), exact and order-free with two or four tensors of state in place of T.
+    """TIES-Merging (arXiv 2306.01708), exact and order-free, with a state of two or four tensors per entry, not T.
 
     1. Trim: keep the ``density`` share of largest magnitudes of every τ_t.
     2. Elect: γ = sign(Σ_t τ_t) per entry; where the sum is 0, the sign of the sum of all elected signs.
     3. Merge: the sum, mean or largest magnitude of the entries whose sign is γ (a mean over those that are not 0).
     4. θ = θ_0 + s · result.
 
-    Every task is trimmed by itself, so the sums of positive and of negative trimmed entries say all that steps 2 and 3
-    ask (our observation; checked against the batch form in the tests).
+    Each task is trimmed separately, so the sums of positive and of negative trimmed entries (with their numbers or
+    extremes) are sufficient for steps 2 and 3. This is our observation; the tests check it against the batch form.
 
     Args:
-        density: Share kept, in (0, 1]. Exactly int(density · P) entries, and at least one, but for equal magnitudes at
-            the threshold, which are all kept (the authors' code keeps one entry more).
-        merge: ``sum``, ``mean`` or ``max``.
-        scale: s.
+        density: Share of the entries that is kept, in (0, 1]: exactly int(density · P), at least one, and all entries
+            whose magnitude equals the threshold (the authors' code keeps one entry more).
+        merge: How agreeing entries are combined: ``sum``, ``mean`` or ``max``.
+        scale: Factor s, finite.
         trim: ``model``: the share is of the flattened model, as in the authors' code; ``tensor``: of every tensor by
             itself, by ``peft.utils.merge_utils.prune``. PEFT's ``ties`` is ``trim="tensor", merge="mean", scale=1``.
 
-    Slots:
-        positive, negative: sums of trimmed entries of either sign.
-        positives, negatives: how many, int32 (``mean``). largest, smallest: extremes (``max``).
+    State:
+        positive, negative: Sums of trimmed entries of either sign.
+        positives, negatives: Numbers of such entries, int32 (``mean``). largest, smallest: Their extremes (``max``).
 
     Raises:
         ConfigError: An argument is out of range.
     """
 
-    surveys = True
+    summary = "small changes dropped, a sign elected for every weight, the rest merged"
+    paper = "arXiv 2306.01708"
+    state_size = "2 P to 4 P"
+    needs_global_statistic = True
 
     def __init__(
         self,
         density: float = 0.2,
-        merge: Merge = "sum",
+        merge: Combination = "sum",
         scale: float = 0.3,
         trim: Trim = "model",
         *,
@@ -84,7 +87,7 @@ class TIES(_Ties):
             raise ConfigError(f"TIES: trim is {trim!r}; it must be 'model' or 'tensor'")
         self.trim = trim
 
-    def slots(self, entry: Entry) -> Slots:
+    def state_spec(self, entry: Entry) -> StateSpec:
         slots = {"positive": (entry.shape, self.layout.dtype), "negative": (entry.shape, self.layout.dtype)}
         if self.merge == "mean":
             slots |= {"positives": (entry.shape, torch.int32), "negatives": (entry.shape, torch.int32)}
@@ -95,7 +98,7 @@ class TIES(_Ties):
     def measure(self, updates: Updates, stats: TaskStatistics | None) -> dict[str, float]:
         return {"threshold": self.threshold(updates)} if self.trim == "model" else {}
 
-    def update(self, entry: Entry, state: State, tau: Tensor, task: Task, stats: TaskStatistics | None) -> State:
+    def update(self, entry: Entry, state: State, tau: Tensor, task: TaskNorms, stats: TaskStatistics | None) -> State:
         if self.trim == "tensor":
             if self.density < 1:
                 from peft.utils.merge_utils import prune  # takes seconds to import
@@ -110,12 +113,12 @@ class TIES(_Ties):
             new |= {"largest": state["largest"].maximum(tau), "smallest": state["smallest"].minimum(tau)}
         return new
 
-    def survey(self, entry: Entry, state: State) -> float:
+    def global_statistic(self, entry: Entry, state: State) -> float:
         return float((state["positive"] + state["negative"]).sign().sum(dtype=torch.float64))
 
-    def read(self, entry: Entry, state: State, surveyed: float) -> Tensor:
+    def read(self, entry: Entry, state: State, statistic: float) -> Tensor:
         total = state["positive"] + state["negative"]
-        elected = (total > 0) | ((total == 0) & (surveyed > 0))
+        elected = (total > 0) | ((total == 0) & (statistic > 0))
         if self.merge == "max":
             return self.scale * torch.where(elected, state["largest"], state["smallest"])
         side = torch.where(elected, state["positive"], state["negative"])
@@ -128,27 +131,34 @@ class ContinualTIES(_Ties):
     """TIES as published for continual merging (the C-TIES of OPCM's and MINGLE's tables), read from FusionBench's code.
 
     A_1 = s τ_1, untrimmed; A_t = A_{t−1} + s · TIES({A_{t−1}, τ_t}). The merged update is counted again at every step,
-    so it grows, and published results are erratic. A faithful baseline; :class:`TIES` is the method.
+    so it grows, and published results are erratic. This rule is a faithful baseline; :class:`TIES` is the method.
 
     Args:
-        density, merge: As in :class:`TIES`, over the flattened model.
-        scale: s; 0.5 in the reference's configuration, 0.3 and 0.1 in its experiments on 8 and on 14 or more tasks.
+        density, merge: Arguments of :class:`TIES`, over the flattened model.
+        scale: Factor s, finite; 0.5 in the reference's configuration, 0.3 and 0.1 in its experiments on 8 and on 14 or
+            more tasks.
 
-    Slots:
+    State:
         sum: A_t.
 
     Raises:
         ConfigError: An argument is out of range.
     """
 
+    summary = "TIES of the merged and the new update, task after task"
     order_free = False
 
     def __init__(
-        self, density: float = 0.2, merge: Merge = "sum", scale: float = 0.5, *, finalisers: Sequence[Finaliser] = ()
+        self,
+        density: float = 0.2,
+        merge: Combination = "sum",
+        scale: float = 0.5,
+        *,
+        finalisers: Sequence[Finaliser] = (),
     ) -> None:
         super().__init__(density, merge, scale, finalisers)
 
-    def slots(self, entry: Entry) -> Slots:
+    def state_spec(self, entry: Entry) -> StateSpec:
         return {"sum": (entry.shape, self.layout.dtype)}
 
     def measure(self, updates: Updates, stats: TaskStatistics | None) -> dict[str, float]:
@@ -160,7 +170,7 @@ class ContinualTIES(_Ties):
         task["signs"] = math.fsum(float((a + b).sign().sum(dtype=torch.float64)) for a, b in pairs)
         return task
 
-    def update(self, entry: Entry, state: State, tau: Tensor, task: Task, stats: TaskStatistics | None) -> State:
+    def update(self, entry: Entry, state: State, tau: Tensor, task: TaskNorms, stats: TaskStatistics | None) -> State:
         if not int(self.count):
             return {"sum": self.scale * tau}
         pair = torch.stack([trimmed(state["sum"], task["old"]), trimmed(tau, task["new"])])
@@ -173,10 +183,10 @@ class ContinualTIES(_Ties):
             merged = agreeing.sum(0) / ((agreeing != 0).sum(0).clamp(min=1) if self.merge == "mean" else 1)
         return {"sum": state["sum"] + self.scale * merged}
 
-    def read(self, entry: Entry, state: State, surveyed: float) -> Tensor:
+    def read(self, entry: Entry, state: State, statistic: float) -> Tensor:
         return state["sum"]
 
 
 def trimmed(tensor: Tensor, threshold: float) -> Tensor:
-    """Zero where the magnitude is below the threshold."""
+    """Set entries whose magnitude is below the threshold to zero."""
     return torch.where(tensor.abs() >= threshold, tensor, 0)

@@ -1,6 +1,6 @@
-"""Comparing runs: a table on the terminal, figures, tables as files, and a page that opens from disk.
+"""Compares runs: a table on the terminal, figures, tables as files, and a web page that opens from disk.
 
-Reads results only, so neither torch nor timm is imported.
+The package only reads results, so it imports neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from cil import figures
 from cil.errors import RunError
-from cil.report.columns import COLUMNS, NAMED, Column, chosen, named, spread
-from cil.report.comparison import Comparison, Filters, load, rank
+from cil.report import figures
+from cil.report.columns import COLUMNS, NAMED, Column, find_column, select_columns, spread
+from cil.report.comparison import Comparison, Filters, compare_runs, rank
 from cil.report.export import TABLES, as_csv, check_suffixes, latex, markdown
-from cil.report.files import write
-from cil.report.protocols import by_protocol, describe, protocol
-from cil.report.row import Row, paired, rows
+from cil.report.protocols import by_protocol, describe_protocol, protocol
+from cil.report.row import SettingRow, paired, rows
 from cil.report.terminal import cells, table
 from cil.report.webpage import page
+from cil.utils.files import write
 
 __all__ = [
     "COLUMNS",
@@ -28,23 +28,23 @@ __all__ = [
     "Column",
     "Comparison",
     "Filters",
-    "Row",
+    "SettingRow",
     "as_csv",
     "by_protocol",
     "cells",
     "check_suffixes",
-    "chosen",
-    "describe",
+    "compare_runs",
+    "describe_protocol",
+    "find_column",
     "latex",
-    "load",
     "markdown",
-    "named",
     "only",
     "page",
     "paired",
     "protocol",
     "rank",
     "rows",
+    "select_columns",
     "spread",
     "table",
     "write",
@@ -56,39 +56,43 @@ FIGURES = (".pdf", ".svg", ".png")
 
 
 def only(compared: Sequence[Comparison], what: str) -> Comparison:
-    """The one comparison there is.
+    """The single comparison, for a table or figure that can show only one.
+
+    Args:
+        compared: Comparisons of all protocols.
+        what: Name of the table or figure, for the message.
 
     Raises:
-        RunError: There are several, which one table or figure must not hold; says what differs and how to pick.
+        RunError: There are several; the message says how they differ and how to select one.
     """
     if len(compared) > 1:
         titles = "; ".join(f"{one.number}. {one.title}" for one in compared)
         raise RunError(
             f"{what}: runs of {len(compared)} protocols are not ranked together, they differ in "
-            f"{', '.join(compared[0].differs)}; pick one with --protocol, or give its folder alone: {titles}"
+            f"{', '.join(compared[0].differs)}; select one with --protocol, or give only its folder: {titles}"
         )
     return compared[0]
 
 
 def write_table(compared: Comparison, path: Path, columns: Sequence[Column] = COLUMNS) -> Path:
-    """A table as CSV, Markdown or LaTeX, as the suffix says."""
+    """Write a table as CSV, Markdown or LaTeX, depending on the suffix; returns the path."""
     return write(path, TABLES[path.suffix](compared, columns))
 
 
 def write_figure(compared: Comparison, path: Path) -> Path:
-    """Accuracy and forgetting for a paper, as the suffix says."""
+    """Write the curves of accuracy and forgetting for a paper as PDF, SVG or PNG; returns the path."""
     return write(path, figures.paper(_groups(compared), path.suffix.removeprefix(".")))
 
 
 def write_overview(compared: Sequence[Comparison], out: Path, columns: Sequence[Column] = COLUMNS) -> list[Path]:
-    """A picture a protocol and one page about all, below ``out``."""
-    written = []
+    """Write one figure per protocol and one page about all to the folder ``out``; returns their paths."""
+    paths = []
     for one in compared:
         buffer = io.BytesIO()
         figures.comparison(_groups(one), one.title).savefig(buffer, dpi=150)
         name = f"compare-{one.number}.png" if len(compared) > 1 else "compare.png"
-        written.append(write(out / name, buffer.getvalue()))
-    return [*written, write(out / "compare.html", page(compared, columns))]
+        paths.append(write(out / name, buffer.getvalue()))
+    return [*paths, write(out / "compare.html", page(compared, columns))]
 
 
 def _groups(compared: Comparison) -> dict[str, list[dict]]:

@@ -1,4 +1,4 @@
-"""From folders to comparisons: filters, one comparison a protocol, ranked rows, a baseline."""
+"""From folders to comparisons: filters, one comparison per protocol, ranked rows, and a baseline."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from cil import results
 from cil.errors import RunError, nearest
 from cil.report.columns import NAMED, Column
-from cil.report.protocols import Run, by_protocol, describe, differences
-from cil.report.row import Row, order_of, paired, rows, seed_of
+from cil.report.protocols import Run, by_protocol, describe_protocol, differences
+from cil.report.row import SettingRow, order_of, paired, rows, seed_of
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What to leave in; empty keeps everything.
+    """The runs to compare; an empty filter passes everything.
 
     Attributes:
-        learner: Patterns such as ``ranpac*`` of learners' names or of whole row titles.
+        learner: Patterns of learners' names, such as ``ranpac*``, or whole row titles.
         order: Class orders as configured: seeds or names.
         seed: Training seeds.
-        complete: Only finished runs.
-        protocol: Only the protocol of that number, from 1, as the tables count them.
+        complete: Whether only finished runs pass.
+        protocol: Number of the only protocol that passes; tables count protocols from 1.
     """
 
     learner: Sequence[str] = ()
@@ -38,106 +38,111 @@ class Comparison:
     """Runs of one protocol.
 
     Attributes:
-        number: Counts the protocols from 1, in the order of the folders given, before any is filtered out.
-        rows: Best first.
-        baseline: What the others' differences are to; its row need not be shown.
-        lacks: The baseline that was asked for and has no run of this protocol.
-        differs: The facts that tell this protocol from the others, by name; empty if there is one.
+        number: Number of the protocol, from 1, in the order of the given folders and before filtering.
+        rows: The rows, best first.
+        baseline: The row that is subtracted from the others; it need not be among ``rows``.
+        lacks: The requested baseline, if it has no run of this protocol.
+        differs: The facts by which this protocol differs from the others, by name; empty if it is the only one.
     """
 
     number: int
-    rows: tuple[Row, ...]
-    baseline: Row | None = None
+    rows: tuple[SettingRow, ...]
+    baseline: SettingRow | None = None
     lacks: str = ""
     differs: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        return describe(self.rows[0].runs[0])
+        """One line about the protocol."""
+        return describe_protocol(self.rows[0].runs[0])
 
     @property
     def runs(self) -> list[Run]:
+        """The runs of all rows."""
         return [run for row in self.rows for run in row.runs]
 
     def shown(self, columns: Sequence[Column]) -> list[Column]:
-        """Those with something to say: no differences where nothing can be subtracted."""
+        """The columns that have numbers: those of differences are dropped if no run can be paired."""
         return [c for c in columns if not c.difference or any(c.values(row, self.baseline) for row in self._others)]
 
     def why_no_differences(self) -> str:
-        """What to tell a reader who looks for them, if anything."""
+        """The reason why the table shows no differences; empty if it shows some."""
         if self.lacks:
-            return f"no differences: no run of {self.lacks} is here"
+            return f"no differences: there is no run of {self.lacks}"
         if self.baseline is None or not self._others or any(paired(row, self.baseline) for row in self._others):
             return ""
         return f"no differences: no other finished run shares a class order and seed with {self.baseline.title}"
 
     @property
-    def _others(self) -> list[Row]:
+    def _others(self) -> list[SettingRow]:
         return [row for row in self.rows if self.baseline is None or row.title != self.baseline.title]
 
 
-def rank(found: Iterable[Row], column: Column = NAMED["accuracy_last"], baseline: Row | None = None) -> tuple[Row, ...]:
-    """Finished rows by the mean of a column, the good end first, then those without a value, then the unfinished."""
+def rank(
+    unranked: Iterable[SettingRow], column: Column = NAMED["accuracy_last"], baseline: SettingRow | None = None
+) -> tuple[SettingRow, ...]:
+    """Rows ranked by the mean of a column: finished ones, the best first, then those without a value, then unfinished
+    ones."""
 
-    def place(row: Row) -> tuple[bool, bool, float]:
+    def place(row: SettingRow) -> tuple[bool, bool, float]:
         mean = column.mean(row, baseline)
         return not row.finished, mean is None, (mean or 0.0) * (1 if column.ascending else -1)
 
-    return tuple(sorted(found, key=place))
+    return tuple(sorted(unranked, key=place))
 
 
-def load(
+def compare_runs(
     paths: Sequence[Path],
     filters: Filters = Filters(),
     baseline: str | None = None,
     sort: Column = NAMED["accuracy_last"],
 ) -> list[Comparison]:
-    """Everything below ``paths``, a comparison a protocol.
+    """Compares all runs below ``paths``; one comparison per protocol.
 
     Args:
-        paths: Run folders or folders that hold some.
-        filters: What to leave in. A baseline need not pass ``learner``.
-        baseline: Title of a row, ``none`` for no differences; by default the best finished row that keeps no old
-            images (which a joint bound does).
-        sort: What to rank by.
+        paths: Run folders, or folders that contain some.
+        filters: The runs to compare. A baseline need not pass ``learner``.
+        baseline: Title of a row, or ``none`` for no differences; by default the best finished row that stores no
+            images, which excludes ``joint``.
+        sort: Column to rank by.
 
     Raises:
-        RunError: Nothing to compare, a damaged result, or a filter or baseline that matches nothing; names the
-            nearest that is there.
+        RunError: There is nothing to compare, a result is damaged, or a filter or baseline matches nothing; the
+            message then suggests the nearest existing one.
     """
-    found: dict[Path, Run] = {}
+    by_folder: dict[Path, Run] = {}
     for run in results.find(list(paths)):
-        found.setdefault(Path(run["folder"]).resolve(), run)  # given twice, counted once
-    groups = by_protocol(list(found.values()))
-    apart = differences(groups)
+        by_folder.setdefault(Path(run["folder"]).resolve(), run)  # a folder given twice counts once
+    groups = by_protocol(list(by_folder.values()))
+    differing = differences(groups)
     if filters.protocol is not None and not 1 <= filters.protocol <= len(groups):
         raise RunError(f"--protocol {filters.protocol}: no such protocol; allowed: 1 to {len(groups)}")
     numbers = range(len(groups)) if filters.protocol is None else [filters.protocol - 1]
-    left = _passing({i: groups[i] for i in numbers}, filters)
-    pool = [Comparison(i + 1, tuple(rows(runs)), differs=apart[i]) for i, runs in left.items()]
-    everything = {one.number: one.rows for one in pool}
+    passing = _passing({i: groups[i] for i in numbers}, filters)
+    pool = [Comparison(i + 1, tuple(rows(runs)), differs=differing[i]) for i, runs in passing.items()]
+    all_rows = {one.number: one.rows for one in pool}
     compared = []
     for one in _matching(pool, filters.learner):
-        base = _baseline(baseline, everything[one.number], one.rows)
+        base = _baseline(baseline, all_rows[one.number], one.rows)
         lacks = baseline if baseline and baseline != "none" and base is None else ""
         compared.append(replace(one, rows=rank(one.rows, sort, base), baseline=base, lacks=lacks))
     if all(one.lacks for one in compared):
         titles = sorted({row.title for one in pool for row in one.rows})
-        raise RunError(f"--baseline {baseline}: no such row{nearest(str(baseline), titles)}; {_there(titles)}, none")
+        raise RunError(f"--baseline {baseline}: no such row{nearest(str(baseline), titles)}; {_list(titles)}, none")
     return compared
 
 
 def _passing(groups: dict[int, list[Run]], filters: Filters) -> dict[int, list[Run]]:
-    """The runs that pass the filters on runs; groups of which none does are left out."""
+    """The runs that pass the filters on runs, without groups that have none."""
     every = [run for runs in groups.values() for run in runs]
     seeds = [str(seed) for seed in filters.seed]
-    for option, values, there in (
+    for option, values, existing in (
         ("--order", filters.order, sorted({order_of(run) for run in every})),
         ("--seed", seeds, sorted({str(seed_of(run)) for run in every})),
     ):
         for value in values:
-            if value not in there:
-                raise RunError(f"{option} {value}: no such run{nearest(value, there)}; {_there(there)}")
+            if value not in existing:
+                raise RunError(f"{option} {value}: no such run{nearest(value, existing)}; {_list(existing)}")
 
     def passes(run: Run) -> bool:
         return (
@@ -146,39 +151,40 @@ def _passing(groups: dict[int, list[Run]], filters: Filters) -> dict[int, list[R
             and (not filters.complete or run["complete"])
         )
 
-    left = {i: kept for i, runs in groups.items() if (kept := [run for run in runs if passes(run)])}
-    if not left:
-        given = [f"--order {value}" for value in filters.order] + [f"--seed {value}" for value in seeds]
-        given += ["--complete"] if filters.complete else []
-        raise RunError(f"none of the {len(every)} runs passes {' '.join(given)}; leave one of these out")
-    return left
+    passing = {i: some for i, runs in groups.items() if (some := [run for run in runs if passes(run)])}
+    if not passing:
+        options = [f"--order {value}" for value in filters.order] + [f"--seed {value}" for value in seeds]
+        options += ["--complete"] if filters.complete else []
+        raise RunError(f"none of the {len(every)} runs passes {' '.join(options)}; omit one of these options")
+    return passing
 
 
 def _matching(comparisons: list[Comparison], patterns: Sequence[str]) -> list[Comparison]:
-    """Comparisons with the rows that match a pattern; those of which none does are left out."""
+    """The comparisons with only the rows that match a pattern, without comparisons that have none."""
     every = [row for one in comparisons for row in one.rows]
     names = sorted({row.learner for row in every})
     for pattern in patterns:
         if not any(_matches(row, pattern) for row in every):
             known = [*names, *(f"{name[: len(pattern) - 1]}*" for name in names if pattern.endswith("*"))]
-            raise RunError(f"--learner {pattern}: matches none{nearest(pattern, known)}; {_there(names)}")
+            raise RunError(f"--learner {pattern}: matches none{nearest(pattern, known)}; {_list(names)}")
     if not patterns:
         return comparisons
-    left = [
+    matching = [
         replace(one, rows=tuple(r for r in one.rows if any(_matches(r, p) for p in patterns))) for one in comparisons
     ]
-    return [one for one in left if one.rows]
+    return [one for one in matching if one.rows]
 
 
-def _matches(row: Row, pattern: str) -> bool:
+def _matches(row: SettingRow, pattern: str) -> bool:
     return fnmatchcase(row.learner, pattern) or pattern == row.title
 
 
-def _there(names: Sequence[str], most: int = 8) -> str:
+def _list(names: Sequence[str], most: int = 8) -> str:
     return f"there are: {', '.join(names[:most])}" + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _baseline(name: str | None, every: Sequence[Row], shown: Sequence[Row]) -> Row | None:
+def _baseline(name: str | None, every: Sequence[SettingRow], shown: Sequence[SettingRow]) -> SettingRow | None:
+    """The row of that title; without a name, the best finished row, preferably one that stores no images."""
     if name == "none":
         return None
     if name is not None:

@@ -1,4 +1,4 @@
-"""Tables as files: CSV with a row a run, unrounded; Markdown and LaTeX with the ranked table."""
+"""Tables as files: CSV with one unrounded row per run, and the ranked table as Markdown or LaTeX."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cil.errors import RunError
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
 from cil.report.protocols import Run
-from cil.report.row import Row, order_of, seed_of
+from cil.report.row import SettingRow, order_of, seed_of
 from cil.report.terminal import cells
 
 
 def markdown(compared: Comparison, columns: Sequence[Column] = COLUMNS) -> str:
-    """The ranked table for GitHub and the like."""
+    """The ranked table as GitHub-flavoured Markdown."""
     head, *body = cells(compared, compared.shown(columns))
     divider = "|" + "---|" * len(head) + "\n"
     return _line(head) + divider + "".join(map(_line, body))
@@ -46,7 +46,7 @@ LATEX = {
 
 
 def latex_text(text: str) -> str:
-    """Text as LaTeX prints it; a minus sign before a digit becomes one."""
+    """Text escaped for LaTeX; a hyphen before a digit becomes a minus sign."""
     escaped = "".join(LATEX.get(char, char) for char in text)
     return f"$-${escaped[1:]}" if text[:1] == "-" and text[1:2].isdigit() else escaped
 
@@ -75,8 +75,8 @@ def latex(compared: Comparison, columns: Sequence[Column] = COLUMNS) -> str:
     )
 
 
-def _record(row: Row, run: Run) -> dict[str, Any]:
-    """One run, flat: what it was of, every number of its summary, accuracy and forgetting after every stage."""
+def _record(row: SettingRow, run: Run) -> dict[str, Any]:
+    """One run as a flat record: its identity, its whole summary, and accuracy and forgetting after every stage."""
     versions = run["versions"]
     record = {
         "benchmark": run["config"]["name"],
@@ -111,9 +111,9 @@ def _record(row: Row, run: Run) -> dict[str, Any]:
 
 
 def as_csv(compared: Comparison, columns: Sequence[Column] = COLUMNS) -> str:
-    """A row a run, fractions, bytes and seconds as ``metrics.json`` has them; means and pairs can be made from it.
+    """One row per run, with fractions, bytes and seconds as in ``metrics.json``.
 
-    ``columns`` are those of the tables and make no difference here: every number is there.
+    ``columns`` is ignored, because the file contains every number.
     """
     records = [_record(row, run) for row in compared.rows for run in (*row.runs, *row.left_out)]
     names = list(dict.fromkeys(name for record in records for name in record))
@@ -128,11 +128,16 @@ TABLES: dict[str, Callable[[Comparison, Sequence[Column]], str]] = {".csv": as_c
 
 
 def check_suffixes(option: str, paths: Sequence[Path], known: Sequence[str]) -> None:
-    """Refuse file names that do not say what to write.
+    """Check the suffixes of output files.
+
+    Args:
+        option: Name of the command-line option, for the message.
+        paths: The files.
+        known: Allowed suffixes.
 
     Raises:
-        RunError: A suffix is none of ``known``.
+        RunError: A suffix is not allowed.
     """
     for path in paths:
         if path.suffix not in known:
-            raise RunError(f"{option} {path}: the suffix says what to write; allowed: {', '.join(known)}")
+            raise RunError(f"{option} {path}: the suffix selects the format; allowed: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Rows of a comparison: the runs of one setting over class orders and seeds, and how they pair with a baseline's."""
+"""Rows of a comparison: the runs of one setting over class orders and seeds, and their pairs with a baseline."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cil.errors import RunError
 from cil.report.protocols import Run
+from cil.utils.nested import flatten
 
-# keys of a configuration that say where, on what and how often, not what was run; data and backbone are the protocol's
+# keys of a configuration that are not settings of the learner; data, stream and backbone belong to the protocol
 NOT_SETTINGS = ("name", "data", "stream", "backbone", "orders", "seeds", "hardware")
 
 
 def order_of(run: Run) -> str:
-    """The class order as one gives it to ``--order``: a seed or a name; a list of classes as its folder names it."""
+    """The class order in the form that ``--order`` accepts: a seed or a name; for a list, the name in its folder."""
     order = run["config"]["orders"][0]
     if isinstance(order, (int, str)):
         return str(order)
@@ -24,23 +24,24 @@ def order_of(run: Run) -> str:
 
 
 def seed_of(run: Run) -> int:
+    """The training seed."""
     return run["config"]["seeds"][0]
 
 
 def pair_of(run: Run) -> tuple[tuple[int, ...], int]:
-    """What two runs must share to be paired: the class order itself, whatever it is called, and the training seed."""
+    """(class order, training seed): two runs that share these can be paired, whatever the order is called."""
     return tuple(run["class_order"]), seed_of(run)
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingRow:
     """One setting of one learner.
 
     Attributes:
-        title: The learner's name; where several settings share it, with what tells them apart.
-        runs: What the numbers are of, one a class order and seed: the finished runs or, where there are none, those
-            that came furthest.
-        left_out: The other runs of this setting, not finished.
+        title: The learner's name; if several settings share it, followed by the values that differ.
+        runs: The runs that the numbers come from, one per class order and seed: the finished runs or, without any, the
+            ones with the most stages.
+        left_out: The other runs of this setting, which are unfinished.
     """
 
     title: str
@@ -49,20 +50,21 @@ class Row:
 
     @property
     def learner(self) -> str:
+        """The learner's name or label."""
         return self.runs[0]["learner"]
 
     @property
     def finished(self) -> bool:
-        """Whether the row may be ranked; accuracy after five of ten stages is no A_last."""
+        """Whether the row may be ranked; the accuracy after five of ten stages is not an A_last."""
         return self.runs[0]["complete"]
 
     def values(self, key: str) -> list[float]:
-        """A number of the summary over the runs, where it is defined."""
-        found = [run["summary"].get(key) for run in self.runs]
-        return [float(value) for value in found if value is not None]
+        """A number of the summary for each run in which it is defined."""
+        values = [run["summary"].get(key) for run in self.runs]
+        return [float(value) for value in values if value is not None]
 
     def note(self) -> str:
-        """What a reader must know before comparing: kept images, runs that are not finished, how it was tuned."""
+        """Remarks for a fair comparison: stored images, unfinished runs, how hyper-parameters were chosen."""
         first = self.runs[0]
         notes = ["keeps old images"] if first["stores_images"] else []
         if not self.finished:
@@ -75,62 +77,54 @@ class Row:
         return ", ".join(notes)
 
 
-def paired(row: Row, baseline: Row, key: str = "accuracy_last") -> list[float]:
-    """Differences row − baseline on identical class orders and seeds; runs without a partner take no part.
+def paired(row: SettingRow, baseline: SettingRow, key: str = "accuracy_last") -> list[float]:
+    """Differences row − baseline on identical class orders and seeds; runs without a partner are ignored.
 
-    Empty unless both are finished.
+    The list is empty unless both rows are finished.
     """
     if not (row.finished and baseline.finished):
         return []
     partner = {pair_of(run): run["summary"].get(key) for run in baseline.runs}
-    both = [(run["summary"].get(key), partner.get(pair_of(run))) for run in row.runs]
-    return [a - b for a, b in both if a is not None and b is not None]
+    pairs = [(run["summary"].get(key), partner.get(pair_of(run))) for run in row.runs]
+    return [a - b for a, b in pairs if a is not None and b is not None]
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
-    """Runs of one protocol as rows, in order of their titles.
+def rows(runs: Sequence[Run]) -> list[SettingRow]:
+    """Runs of one protocol as rows, sorted by title.
 
     Raises:
-        RunError: A setting was run twice with one class order and seed, and the folders do not tell the two apart.
+        RunError: A folder holds two runs of one setting with the same class order and seed.
     """
     learners: dict[str, list[Run]] = {}
     for run in runs:
         learners.setdefault(run["learner"], []).append(run)
-    found = []
+    result = []
     for name in sorted(learners):
         variants = list(_variants(learners[name]))
         for title, group in zip(_titles(name, variants), variants, strict=True):
             furthest = max(map(_progress, group))
-            kept, rest = [[run for run in group if (_progress(run) == furthest) is top] for top in (True, False)]
-            found.append(Row(title, tuple(kept), tuple(rest)))
-    return found
+            counted, rest = [[run for run in group if (_progress(run) == furthest) is top] for top in (True, False)]
+            result.append(SettingRow(title, tuple(counted), tuple(rest)))
+    return result
 
 
 def _progress(run: Run) -> tuple[bool, int]:
     return run["complete"], len(run["stages"])
 
 
-def settings(run: Run) -> dict[str, str]:
-    """A learner's settings and what else decides a run beside protocol, class order and seed, flat, as text."""
+def flat_settings(run: Run) -> dict[str, str]:
+    """The settings of a run as texts by dotted key: everything but the protocol, the class order and the seed."""
     config = run["config"]
     flat = {k: v for k, v in config["learners"][0].items() if k not in ("label", "orders", "seeds")}
     flat |= {k: v for k, v in config.items() if k not in (*NOT_SETTINGS, "learners")}
-    return {key: json.dumps(value, sort_keys=True) for key, value in _leaves(flat)}
-
-
-def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            yield from _leaves(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", inner
+    return {key: json.dumps(value, sort_keys=True) for key, value in flatten(flat)}
 
 
 def _variants(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Runs of one learner by their settings; where two share class order and seed, by their folders as well."""
+    """Groups the runs of one learner by setting, and by folder if two of a setting share class order and seed."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(settings(run), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(flat_settings(run), sort_keys=True), []).append(run)
     for group in groups.values():
         if len({pair_of(run) for run in group}) == len(group):
             yield group
@@ -142,21 +136,21 @@ def _variants(runs: Sequence[Run]) -> Iterator[list[Run]]:
             if len({pair_of(run) for run in local}) < len(local):
                 raise RunError(
                     f"{place}: holds the same run of {local[0]['learner']} twice (settings, class order, seed); "
-                    "move one of the two away"
+                    "move one of them away"
                 )
             yield local
 
 
 def _titles(name: str, variants: Sequence[Sequence[Run]]) -> list[str]:
-    """The learner's name, followed where needed by the settings that differ, or by the folder where none does."""
+    """A title per variant: the learner's name, and if there are several, the settings that differ, or the folder."""
     if len(variants) == 1:
         return [name]
-    every = [settings(group[0]) for group in variants]
+    every = [flat_settings(group[0]) for group in variants]
     keys = [key for key in dict.fromkeys(key for one in every for key in one) if len({o.get(key) for o in every}) > 1]
-    told = [", ".join(f"{key}={one.get(key, '–').strip(chr(34))}" for key in keys) for one in every]
+    texts = [", ".join(f"{key}={one.get(key, '–').strip(chr(34))}" for key in keys) for one in every]
     return [
         f"{name} ({', '.join(filter(None, (text, str(Path(group[0]['folder']).parent.parent))))})"
-        if told.count(text) > 1
+        if texts.count(text) > 1
         else f"{name} ({text})"
-        for text, group in zip(told, variants, strict=True)
+        for text, group in zip(texts, variants, strict=True)
     ]

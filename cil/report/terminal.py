@@ -11,13 +11,13 @@ from rich.text import Text
 
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
-from cil.report.protocols import told
+from cil.report.protocols import format_differences
 
 TITLE_WIDTH = 32  # characters of a learner and its settings before they wrap
 
 
 def cells(compared: Comparison, columns: Sequence[Column]) -> list[list[str]]:
-    """The table as text: a heading, then a row a setting, each with learner, runs, the columns, and a note."""
+    """The table as texts: a heading, then one row per setting, each with learner, runs, the columns, and a note."""
     head = ["learner", "runs", *(column.title(compared.baseline) for column in columns), "note"]
     return [head] + [
         [row.title, str(len(row.runs)), *(column.cell(row, compared.baseline) for column in columns), row.note()]
@@ -31,48 +31,48 @@ def table(
     """The ranked table of one protocol.
 
     Args:
-        compared: What to show.
+        compared: The comparison.
         columns: Its columns, the most important first.
-        width: Characters of a line; columns that do not fit are left out, and the caption says which. None: all.
-        numbered: Head it with the protocol's number, to be told from others.
+        width: Characters per line; columns that do not fit are omitted, and the caption lists them. None: no limit.
+        numbered: Whether the title begins with the number of the protocol.
     """
-    wanted = compared.shown(columns)
-    head, *body = cells(compared, wanted)
-    count = len(wanted)
+    available = compared.shown(columns)
+    head, *body = cells(compared, available)
+    count = len(available)
     if width is not None:
         while count > 1 and _least([_without(row, count) for row in (head, *body)]) > width:
             count -= 1
     head, *body = [_without(row, count) for row in (head, *body)]
-    shown = Table(title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.pad_edge = shown.show_edge = False
+    rendered = Table(title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rendered.pad_edge = rendered.show_edge = False
     title = max(cell_len(row[0]) for row in (head, *body))
     title = title if width is None else min(title, TITLE_WIDTH)
-    shown.add_column(head[0], width=title, overflow="fold")
+    rendered.add_column(head[0], width=title, overflow="fold")
     for heading in head[1:-1]:
-        shown.add_column(Text(heading), justify="right", no_wrap=True)
+        rendered.add_column(Text(heading), justify="right", no_wrap=True)
     notes = any(row[-1] for row in body)
     if notes:
-        shown.add_column(head[-1], min_width=_longest_word(body))
+        rendered.add_column(head[-1], min_width=_longest_word(body))
     for row in body:
-        shown.add_row(*map(Text, row if notes else row[:-1]))
-    shown.title = Text(f"{compared.number}. {compared.title}" if numbered else compared.title)
-    lines = [f"not to be ranked with the others: {told(compared.differs)}"] if compared.differs else []
+        rendered.add_row(*map(Text, row if notes else row[:-1]))
+    rendered.title = Text(f"{compared.number}. {compared.title}" if numbered else compared.title)
+    lines = [f"not to be ranked with the others: {format_differences(compared.differs)}"] if compared.differs else []
     if any(column.difference for column in columns) and compared.why_no_differences():
         lines.append(compared.why_no_differences())
-    if count < len(wanted):
-        left = ", ".join(column.name for column in wanted[count:])
-        lines.append(f"left out at {width} characters a line (--columns picks): {left}")
-    shown.caption = Text("\n".join(lines)) if lines else None
-    return shown
+    if count < len(available):
+        left = ", ".join(column.name for column in available[count:])
+        lines.append(f"omitted at {width} characters per line (--columns selects): {left}")
+    rendered.caption = Text("\n".join(lines)) if lines else None
+    return rendered
 
 
 def _without(row: list[str], count: int) -> list[str]:
-    """A row with the first ``count`` of its columns: learner and runs before them, the note behind."""
+    """A row with only the first ``count`` of its columns, besides learner, runs and note."""
     return [*row[: 2 + count], row[-1]]
 
 
 def _least(rows: Sequence[Sequence[str]]) -> int:
-    """Characters a table needs: every cell on one line but for the learner and the note, which may wrap."""
+    """Minimal width of a table in characters: every cell on one line, except learner and note, which may wrap."""
     whole = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     note = _longest_word(rows[1:])
     return min(whole[0], TITLE_WIDTH) + sum(2 + wide for wide in whole[1:-1]) + (2 + note if note else 0)

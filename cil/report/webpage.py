@@ -1,4 +1,4 @@
-"""The page: one HTML file with its data, style and script inside, which opens from disk and fetches nothing.
+"""The web page: one HTML file that contains its data, style and script, and opens from disk without a network.
 
 The ranked table is in the HTML itself; the script adds curves, cost against accuracy, and accuracy matrices.
 """
@@ -13,15 +13,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from cil import figures
+from cil.report import figures
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
-from cil.report.protocols import Run, told
-from cil.report.row import Row, order_of, seed_of
+from cil.report.protocols import Run, format_differences
+from cil.report.row import SettingRow, order_of, seed_of
 from cil.report.terminal import cells
 
 CURVES = {
-    # key of the curves in metrics.json: what the page calls it
+    # key of the curves in metrics.json: name on the page
     "accuracy/seen": "accuracy over all classes seen, %",
     "accuracy/seen_task_mean": "accuracy, mean over tasks, %",
     "accuracy/seen_class_mean": "accuracy, mean over classes, %",
@@ -35,31 +35,31 @@ CURVES = {
     "within_task_accuracy": "accuracy with the task given, %",
 }
 COSTS = {
-    # key of the summary: what the page calls it, and the factor to that unit
+    # key of the summary: (name on the page, factor from the summary's unit)
     "seconds": ("minutes of learning and testing", 1 / 60),
     "kept_bytes": ("MiB kept", 2**-20),
     "trainable_parameters": ("trained parameters", 1.0),
-    "passes_per_train_image": ("passes a training image", 1.0),
-    "passes_per_test_image": ("passes a test image", 1.0),
+    "passes_per_train_image": ("passes per training image", 1.0),
+    "passes_per_test_image": ("passes per test image", 1.0),
 }
 DASHES = {"-": "", "-.": "9 3 2 3", ":": "2 3", "--": "6 4"}
-# figures.CYCLE for a screen: its hues, darkened until lines stand 3 : 1 against the light paper, lightened to 4.5 : 1
-# against the dark one
+# figures.CYCLE for a screen: the same hues, darkened to a contrast of 3 : 1 with the light background, lightened to
+# 4.5 : 1 for the dark one
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#c977a4", "#c08500", "#4999c6", "#882255", "#959532", "#40a090", "#332288")
 DARK = ("#4aa8e0", "#ff8a3d", "#2fc796", "#e3a0c6", "#f0b429", "#8ccdf5", "#d3688f", "#c9c763", "#74d3c5", "#a095f2")
 DARK_BOUNDS = {"finetune": "#a3a3a3", "joint": "#f2f2f2"}
-MOST_AT_FIRST = 10  # lines a reader can tell apart before choosing any
+MOST_AT_FIRST = 10  # lines shown at first; a reader cannot distinguish more
 
 
 def page(compared: Sequence[Comparison], columns: Sequence[Column] = COLUMNS) -> str:
-    """A self-contained HTML page, a section a protocol.
+    """A self-contained HTML page with one section per protocol.
 
     Args:
-        compared: What to show.
-        columns: Columns of its tables.
+        compared: The comparisons.
+        columns: Columns of the tables.
     """
     environment = Environment(loader=PackageLoader("cil.report", "assets"), autoescape=True, trim_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the page lists things in our order
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # keeps the order of the dictionaries
     return environment.get_template("page.html").render(
         sections=[_section(one, one.shown(columns)) for one in compared],
         data=[_data(one) for one in compared],
@@ -69,7 +69,8 @@ def page(compared: Sequence[Comparison], columns: Sequence[Column] = COLUMNS) ->
 
 
 def _asset(name: str) -> Markup:
-    return Markup((files("cil.report") / "assets" / name).read_text(encoding="utf-8"))  # our own, not a user's text
+    # a file of this package needs no escaping
+    return Markup((files("cil.report") / "assets" / name).read_text(encoding="utf-8"))
 
 
 def _palette() -> Markup:
@@ -82,7 +83,7 @@ def _palette() -> Markup:
 
 
 def _section(compared: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
-    """What the template shows of a protocol."""
+    """The values that the template shows for one protocol."""
     head, *body = cells(compared, columns)
     values = [[column.mean(row, compared.baseline) for column in columns] for row in compared.rows]
     meanings = ["", "class orders and seeds", *(column.meaning for column in columns), ""]
@@ -90,7 +91,7 @@ def _section(compared: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
     return {
         "number": compared.number,
         "title": compared.title,
-        "differs": told(compared.differs),
+        "differs": format_differences(compared.differs),
         "head": list(zip(head, meanings, firsts, strict=True)),
         "body": [
             (list(zip(cells_, ["", len(row.runs), *known, ""], strict=True)), row.finished)
@@ -103,7 +104,7 @@ def _section(compared: Comparison, columns: Sequence[Column]) -> dict[str, Any]:
     }
 
 
-def _provenance(row: Row, run: Run) -> list[str]:
+def _provenance(row: SettingRow, run: Run) -> list[str]:
     versions = run["versions"]
     return [
         row.title,
@@ -118,23 +119,23 @@ def _provenance(row: Row, run: Run) -> list[str]:
 
 
 def _short(commit: str) -> str:
-    """Ten digits, and the mark of a checkout that was changed."""
+    """Ten digits of a commit, and the mark of a modified checkout."""
     digits, _, mark = commit.partition("-")
     return f"{digits[:10]}-{mark}" if mark else digits[:10]
 
 
 def _data(compared: Comparison) -> dict[str, Any]:
-    """What the script draws of a protocol; per cent and points, undefined values null."""
+    """The values that the script draws for one protocol, in per cent and points; undefined ones are null."""
     style = figures.styles([row.title for row in compared.rows])
     keys = [key for key in CURVES if all(key in run["curves"] for run in compared.runs)]
-    found = []
+    lines = []
     for i, row in enumerate(compared.rows):
         colour, line = style[row.title]
         bound = row.title in figures.BOUNDS
         bands = {key: figures.band(row.runs, key) for key in keys}
         accuracy = 100 * np.array(row.values("accuracy_last"))
         costs = {key: row.values(key) for key in COSTS}
-        found.append(
+        lines.append(
             {
                 "title": row.title,
                 "colour": row.title if bound else str(figures.CYCLE.index(colour)),
@@ -150,7 +151,7 @@ def _data(compared: Comparison) -> dict[str, Any]:
             }
         )
     return {
-        "rows": found,
+        "rows": lines,
         "curves": {key: CURVES[key] for key in keys},
         "costs": {key: name for key, (name, _) in COSTS.items()},
     }

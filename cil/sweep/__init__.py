@@ -1,2 +1,2 @@
-"""Many settings of one benchmark: :mod:`~cil.sweep.grid` says which, :mod:`~cil.sweep.pool` runs them on Ray,
-:mod:`~cil.sweep.tune` chooses among them on the first task."""
+"""Many settings of one benchmark: :mod:`~cil.sweep.grid` lists them, :mod:`~cil.sweep.pool` runs them on Ray, and
+:mod:`~cil.selection.tune` selects one of them on the first task."""

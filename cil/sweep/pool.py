@@ -1,8 +1,9 @@
-"""The runs of a sweep on Ray, on this machine or a cluster.
+"""Runs a sweep on Ray, on this machine or a cluster.
 
-Ray gives processes that live on between runs, places them on CPUs, GPUs and nodes, and tells when one dies. What to
-retry is decided here, so that it can be reported. Ray Tune is not needed: a trial is an ordinary run, which reports to
-its folder and goes on from there, whoever was killed; so there is no checkpoint of a trial and no state of a driver.
+Ray provides processes that are reused between runs, places them on CPUs, GPUs and nodes, and reports when one dies.
+This module decides what to retry, so that it can report it. Ray Tune is not needed: a trial is an ordinary run, which
+reports to its folder and resumes from there after any process was killed, so neither trials nor the driver keep
+checkpoints.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from cil.errors import CilError, ConfigError
-from cil.plan import dump
+from cil.runner.plan import dump
 from cil.sweep.grid import Trial
 from cil.sweep.worker import Outcome, attempt
 
 LOG = "failed.log"
-"""In a run's folder after a failure: the reason and the traceback; gone once the run has ended well."""
+"""File in a run's folder with the reason and traceback of a failure; deleted when the run has succeeded."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a sweep may use.
+    """The resources that a sweep may use.
 
     Attributes:
-        jobs: Runs at a time; None: as many as there are CPUs (or GPUs) for.
-        cpus: CPUs and torch threads of a run; None: on this machine an equal share, on a cluster 1.
-        gpus: GPUs of a run, may be a fraction; None: 1 where there are any and ``hardware.device`` may be one.
-        address: Of a Ray cluster; None: this machine.
-        retries: Further attempts of a run whose process died or which ended in an error that is not the user's.
+        jobs: Number of simultaneous runs; None: as many as the CPUs (or GPUs) allow.
+        cpus: CPUs and torch threads per run; None: an equal share on this machine, 1 on a cluster.
+        gpus: GPUs per run, may be a fraction; None: 1 if there are any and ``hardware.device`` may be one, else 0.
+        address: Address of a Ray cluster; None: this machine.
+        retries: Further attempts of a run whose process died or that ended in an error not caused by the user.
     """
 
     jobs: int | None = None
@@ -46,7 +47,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Result:
-    """A run of the sweep, what became of it, and in how many attempts."""
+    """A run of the sweep, its outcome, and the number of attempts."""
 
     trial: Trial
     outcome: Outcome
@@ -62,41 +63,42 @@ def sweep(
 ) -> list[Result]:
     """Run all trials; a failed one does not stop the others.
 
-    A process that has initialised Ray itself keeps its cluster, workers included.
+    If Ray is already initialised in this process, its cluster and workers are used and kept.
 
     Args:
-        trials: What to run.
-        results: The results folder; on a cluster on a file system that all nodes see.
+        trials: The runs.
+        results: The results folder; on a cluster it must be on a file system that all nodes share.
         resources: Processes, CPUs, GPUs, retries.
-        say: Receives a line for each run that ends or is tried again.
+        say: Receives one line for each run that ends or is retried.
 
     Returns:
-        One result a trial, in their order.
+        One result per trial, in the order of the trials.
 
     Raises:
-        CilError: Ray is not installed, cannot be reached, or has not the resources of one run.
+        ConfigError: Ray is not installed, cannot be reached, or lacks the resources of a single run; or a launcher
+            such as ``accelerate launch`` started this process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("cil sweep starts its own processes; give the command without accelerate launch")
+        raise ConfigError("cil sweep starts its own processes; run it without accelerate launch")
     ray = _ray()
     with _cluster(ray, resources, trials) as (window, options, threads):
         remote = ray.remote(max_retries=0, **options)(attempt)
         waiting = deque((i, 1) for i in range(len(trials)))
-        flying: dict[Any, tuple[int, int]] = {}
+        running: dict[Any, tuple[int, int]] = {}
         ended: dict[int, Result] = {}
-        while waiting or flying:
-            while waiting and len(flying) < window:
+        while waiting or running:
+            while waiting and len(running) < window:
                 i, tries = waiting.popleft()
                 config = dump(trials[i].plan.config)
-                flying[remote.remote(config, str(results), str(Path.cwd()), threads)] = i, tries
-            [done], _ = ray.wait(list(flying), num_returns=1)
-            i, tries = flying.pop(done)
+                running[remote.remote(config, str(results), str(Path.cwd()), threads)] = i, tries
+            [done], _ = ray.wait(list(running), num_returns=1)
+            i, tries = running.pop(done)
             outcome = _outcome(ray, done)
-            if outcome.again and tries <= resources.retries:
+            if outcome.retry and tries <= resources.retries:
                 say(f"{trials[i].title}  attempt {tries}: {outcome.reason}; trying again")
                 waiting.appendleft((i, tries + 1))
                 continue
-            ended[i] = Result(trials[i], _logged(outcome, results / trials[i].plan.place), tries)
+            ended[i] = Result(trials[i], _with_log(outcome, results / trials[i].plan.place), tries)
             say(f"[{len(ended)}/{len(trials)}] {trials[i].title}  {outcome.state} {outcome.reason}".rstrip())
     return [ended[i] for i in range(len(trials))]
 
@@ -106,29 +108,29 @@ def _outcome(ray: Any, done: Any) -> Outcome:
         return ray.get(done)
     except ray.exceptions.RayError as error:  # the process or its node died, or ran out of memory
         first = str(error).strip().splitlines()[0]
-        return Outcome("failed", f"{type(error).__name__}: {first}", str(error), again=True)
+        return Outcome("failed", f"{type(error).__name__}: {first}", str(error), retry=True)
 
 
-def _logged(outcome: Outcome, folder: Path) -> Outcome:
-    """The outcome, a failure's log in the run's folder and an earlier failure's gone."""
+def _with_log(outcome: Outcome, folder: Path) -> Outcome:
+    """Write the log of a failure into the run's folder, or delete an earlier one; returns the outcome with its file."""
     file = folder / LOG
     if outcome.state != "failed":
         file.unlink(missing_ok=True)
         return outcome
-    from cil.report.files import write
+    from cil.utils.files import write
 
     try:
         write(file, f"{outcome.reason}\n\n{outcome.log}")
-    except CilError as error:  # a full disk may be what the run failed of
+    except CilError as error:  # the run may have failed because the disk is full
         return replace(outcome, reason=f"{outcome.reason} (no log: {error})")
     return replace(outcome, log=str(file))
 
 
 def _ray() -> Any:
-    """Ray, told to phone nobody before it is imported.
+    """Ray, with usage statistics disabled before it is imported.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -142,7 +144,7 @@ def _ray() -> Any:
 
 @contextmanager
 def _cluster(ray: Any, wanted: Resources, trials: Sequence[Trial]) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Ray running: (runs at a time, what Ray reserves for one, torch threads of one)."""
+    """Ray, initialised; yields (simultaneous runs, resources that Ray reserves per run, torch threads per run)."""
     ours = not ray.is_initialized()
     devices = {trial.plan.config.hardware.device for trial in trials}
     jobs, cpus = _share(wanted, len(trials), devices)
@@ -150,20 +152,20 @@ def _cluster(ray: Any, wanted: Resources, trials: Sequence[Trial]) -> Iterator[t
     try:
         if ours and wanted.address:
             host, _, port = wanted.address.removeprefix("ray://").rpartition(":")
-            if host and port.isdigit():  # where nobody listens Ray would try for minutes
+            if host and port.isdigit():  # without a listener Ray would retry for minutes
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=wanted.address, **quiet)
         elif ours:
-            # little goes through Ray's memory: a configuration there, an outcome back
+            # little passes through Ray's object store: a configuration and an outcome per run
             ray.init(address="local", num_cpus=jobs * cpus, include_dashboard=False, object_store_memory=10**8, **quiet)
-    except Exception as error:  # ConnectionError, RuntimeError, ValueError, gRPC's own …
+    except Exception as error:  # ConnectionError, RuntimeError, ValueError, errors of gRPC …
         where = wanted.address or "on this machine"
         raise ConfigError(f"Ray {where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     try:
-        there = ray.cluster_resources()
-        default = 1.0 if there.get("GPU") and devices != {"cpu"} else 0.0
+        available = ray.cluster_resources()
+        default = 1.0 if available.get("GPU") and devices != {"cpu"} else 0.0
         gpus = default if wanted.gpus is None else wanted.gpus
-        _check(devices, ("CPU", cpus, there), ("GPU", gpus, there))
+        _check(devices, ("CPU", cpus, available), ("GPU", gpus, available))
         yield jobs, {"num_cpus": cpus, "num_gpus": gpus}, int(os.environ.get("OMP_NUM_THREADS") or cpus)
     finally:
         if ours:
@@ -171,30 +173,32 @@ def _cluster(ray: Any, wanted: Resources, trials: Sequence[Trial]) -> Iterator[t
 
 
 def _share(wanted: Resources, trials: int, devices: set[str]) -> tuple[int, int]:
-    """(runs at a time, CPUs of one). On a cluster Ray decides what runs when, unless ``jobs`` says it."""
+    """(simultaneous runs, CPUs per run). On a cluster Ray limits the number of runs, unless ``jobs`` does."""
     if wanted.address:
         return wanted.jobs or trials, wanted.cpus or 1
     import torch
 
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    places = here // (wanted.cpus or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    places = cores // (wanted.cpus or 1)
     if devices != {"cpu"} and torch.cuda.is_available() and wanted.gpus != 0:
         places = int(torch.cuda.device_count() / (wanted.gpus or 1))
     jobs = min(wanted.jobs or max(1, places), trials)
-    return jobs, wanted.cpus or max(1, here // jobs)
+    return jobs, wanted.cpus or max(1, cores // jobs)
 
 
 def _check(devices: set[str], *resources: tuple[str, float, dict[str, float]]) -> None:
-    """Refuse what would wait for ever, and devices that Ray does not hand out by their names.
+    """Refuse runs that would wait forever, and single devices, because Ray chooses the devices.
 
     Raises:
-        ConfigError: Naming the option or the key.
+        ConfigError: The message names the option or the key.
     """
-    for what, asked, there in resources:
-        if asked > there.get(what, 0):
+    for kind, needed, available in resources:
+        if needed > available.get(kind, 0):
             raise ConfigError(
-                f"--{what.lower()}s-per-run: a run needs {asked:g}, and Ray has {there.get(what, 0):g} in all"
+                f"--{kind.lower()}s-per-run: a run needs {needed:g}, but Ray has only {available.get(kind, 0):g} in all"
             )
     for device in sorted(devices):
         if device.startswith("cuda:"):
-            raise ConfigError(f"hardware.device: {device} names one device, but Ray gives each run its own; give cuda")
+            raise ConfigError(
+                f"hardware.device: {device} names one device, but Ray chooses each run's device; set it to cuda"
+            )

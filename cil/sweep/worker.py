@@ -1,4 +1,4 @@
-"""What a worker of a sweep does: one ordinary run after the other, data and backbone staying in memory between them."""
+"""A worker of a sweep: executes one ordinary run after the other and keeps data and backbone in memory."""
 
 from __future__ import annotations
 
@@ -18,80 +18,81 @@ if TYPE_CHECKING:
     from cil.runner import Inputs
 
 PATIENCE = 30.0
-"""Seconds to wait for a folder: the workers of a sweep that was killed may live a moment longer than their driver."""
+"""Seconds to wait for a locked folder: the workers of a killed sweep may briefly outlive their driver."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        state: ``ran`` (to its end, now), ``finished`` already, or ``failed``.
-        reason: Of a failure, one line.
-        log: Its traceback, or once that is written the file that holds it.
-        again: A second attempt may end otherwise; never so after a :class:`CilError`.
+        state: ``ran`` (to its end, in this attempt), ``finished`` (by an earlier command), or ``failed``.
+        reason: Reason of a failure, one line.
+        log: Traceback of a failure; once that is written, the path of its file.
+        retry: Whether a second attempt may succeed; False after a :class:`CilError`.
     """
 
     state: Literal["ran", "finished", "failed"]
     reason: str = ""
     log: str = ""
-    again: bool = False
+    retry: bool = False
 
 
 def attempt(config: dict[str, Any], results: str, directory: str, threads: int) -> Outcome:
-    """Run one plan as ``cil run`` would, in its ordinary folder, going on where an earlier attempt stopped.
+    """Run one plan as ``cil run`` does, in the same folder; resumes where an earlier attempt stopped.
 
     Args:
         config: A resolved configuration of one learner, order and seed.
         results: The results folder.
-        directory: Where relative paths start from.
-        threads: Of torch.
+        directory: Folder that relative paths start from.
+        threads: Number of torch threads.
     """
     try:
         os.chdir(directory)
     except OSError as error:
         reason = f"{directory}: {error.strerror} on {platform.node()}; the nodes of a cluster must share it"
         return Outcome("failed", reason)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported, in a new worker
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # in a new worker, before torch is imported
     import torch
 
     from cil.config import Config
-    from cil.plan import plans
-    from cil.results import load
+    from cil.results import read_run
     from cil.runner import run
+    from cil.runner.plan import plans
 
     torch.set_num_threads(threads)
     try:
         [plan] = plans(Config.model_validate(config))
         folder = Path(results) / plan.place
         _wait(folder)
-        finished = (folder / "metrics.json").exists() and load(folder)["complete"]
-        run(plan.config, results, load=kept)
+        finished = (folder / "metrics.json").exists() and read_run(folder)["complete"]
+        run(plan.config, results, load=cached_inputs)
     except CilError as error:
         return Outcome("failed", " ".join(str(error).split()), traceback.format_exc())
-    except Exception as error:  # a fault of a learner or the library: the other runs go on
+    except Exception as error:  # a fault of a learner or the library; the other runs continue
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Outcome("failed", reason, traceback.format_exc(), again=True)
+        return Outcome("failed", reason, traceback.format_exc(), retry=True)
     return Outcome("finished" if finished else "ran")
 
 
-_last: tuple[str, Inputs] | None = None
+last: tuple[str, Inputs] | None = None
+"""What the last run was on, with its key."""
 
 
-def kept(config: Config, device: torch.device) -> Inputs:
-    """Data and backbone, loaded once for all runs in a row that want the same."""
-    global _last
+def cached_inputs(config: Config, device: torch.device) -> Inputs:
+    """Data and backbone, loaded once for all consecutive runs that have the same ones."""
+    global last
     key = f"{device} {config.model_dump_json(include={'data', 'backbone', 'transform', 'hardware'})}"
-    if _last is None or _last[0] != key:
+    if last is None or last[0] != key:
         from cil.runner import Inputs
 
-        _last = None  # two of them need not fit into memory
-        _last = key, Inputs(config, device)
-    return _last[1]
+        last = None  # released first, because two of them may not fit into memory
+        last = key, Inputs(config, device)
+    return last[1]
 
 
 def _wait(folder: Path) -> None:
-    """Until nobody holds a run's folder, or patience is over; then the run itself says that somebody does."""
+    """Wait until the folder of a run is not locked, for :data:`PATIENCE` at most; after that the run itself raises."""
     from filelock import FileLock, Timeout
 
     if not (folder / "run.lock").exists():

@@ -1,4 +1,4 @@
-"""Checks every learner must pass, for this library's learners and for anybody else's.
+"""The checks that every learner must pass, for the learners of this package and for custom ones.
 
 >>> from cil.testing import parametrize_learner  # doctest: +SKIP
 >>> @parametrize_learner([("ncm", {}), ("my_file.py:Mine", {"lr": 0.1})])  # doctest: +SKIP

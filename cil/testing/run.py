@@ -1,4 +1,4 @@
-"""Running the checks: all of them on one learner, or as pytest parameters over several."""
+"""Runs all checks on one learner, or makes them pytest parameters for several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cil.testing.setting import Case
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check found."""
+    """The result of one check; ``message`` describes a failure."""
 
     name: str
     passed: bool
@@ -22,12 +22,17 @@ class CheckResult:
 
 
 def check_learner(cls: type[Learner], parameters: dict[str, Any] | None = None) -> Iterator[CheckResult]:
-    """Run every check on a learner class, yielding results as they come."""
+    """Run every check on a learner class; yields each result as soon as it is known.
+
+    Args:
+        cls: The learner class.
+        parameters: Hyper-parameters, as in a configuration.
+    """
     case = Case(cls, parameters or {})
     for name, check in CHECKS.items():
         try:
             check(case)
-        except Exception as error:  # the learner is the thing under test: whatever it raises is a finding
+        except Exception as error:  # whatever the learner raises is a result of the check
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             yield CheckResult(name, False, f"{kind}{error}")
         else:
@@ -35,11 +40,14 @@ def check_learner(cls: type[Learner], parameters: dict[str, Any] | None = None) 
 
 
 def parametrize_learner(learners: Sequence[tuple[Any, ...]]) -> Any:
-    """A pytest decorator: the test runs for every learner × check, with arguments ``case`` and ``check``.
+    """A pytest decorator that runs a test for every learner × check, with arguments ``case`` and ``check``.
 
     Args:
-        learners: (name, ``module:Class``, ``file.py:Class`` or class; hyper-parameters; optionally known failures as
-            {check: reason}). A known failure is a strict xfail: it must fail.
+        learners: Tuples of a learner (name, ``module:Class``, ``file.py:Class`` or class), its hyper-parameters and
+            optionally its known failures as {check: reason}. A known failure is a strict xfail, so it must fail.
+
+    Raises:
+        ValueError: A known failure names no check.
     """
     import pytest
 
@@ -51,7 +59,7 @@ def parametrize_learner(learners: Sequence[tuple[Any, ...]]) -> Any:
             raise ValueError(f"known failures name no check: {sorted(unknown)}; checks: {', '.join(CHECKS)}")
         cls = registry.resolve(spec) if isinstance(spec, str) else spec
         title = f"{cls.name or cls.__name__}{''.join(f'-{v}' for v in parameters.values() if isinstance(v, str))}"
-        case = Case(cls, parameters)  # one for all checks: they share the runs they only look at
+        case = Case(cls, parameters)  # one for all checks, which share the runs that they only read
         for name, check in CHECKS.items():
             marks = [pytest.mark.xfail(reason=failures[name], strict=True)] if name in failures else []
             items.append(pytest.param(case, check, id=f"{title}-{name}", marks=marks))

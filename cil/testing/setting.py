@@ -1,7 +1,12 @@
-"""The small world the checks run in: a three-block ViT, 32-pixel images, tasks of 4, 1 and 3 classes."""
+"""The setting of the checks: a three-block ViT, images of 32 pixels, and tasks of 4, 1 and 3 classes."""
 
 from __future__ import annotations
 
+import random
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,26 +17,37 @@ import timm
 import torch
 from accelerate import Accelerator
 
-from cil import hardware
 from cil.backbone import Backbone
-from cil.checkpoint import RunFolder
 from cil.config import Augmentation, TransformConfig
 from cil.data.images import ImageSet
 from cil.data.sources import from_arrays
 from cil.data.transforms import Transforms
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, LearnerConfig
-from cil.protocol import ClassIncremental
-from cil.randomness import isolated
-from cil.runner import Row, run_stages
+from cil.results import StageRow
+from cil.runner import run_stages
+from cil.runner.checkpoint import RunFolder
 from cil.stream import Stream
+from cil.stream.protocol import ClassIncremental
 from cil.training import Recipe
+from cil.utils import hardware
+from cil.utils.randomness import isolated
 
 SIZES = (4, 1, 3)
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")
 PIXELS = 32
 SINGLE = 5
-"""The class that has one training image."""
+"""Position of the class that has only one training image."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Fail the check with ``message`` unless ``condition`` holds.
+
+    Raises:
+        AssertionError: It does not hold.
+    """
+    if not condition:
+        raise AssertionError(message)
 
 
 @lru_cache(maxsize=1)
@@ -44,15 +60,15 @@ def model() -> torch.nn.Module:
 
 
 def backbone() -> Backbone:
-    """The checks' backbone; fresh counters, shared weights."""
+    """The checks' backbone, with new counters and shared weights."""
     data_config = {"input_size": (3, PIXELS, PIXELS), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     return Backbone(
         model(), "checks", {**data_config, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
     )
 
 
-def pictures(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Easy images: every class has a colour layout of its own, plus noise. uint8 [N, 32, 32, 3], labels [N]."""
+def draw_images(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Easy images, uint8 [N, 32, 32, 3], and labels [N]: every class has its own colour layout, with noise added."""
     layouts = np.random.RandomState(0).randint(40, 215, size=(len(NAMES), 4, 4, 3))
     rng = np.random.RandomState(1 if split == "train" else 2)
     images, labels = [], []
@@ -66,44 +82,53 @@ def pictures(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stream(vit: Backbone, names: tuple[str, ...] = NAMES, sizes: tuple[int, ...] = SIZES) -> Stream:
-    """The checks' stream: natural class order, uneven tasks, a one-class task, a one-image class."""
+    """The checks' stream: natural class order, unequal tasks, a task of one class, and a class of one image."""
     transforms = Transforms(vit.data_config, TransformConfig(augment=Augmentation(scale=(0.6, 1.0), flip=0.5)))
-    sets = [ImageSet(from_arrays(*pictures(split), names), transforms) for split in ("train", "test")]
+    sets = [ImageSet(from_arrays(*draw_images(split), names), transforms) for split in ("train", "test")]
     return Stream(sets[0], sets[1], ClassIncremental("natural", sizes=sizes))
 
 
 @dataclass
 class Case:
-    """A learner to check: its class and hyper-parameters.
+    """A learner to check.
 
     Attributes:
         cls: The learner class.
-        parameters: Hyper-parameters, as a configuration would give them.
+        parameters: Hyper-parameters, as in a configuration.
     """
 
     cls: type[Learner]
     parameters: dict[str, Any] = field(default_factory=dict)
     _after: dict[int, Finished] = field(default_factory=dict, repr=False)
+    _folders: dict[int, Path] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> LearnerConfig:
-        # tasks here have a dozen images a class: at the usual batch sizes an epoch would be a single step
+        """The validated hyper-parameters, with a small training batch size by default."""
+        # tasks here have a dozen images per class: at the usual batch sizes an epoch would be a single step
         small = {"train_batch_size": 4} if issubclass(self.cls.Config, Recipe) else {}
         return self.cls.Config.model_validate({**small, **self.parameters})
 
     @property
     def finished(self) -> Finished:
-        """One whole run, shared by the checks that only look at it."""
+        """A complete run, shared by the checks that only read it."""
         return self.after(len(SIZES))
 
     def after(self, stages: int) -> Finished:
-        """A run of so many stages, shared by the checks that only look at it."""
+        """A run of the first ``stages`` stages, shared by the checks that only read it."""
         if stages not in self._after:
-            self._after[stages] = self.run(stop_after=stages)
+            self._folders[stages] = Path(tempfile.mkdtemp(prefix="cil-check-"))
+            weakref.finalize(self, shutil.rmtree, self._folders[stages], ignore_errors=True)
+            self._after[stages] = self.run(folder=self._folders[stages], stop_after=stages)
         return self._after[stages]
 
+    def folder(self, stages: int) -> Path:
+        """What that run left on disk."""
+        self.after(stages)
+        return self._folders[stages]
+
     def learner(self, vit: Backbone | None = None) -> Learner:
-        """A fresh learner on the checks' backbone."""
+        """A new learner on the checks' backbone."""
         return self.cls(self.config, vit or backbone())
 
     def run(
@@ -115,8 +140,17 @@ class Case:
         seed: int = 0,
         names: tuple[str, ...] = NAMES,
     ) -> Finished:
-        """Take a fresh learner through the checks' stream (or go on in ``folder``)."""
+        """Run a new learner through the checks' stream (or resume in ``folder``).
+
+        Args:
+            vit: The backbone; by default a new one of :func:`backbone`.
+            folder: Run folder; None for no files.
+            stop_after: Number of stages; None for all.
+            seed: Seed of the training.
+            names: Class names.
+        """
         vit = vit or backbone()
+        weights, states = {k: v.clone() for k, v in vit.model.state_dict().items()}, random_states()
         learner, tasks = self.learner(vit), stream(vit, names)
         rows = run_stages(
             learner,
@@ -127,40 +161,62 @@ class Case:
             folder=RunFolder(folder) if folder is not None else None,
             stop_after=stop_after,
         )
-        return Finished(learner, tasks, rows)
+        after, later = vit.model.state_dict(), random_states()
+        changed = [k for k in weights | after if k not in weights or k not in after or not after[k].equal(weights[k])]
+        return Finished(learner, tasks, rows, changed, [k for k in states if states[k] != later[k]])
 
 
 @dataclass
 class Finished:
-    """A learner after (part of) the checks' stream."""
+    """A learner after (part of) the checks' stream.
+
+    Attributes:
+        learner: The learner.
+        stream: The tasks it was taken through.
+        rows: One row per finished stage.
+        changed: Entries of the shared backbone's state that differ from before the run.
+        drawn_from: Global random states that differ from before the run.
+    """
 
     learner: Learner
     stream: Stream
-    rows: list[Row]
+    rows: list[StageRow]
+    changed: list[str]
+    drawn_from: list[str]
 
     def counts(self) -> list[tuple[list[int], list[int]]]:
-        """What a matrix is made of: correct counts by stage, without and with the task given."""
+        """Numbers of correct predictions by stage and task, (over all classes seen, with the task given)."""
         return [(row["correct"], row["correct_within_task"]) for row in self.rows]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors of the learner's state, detached copies."""
+        """Detached copies of the tensors of the learner's state."""
         return {k: v.detach().clone() for k, v in self.learner.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+def random_states() -> dict[str, Any]:
+    """The global random states of Python, numpy and torch, comparable with ==."""
+    return {
+        "Python's random": random.getstate(),
+        "numpy's": np.random.get_state()[1].tolist(),  # type: ignore[index]
+        "torch's": torch.get_rng_state().tolist(),
+    }
 
 
 @lru_cache(maxsize=1)
 def accelerator() -> Accelerator:
-    """The CPU in float32: checks compare bits."""
+    """The CPU in float32, because checks compare bit for bit."""
     return hardware.accelerator("cpu")
 
 
-def context(stage: int = 0, seed: int = 0) -> Context:
-    return Context(accelerator(), FeatureCache(accelerator(), 16), seed=seed, stage=stage)
+def context(stage: int = 0, seed: int = 0, log: Callable[[str, float], None] | None = None) -> Context:
+    """A new context for one stage."""
+    return Context(accelerator(), FeatureCache(accelerator(), 16), seed=seed, stage=stage, log=log)
 
 
 def probe_images() -> torch.Tensor:
-    """Test images of all classes as the backbone wants them, float [48, 3, 32, 32]."""
+    """Normalised test images of all classes, float [48, 3, 32, 32]."""
     vit = backbone()
-    images, labels = pictures("test")
-    chosen = np.arange(len(labels))
-    found = ImageSet(from_arrays(images, labels, NAMES), Transforms(vit.data_config))
-    return torch.cat([batch for batch, _ in found.batches(chosen, labels, 64)])
+    images, labels = draw_images("test")
+    positions = np.arange(len(labels))
+    test = ImageSet(from_arrays(images, labels, NAMES), Transforms(vit.data_config))
+    return torch.cat([batch for batch, _ in test.batches(positions, labels, 64)])

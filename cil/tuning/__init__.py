@@ -1,15 +1,15 @@
-"""What rides along a frozen backbone. Each tuner is usable alone: ``backbone(images, tuner)``."""
+"""Tuners: small trainable modules for a frozen backbone. Each can be used on its own: ``backbone(images, tuner)``."""
 
 from typing import TYPE_CHECKING, Any
 
+from cil.backbone.vit import Tuner
 from cil.tuning.adapter import Adapter
+from cil.tuning.configs import TunerConfig, build_tuner
 from cil.tuning.lora_kv import KeyValueLora
-from cil.tuning.prefix import GivenPrefix, Prefix
+from cil.tuning.prefix import ExternalPrefix, Prefix
 from cil.tuning.prompts import PooledPrompts, VisualPrompts
 from cil.tuning.ssf import SSF
-from cil.tuning.table import TunerConfig, build_tuner
-from cil.tuning.weights import GivenWeights, WeightTuner, bitfit, full, layernorm, partial
-from cil.vit import Tuner
+from cil.tuning.weights import ExternalWeights, WeightTuner, bitfit, full, layernorm, partial
 
 if TYPE_CHECKING:
     from cil.tuning.peft import PeftTuner
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "SSF",
     "Adapter",
-    "GivenPrefix",
-    "GivenWeights",
+    "ExternalPrefix",
+    "ExternalWeights",
     "KeyValueLora",
     "PeftTuner",
     "PooledPrompts",

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small MLP beside, or behind, the halves of the blocks."""
+"""Bottleneck adapters: small MLPs parallel to, or after, the attention and the MLP of a ViT's blocks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cil.backbone import Backbone
+from cil.backbone.vit import (
+    Tuner,
+    attention_branch,
+    attention_half,
+    attention_input,
+    mlp_branch,
+    mlp_half,
+    require_plain_vit,
+)
 from cil.errors import BackboneError
 from cil.tuning.blocks import chosen_blocks
-from cil.vit import Tuner, attention_branch, attention_half, attention_input, mlp_branch, mlp_half, require_plain_vit
 
 Form = Literal["parallel", "sequential", "attention"]
 Activation = Literal["relu", "gelu"]
 
 
 class Bottleneck(nn.Module):
-    """s · Up(Dropout(act(Down(x)))), [..., D] → [..., D]; zero at initialisation because Up is."""
+    """s · Up(Dropout(act(Down(x)))), [..., D] → [..., D]. The output is zero at initialisation because Up is zero."""
 
     def __init__(
         self, width: int, bottleneck: int, scale: float, dropout: float, activation: Activation, learned_scale: bool
@@ -40,7 +48,7 @@ class Bottleneck(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Down Kaiming-uniform (a = √5), that is U(±1/√D); everything else zero, a learned scale its first value."""
+        """Draw Down from U(−1/√D, 1/√D), Kaiming-uniform with a = √5; zero all else and restore the initial scale."""
         weight = self.down.weight
         bound = 1 / math.sqrt(weight.shape[1])
         weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
@@ -51,32 +59,32 @@ class Bottleneck(nn.Module):
 
 
 class Adapter(Tuner):
-    """Bottleneck adapters in all blocks, or in some. At step 0 the tuned forward equals the frozen one, bit for bit.
+    """Bottleneck adapters in all blocks, or in some. Before training, the features equal the frozen ones bit for bit.
 
-    ``parallel``, AdaptFormer (Chen et al. 2022, arXiv 2205.13535), as APER uses it (arXiv 2303.07338):
-    out = h + MLP(LN(h)) + s · Up(Dropout(ReLU(Down(h)))), one adapter a block. It reads h, not LN(h).
-    L · (2Dr + r + D) parameters: 1,189,632 on ViT-B with r = 64.
+    ``parallel``: AdaptFormer (Chen et al. 2022, arXiv 2205.13535), as APER uses it (arXiv 2303.07338).
+    out = h + MLP(LN(h)) + s · Up(Dropout(ReLU(Down(h)))), one adapter per block. It reads h, not LN(h).
+    There are L · (2Dr + r + D) parameters: 1,189,632 on ViT-B with r = 64.
 
-    ``sequential``, Houlsby et al. 2019 (arXiv 1902.00751), in pre-norm blocks: behind the attention branch
-    and behind the MLP branch, inside the residual, y + s · Up(Dropout(ReLU(Down(y)))), two adapters a block. Houlsby
-    et al. have s = 1 and no dropout.
+    ``sequential``: Houlsby et al. 2019 (arXiv 1902.00751), in pre-norm blocks. Each of the two branches of a block,
+    attention and MLP, has an adapter after it, inside the residual: y + s · Up(Dropout(ReLU(Down(y)))). Houlsby et al.
+    use s = 1 and no dropout.
 
-    ``attention``, LAE (Gao et al. 2023, arXiv 2303.10070): beside the attention, with u = LN(x):
-    h = x + Attn(u) + s · Up(GELU(Down(u))), one adapter a block, s learned from 1 on, no dropout, r = 5, blocks 0 to 4.
+    ``attention``: LAE (Gao et al. 2023, arXiv 2303.10070). h = x + Attn(u) + s · Up(GELU(Down(u))) with u = LN(x), one
+    adapter per block. LAE uses r = 5 in blocks 0 to 4, no dropout, and a learned s that starts at 1.
 
     Args:
-        backbone: The frozen backbone it will ride along; only its sizes are read.
+        backbone: The frozen backbone; only its sizes are read.
         bottleneck: Width r ≥ 1 of the bottleneck.
-        scale: Factor s of the adapter's output.
-        dropout: Probability in [0, 1); active in this module's training mode only, drawing from the global random
-            state: isolate it around the training step.
-        form: Where the adapters sit.
-        activation: ``relu`` or ``gelu``.
-        learned_scale: Every adapter learns an s of its own, from ``scale`` on; one parameter an adapter.
-        blocks: Which blocks have adapters, from 0; None for all.
+        scale: Factor s on the adapter's output.
+        dropout: Dropout probability in [0, 1). Dropout is active only in this module's training mode and draws from the
+            global random state: isolate the training step.
+        form: Position of the adapters, see above.
+        activation: Activation function between Down and Up: ``relu`` or ``gelu``.
+        learned_scale: Whether every adapter learns its own s, which starts at ``scale``; one parameter per adapter.
+        blocks: Indices of the blocks with adapters, counted from 0; None: all blocks.
 
     Raises:
-        BackboneError: The backbone is no plain ViT, ``bottleneck`` is below 1, or a block does not exist or is
+        BackboneError: The backbone is not a plain ViT, ``bottleneck`` is below 1, or a block does not exist or is
             repeated.
     """
 
@@ -100,7 +108,7 @@ class Adapter(Tuner):
         chosen = chosen_blocks(backbone.model, blocks)
         self.form = form
         sites = 2 if form == "sequential" else 1
-        self.first = {i: sites * n for n, i in enumerate(chosen)}  # a block's first adapter
+        self.first = {i: sites * n for n, i in enumerate(chosen)}  # index of each block's first adapter
         self.adapters = nn.ModuleList(
             Bottleneck(width, bottleneck, scale, dropout, activation, learned_scale) for _ in range(sites * len(chosen))
         )
@@ -108,7 +116,7 @@ class Adapter(Tuner):
         self.to(backbone.device)
 
     def reset(self, generator: torch.Generator) -> None:
-        """Zero the upward projections and biases, draw the downward projections afresh."""
+        """Draw the down projections again; zero the up projections and all biases."""
         for adapter in self.adapters:
             adapter.reset(generator)  # type: ignore[operator]
 

@@ -1,4 +1,4 @@
-"""Which blocks of a ViT a tuner acts on."""
+"""The choice of the ViT blocks that a tuner acts on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cil.errors import BackboneError
 
 
 def chosen_blocks(model: nn.Module, blocks: Sequence[int] | None) -> tuple[int, ...]:
-    """The blocks themselves, or all of the model's for None.
+    """Return ``blocks`` after checking them, or the indices of all blocks for None.
 
     Raises:
-        BackboneError: A block that does not exist, one named twice, or none.
+        BackboneError: A block does not exist or is listed twice, or the list is empty.
     """
     depth = len(model.blocks)  # type: ignore[arg-type]
     if blocks is None:
@@ -22,7 +22,7 @@ def chosen_blocks(model: nn.Module, blocks: Sequence[int] | None) -> tuple[int, 
         if not 0 <= i < depth:
             raise BackboneError(f"blocks: got {i}, this backbone has {depth} blocks; give some of 0 to {depth - 1}")
         if list(blocks).count(i) > 1:
-            raise BackboneError(f"blocks: {i} is named twice; give each of 0 to {depth - 1} at most once")
+            raise BackboneError(f"blocks: {i} is listed twice; give each of 0 to {depth - 1} at most once")
     if not blocks:
-        raise BackboneError(f"blocks: names none; give some of 0 to {depth - 1}, or leave it out for all")
+        raise BackboneError(f"blocks: the list is empty; give some of 0 to {depth - 1}, or leave it out for all")
     return tuple(blocks)

@@ -1,4 +1,4 @@
-"""A tuner's view of frozen weights it reads but does not own."""
+"""References to the frozen weights that a tuner reads but does not own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Frozen:
-    """A reference to the frozen model that is neither a submodule of the tuner nor copied along with it.
+    """A reference to the frozen model that is neither a submodule of the tuner nor copied with it.
 
     Attributes:
         model: The timm model.
@@ -21,19 +21,19 @@ class Frozen:
         self.model = model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
-        # the copy of a tuner rides along the same frozen model, unless that is being copied with it
+        # a copied tuner keeps referring to the same frozen model, unless that is copied too
         return Frozen(memo.get(id(self.model), self.model))
 
 
 def shared_tree(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the model's own tensors."""
+    """Copy the module tree; parameters and buffers of the copy are the model's own tensors."""
     tree = copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
     tie_buffers(tree, model)
     return tree
 
 
 def tie_buffers(tree: nn.Module, model: nn.Module) -> None:
-    """``model.to(device)`` moves parameters in place but puts new buffers into its dictionaries: share these."""
+    """Share the buffer dictionaries: ``model.to(device)`` moves parameters in place, but replaces buffers in them."""
     modules = dict(model.named_modules())
     for name, module in tree.named_modules():
         original = modules.get(name.replace(".base_layer", ""))
@@ -42,10 +42,18 @@ def tie_buffers(tree: nn.Module, model: nn.Module) -> None:
 
 
 def replaced_tree(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """:func:`shared_tree` with some parameters replaced, without a classifier: images → features, as timm calls it."""
+    """Copy the module tree as :func:`shared_tree` does, replace some parameters and remove the classifier.
+
+    Args:
+        model: A timm model.
+        weights: Replacements by name, of the parameters' shapes.
+
+    Returns:
+        A timm model, images [B, 3, H, W] → features [B, F].
+    """
     tree: Any = shared_tree(model)
     tree.reset_classifier(0)
     for name, value in weights.items():
-        place, _, own = name.rpartition(".")
-        setattr(tree.get_submodule(place), own, nn.Parameter(value.detach(), requires_grad=False))
+        path, _, parameter = name.rpartition(".")
+        setattr(tree.get_submodule(path), parameter, nn.Parameter(value.detach(), requires_grad=False))
     return tree

@@ -1,4 +1,4 @@
-"""Low-rank updates of keys and values, with learned scales."""
+"""Low-rank updates of the attention's keys and values, with learned scales."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.backbone.vit import Tuner, attention_width, require_plain_vit
 from cil.errors import BackboneError
 from cil.tuning.blocks import chosen_blocks
 from cil.tuning.frozen import Frozen
-from cil.vit import Tuner, attention_width, require_plain_vit
 
 
 class KeyValueLora(Tuner):
-    """LoRA on keys and values, as LAE has it (Gao et al. 2023, arXiv 2303.10070).
+    """LoRA on keys and values, as in LAE (Gao et al. 2023, arXiv 2303.10070).
 
-    ΔW_k = s_k B_k A_k and ΔW_v = s_v B_v A_v on the rows of the fused qkv weight that make keys and values; the rows
-    that make queries stay. A [r, D] Kaiming-uniform (a = √5), that is U(±1/√D), B [A, r] zero, s one at the start and
-    learned. 2 · L · (r (D + A) + 1) parameters with L chosen blocks and A the width of the attention.
+    ΔW_k = s_k B_k A_k and ΔW_v = s_v B_v A_v are added to the rows of the fused qkv weight that compute keys and
+    values; the rows that compute queries do not change. Initially A [r, D] is Kaiming-uniform (a = √5), that is
+    U(±1/√D), B [w, r] is zero, and the learned s is one. There are 2 · L · (r (D + w) + 1) parameters for L chosen
+    blocks and attention width w.
 
     Args:
-        backbone: The frozen backbone whose weights are updated; it is kept by reference, never edited.
-        rank: r ≥ 1.
-        blocks: Which blocks are updated, from 0; None for all.
+        backbone: The frozen backbone whose weights are updated; it is kept by reference and never modified.
+        rank: Rank r ≥ 1.
+        blocks: Indices of the blocks that are updated, counted from 0; None: all blocks.
 
     Parameters:
-        down: A, [L, 2, r, D], keys first; up: B, [L, 2, A, r]; scales: s, [L, 2].
+        down: A, [L, 2, r, D], keys first; up: B, [L, 2, w, r]; scales: s, [L, 2].
 
     Raises:
-        BackboneError: The backbone is no plain ViT, ``rank`` is below 1, or a block does not exist or is repeated.
+        BackboneError: The backbone is not a plain ViT, ``rank`` is below 1, or a block does not exist or is repeated.
     """
 
-    # not PEFT: it has one A for the whole fused weight, queries included, and no learned scale
+    # PEFT is not used: its LoRA has one A for the whole fused weight, queries included, and no learned scale
     rides_blocks = False
 
     def __init__(self, backbone: Backbone, rank: int = 5, *, blocks: Sequence[int] | None = None) -> None:
@@ -53,17 +54,17 @@ class KeyValueLora(Tuner):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draw A afresh; B becomes zero and s one."""
+        """Draw A again; set B to zero and s to one."""
         bound = 1 / math.sqrt(self.down.shape[-1])
         self.down.copy_(torch.empty(self.down.shape).uniform_(-bound, bound, generator=generator))
         self.up.zero_()
         self.scales.fill_(1)
 
     def weights(self) -> Mapping[str, Tensor]:
-        updates = (self.scales[..., None, None] * (self.up @ self.down)).flatten(1, 2)  # [L, 2 A, D]
-        found = {}
+        updates = (self.scales[..., None, None] * (self.up @ self.down)).flatten(1, 2)  # [L, 2 w, D]
+        weights = {}
         for name, update in zip(self.names, updates, strict=True):
             weight = self._frozen.model.get_parameter(name)
             queries = len(weight) - len(update)
-            found[name] = torch.cat([weight[:queries], weight[queries:] + update])
-        return found
+            weights[name] = torch.cat([weight[:queries], weight[queries:] + update])
+        return weights

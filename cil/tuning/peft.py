@@ -1,7 +1,7 @@
-"""LoRA and its kin from Hugging Face's PEFT, behind the tuner interface.
+"""LoRA and related methods from Hugging Face's PEFT, as tuners.
 
-PEFT edits the model it is given. It therefore gets a copy of the *module tree* whose parameters and buffers are the
-frozen model's own tensors, and the forward loop runs that tree. Adapters cost their own size and nothing else.
+PEFT modifies the model it receives. It therefore receives a copy of the *module tree* whose parameters and buffers are
+the frozen model's own tensors, and the forward pass runs that tree. Only the adapters need additional memory.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.backbone.vit import Tuner
 from cil.errors import BackboneError, nearest
-from cil.randomness import isolated
 from cil.tuning.frozen import Frozen, shared_tree, tie_buffers
 from cil.tuning.peft_config import Kind, make_config, require_targets
-from cil.vit import Tuner
+from cil.utils.randomness import isolated
 
 KEYS = "base_model.model."
-"""What PEFT's own files put before every layer's name."""
+"""Prefix of every layer's name in PEFT's files."""
 
 
 class PeftTuner(Tuner):
-    """One or several named PEFT adapters on a frozen backbone; with one of them active and trainable from the start.
+    """One or several named PEFT adapters on a frozen backbone; the first one starts active and trainable.
 
     ============ ================================================================================== ===================
     kind         y for a layer y = Wx + b                                                           source
@@ -42,27 +42,27 @@ class PeftTuner(Tuner):
     ``osf``      W's top singular directions fixed, the others trained orthogonally to them         arXiv 2504.07097
     ============ ================================================================================== ===================
 
-    All leave the features as they are at step 0 (OSF and DoRA up to rounding). Fits every timm model that has the
-    target layers. Which adapters are *active* (part of the forward pass; LoRA's updates add) and which are *trainable*
-    are two settings, checked after every change. Its state dict holds the adapters' own tensors and nothing else; to
-    load one, ``add`` the adapters it names first.
+    Before training, none of them changes the features (OSF and DoRA up to rounding). They fit every timm model that has
+    the target layers. Which adapters are *active* (part of the forward pass; LoRA's updates add up) and which are
+    *trainable* are two settings, checked after every change. The state dict contains only the adapters' tensors; before
+    loading one, ``add`` the adapters it names.
 
     Args:
-        backbone: The frozen backbone; it is read, never edited.
-        kind: The method.
+        backbone: The frozen backbone; it is never modified.
+        kind: The method, see the table.
         rank: ``lora``, ``dora``: rank r (default 8). ``oft``: number of blocks of R (default: blocks of 16). ``osf``:
-            singular directions preserved, a number or a fraction of the smaller width (default 0.5).
+            singular directions that do not change, a number or a fraction of the smaller width (default 0.5).
         alpha: ``lora``, ``dora``: α (default r, so the update is not scaled).
-        dropout: In [0, 1), on the update's input; ``lora`` and ``dora`` only. Active in training mode only, drawing
-            from the global random state: isolate it around the training step.
-        targets: Layers by the ends of their names (``["qkv", "mlp.fc1"]``), or one regular expression for whole names.
-            Default ``["qkv"]``; for ``ia3`` ``["qkv", "fc2"]``.
+        dropout: Dropout probability in [0, 1) on the update's input; ``lora`` and ``dora`` only. Dropout is active only
+            in training mode and draws from the global random state: isolate the training step.
+        targets: Layers, by the ends of their names (``["qkv", "mlp.fc1"]``) or by one regular expression for whole
+            names. The default is ``["qkv"]``, for ``ia3`` ``["qkv", "fc2"]``.
         options: Further arguments of PEFT's configuration of this kind, e.g. ``{"use_rslora": True}``.
         name: Name of the first adapter.
 
     Raises:
-        BackboneError: Targets that match nothing, an unknown option, an argument of another kind, a bad name, or an
-            option that would edit the frozen weights.
+        BackboneError: A target matches no layer, an option is unknown, an argument belongs to another kind, the name is
+            bad, or an option would modify the frozen weights.
     """
 
     rides_blocks = False
@@ -114,18 +114,18 @@ class PeftTuner(Tuner):
         return self._trainable
 
     def add(self, name: str, generator: torch.Generator) -> None:
-        """A further adapter with initial values from ``generator``; neither active nor trainable yet.
+        """Add an adapter with initial values from ``generator``; it is neither active nor trainable yet.
 
         Raises:
-            BackboneError: The name is taken, empty or holds a dot.
+            BackboneError: The name is taken, empty or contains a dot.
         """
         self._add(name, self._config, generator)
 
     def activate(self, names: str | Iterable[str]) -> None:
-        """Make exactly these adapters part of the forward pass; none gives the frozen features.
+        """Make exactly these adapters part of the forward pass; without any the features are the frozen ones.
 
         Raises:
-            BackboneError: No such adapter, or several of kind ``osf``, of which PEFT would use the first.
+            BackboneError: An adapter does not exist, or several are of kind ``osf``, of which PEFT would use the first.
         """
         chosen = self._known(names)
         if self.kind == "osf" and len(chosen) > 1:
@@ -134,30 +134,30 @@ class PeftTuner(Tuner):
         self._apply_settings()
 
     def train_only(self, names: str | Iterable[str]) -> None:
-        """Make exactly these adapters' parameters require a gradient, be they active or not.
+        """Make exactly these adapters' parameters require a gradient, whether they are active or not.
 
         Raises:
-            BackboneError: No such adapter.
+            BackboneError: An adapter does not exist.
         """
         self._trainable = self._known(names)
         self._apply_settings()
 
     def reset(self, generator: torch.Generator) -> None:
-        """Draw fresh initial values for the trainable adapters; the others keep theirs."""
+        """Draw initial values again for the trainable adapters; the others do not change."""
         for name in self._trainable:
-            tree = shared_tree(self._frozen.model)  # a second tree with one adapter, to take its initial values from
+            tree = shared_tree(self._frozen.model)  # a second tree with one adapter, to copy its initial values
             _inject(tree, self._tree[0].peft_config[name], name, generator)  # type: ignore[index]
-            values = dict(_own(tree).named_parameters())
+            values = dict(_adapter_modules(tree).named_parameters())
             with torch.no_grad():
                 for key, value in self._of(name):
                     value.copy_(values[key.removeprefix("layers.")])
 
     @torch.no_grad()
     def delta(self, name: str = "default") -> dict[str, Tensor]:
-        """The exact update ΔW [out, in] of each weight, by the weight's name in the timm model; for merging.
+        """Return the exact update ΔW [out, in] of each weight, by its name in the timm model; merging uses it.
 
         Raises:
-            BackboneError: No such adapter, or a kind whose update is no sum (all but ``lora`` and ``osf``).
+            BackboneError: The adapter does not exist, or its kind (all but ``lora``, ``osf``) adds nothing to weights.
         """
         (name,) = self._known(name)
         if self.kind not in ("lora", "osf") or getattr(self._config, "use_dora", False):
@@ -171,7 +171,7 @@ class PeftTuner(Tuner):
         ``peft.PeftModel.from_pretrained(timm_model, folder)`` opens it.
 
         Raises:
-            BackboneError: No such adapter.
+            BackboneError: The adapter does not exist.
         """
         from peft import get_peft_model_state_dict
 
@@ -180,14 +180,14 @@ class PeftTuner(Tuner):
         folder.mkdir(parents=True, exist_ok=True)
         tree: Any = self._tree[0]
         config = {**tree.peft_config[name].to_dict(), "inference_mode": True}
-        text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no order of their own
+        text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets have no fixed order
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         state = get_peft_model_state_dict(tree, adapter_name=name)
         state = {KEYS + key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def load(self, folder: str | Path, name: str = "default") -> None:
-        """Read an adapter PEFT or :meth:`save` wrote, into the adapter ``name``; added if it is not there.
+        """Read an adapter that PEFT or :meth:`save` wrote into the adapter ``name``, which is added if it is missing.
 
         Raises:
             BackboneError: Files are missing or damaged, are of another kind, or do not fit the layers.
@@ -211,14 +211,14 @@ class PeftTuner(Tuner):
             self._add(name, config, torch.Generator().manual_seed(0))
         expected = {key.removeprefix("layers.").replace("/", "."): value for key, value in self._of(name)}
         try:
-            found: Any = set_peft_model_state_dict(self._tree[0], state, adapter_name=name)
+            result: Any = set_peft_model_state_dict(self._tree[0], state, adapter_name=name)
         except (RuntimeError, KeyError) as error:
             raise BackboneError(f"{folder} does not fit: {' '.join(str(error).split())}") from None
-        missing = [key for key in found.missing_keys if key in expected]
-        if missing or found.unexpected_keys:
+        missing, unknown = [key for key in result.missing_keys if key in expected], result.unexpected_keys
+        if missing or unknown:
             raise BackboneError(
-                f"{folder} does not fit adapter {name!r}: {len(missing)} tensors missing, {len(found.unexpected_keys)} "
-                f"unknown; first: {[*missing, *found.unexpected_keys][0]}"
+                f"{folder} does not fit adapter {name!r}: {len(missing)} tensors missing, {len(unknown)} unknown; "
+                f"first: {[*missing, *unknown][0]}"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PeftTuner:
@@ -227,7 +227,7 @@ class PeftTuner(Tuner):
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         tie_buffers(copied._tree[0], copied._frozen.model)
-        if self.kind == "osf":  # tensors' gradient hooks are not copied with them
+        if self.kind == "osf":  # deepcopy does not copy the tensors' gradient hooks
             for _, layer in _layers(copied._tree[0]):
                 layer.hook_handles.clear()
                 for name in copied.names:
@@ -237,9 +237,9 @@ class PeftTuner(Tuner):
     def _add(self, name: str, config: Any, generator: torch.Generator) -> None:
         known = self.names if hasattr(self._tree[0], "peft_config") else ()
         if name in known or not name or "." in name:
-            raise BackboneError(f"adapter name {name!r} is taken, empty or holds a dot; there are {', '.join(known)}")
+            raise BackboneError(f"adapter name {name!r} is taken, empty or has a dot; there are {', '.join(known)}")
         _inject(self._tree[0], copy.deepcopy(config), name, generator)
-        self.layers = _own(self._tree[0])
+        self.layers = _adapter_modules(self._tree[0])
         self.train(self.training)  # a new dropout starts in training mode
         self._apply_settings()
 
@@ -263,7 +263,7 @@ class PeftTuner(Tuner):
         for _, layer in _layers(tree):
             layer.set_adapter(list(self._active), inference_mode=True)
         set_requires_grad(tree, list(self._trainable), requires_grad=True)
-        # PEFT leaves older adapters trainable after adding one (and changed its mind between versions): never trust it
+        # PEFT leaves older adapters trainable after adding one, and its versions differ in this: check the result
         wrong = [k for k, p in self.named_parameters() if p.requires_grad != (k.split(".")[3] in self._trainable)]
         wrong += [key for key, p in self._frozen.model.named_parameters() if p.requires_grad]
         wrong += [key for key, layer in _layers(tree) if tuple(layer.active_adapters) != self._active]
@@ -280,8 +280,8 @@ def _layers(tree: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in tree.named_modules() if isinstance(module, BaseTunerLayer))
 
 
-def _own(tree: nn.Module) -> nn.ModuleDict:
-    """PEFT's own modules in the tree: the very objects, so that moving, training and loading reaches the tree."""
+def _adapter_modules(tree: nn.Module) -> nn.ModuleDict:
+    """The modules that PEFT added to the tree: the same objects, so that moving and loading them changes the tree."""
     return nn.ModuleDict(
         {
             name.replace(".", "/"): nn.ModuleDict(
@@ -298,8 +298,8 @@ def _inject(tree: nn.Module, config: Any, name: str, generator: torch.Generator)
     seed = int(torch.randint(2**62, (1,), generator=generator))
     try:
         with isolated(seed), warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Invalid `")  # OFT would silently take other block sizes
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+            warnings.filterwarnings("error", message="Invalid `")  # OFT would silently use another block size
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are intended
             inject_adapter_in_model(config, tree, adapter_name=name)
     except (ValueError, TypeError, KeyError, UserWarning) as error:
         getattr(tree, "peft_config", {}).pop(name, None)

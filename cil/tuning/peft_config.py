@@ -1,4 +1,4 @@
-"""From a tuner's hyper-parameters to PEFT's own configuration, and what of it is refused."""
+"""PEFT's configuration for a tuner's hyper-parameters; options that would modify frozen weights are refused."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Kind = Literal["lora", "dora", "ia3", "oft", "osf"]
 
 
 def require_targets(model: nn.Module, targets: Iterable[str] | str) -> None:
-    """Refuse targets that name no layer of ``model``.
+    """Refuse targets that match no layer of ``model``.
 
     Raises:
-        BackboneError: Naming the target, the nearest layer and all linear layers.
+        BackboneError: A target matches no layer; the message names it, the nearest layer and all linear layers.
     """
     names = [name for name, _ in model.named_modules() if name]
     linear = sorted({n.rsplit(".", 1)[-1] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
 
-    def hit(target: str) -> bool:
+    def matches(target: str) -> bool:
         if isinstance(targets, str):
             return target == "all-linear" or any(re.fullmatch(target, name) for name in names)
         return any(name == target or name.endswith(f".{target}") for name in names)
 
     for target in [targets] if isinstance(targets, str) else sorted(targets):
-        if not hit(target):
+        if not matches(target):
             raise BackboneError(
                 f"targets: no layer of {type(model).__name__} matches {target!r}{nearest(target, linear)}; "
                 f"its linear layers: {', '.join(linear)}"
@@ -39,46 +39,46 @@ def require_targets(model: nn.Module, targets: Iterable[str] | str) -> None:
 def make_config(
     kind: Kind, rank: Any, alpha: float | None, dropout: float, targets: Any, options: dict[str, Any]
 ) -> Any:
-    """PEFT's configuration for one kind; see :class:`cil.tuning.PeftTuner` for the arguments.
+    """Build PEFT's configuration for one kind; see :class:`cil.tuning.PeftTuner` for the arguments.
 
     Raises:
-        BackboneError: An argument or option this kind has not, or one that would edit the frozen weights.
+        BackboneError: The kind does not have an argument or option, or an option would modify the frozen weights.
     """
     import peft
 
     if kind not in get_args(Kind):
         raise BackboneError(f"kind: no {kind!r}{nearest(kind, get_args(Kind))}; there are {', '.join(get_args(Kind))}")
-    given: dict[str, Any] = {"target_modules": targets}
+    arguments: dict[str, Any] = {"target_modules": targets}
     if kind in ("lora", "dora"):
         rank = 8 if rank is None else rank
-        given |= {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
-        given |= {"use_dora": True} if kind == "dora" else {}
+        arguments |= {"r": rank, "lora_alpha": rank if alpha is None else alpha, "lora_dropout": dropout}
+        arguments |= {"use_dora": True} if kind == "dora" else {}
     elif kind == "oft":
         if "oft_block_size" not in options:
-            given |= {"oft_block_size": 16} if rank is None else {"r": rank, "oft_block_size": 0}
+            arguments |= {"oft_block_size": 16} if rank is None else {"r": rank, "oft_block_size": 0}
     elif kind == "osf":
-        given |= {"effective_rank": 0.5 if rank is None else rank}
+        arguments |= {"effective_rank": 0.5 if rank is None else rank}
     elif kind == "ia3" and "feedforward_modules" not in options:
         inputs = ".*fc2" if isinstance(targets, str) else [t for t in targets if t.rsplit(".", 1)[-1] == "fc2"]
-        given |= {"feedforward_modules": inputs}
-    foreign = {"rank": rank if kind == "ia3" else None, "alpha": None if kind in ("lora", "dora") else alpha}
+        arguments |= {"feedforward_modules": inputs}
+    unsupported = {"rank": rank if kind == "ia3" else None, "alpha": None if kind in ("lora", "dora") else alpha}
     # OFT has a dropout in its configuration that PEFT 0.21 never applies
-    foreign["dropout"] = None if kind in ("lora", "dora") else dropout or None
-    for name, value in foreign.items():
+    unsupported["dropout"] = None if kind in ("lora", "dora") else dropout or None
+    for name, value in unsupported.items():
         if value is not None:
             raise BackboneError(f"{kind} has no {name}, got {value}")
     classes = {"ia3": peft.IA3Config, "oft": peft.OFTConfig, "osf": peft.OSFConfig}
     cls: Any = classes.get(kind, peft.LoraConfig)
-    fields = {f.name for f in dataclasses.fields(cls)} - given.keys()
+    fields = {f.name for f in dataclasses.fields(cls)} - arguments.keys()
     for option, value in options.items():
         if option not in fields:
             raise BackboneError(f"options: {cls.__name__} takes no {option!r} here{nearest(option, fields)}")
-        # these train, replace or start from other values of the frozen weights
+        # these options train the frozen weights, replace them, or change their initial values
         edits = option in ("modules_to_save", "trainable_token_indices", "layer_replication") and value
         edits = edits or (option == "bias" and value != "none")
         if edits or (option == "init_lora_weights" and value not in (True, False, "gaussian", "orthogonal")):
             raise BackboneError(f"options: {option}={value!r} edits the frozen backbone, which is shared")
     try:
-        return cls(**given, **options)
+        return cls(**arguments, **options)
     except (ValueError, TypeError) as error:
         raise BackboneError(f"{kind}: {str(error).splitlines()[0]}") from None

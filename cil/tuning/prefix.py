@@ -1,4 +1,4 @@
-"""Prefix tuning: further keys and values in the attention of some or all blocks."""
+"""Prefix tuning: additional keys and values in the attention of some or all blocks."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.backbone.vit import Tuner, attention_half, attention_width, prefixed_branch, require_plain_vit
 from cil.errors import BackboneError
 from cil.tuning.blocks import chosen_blocks
-from cil.vit import Tuner, attention_half, attention_width, prefixed_branch, require_plain_vit
 
 STD, TOP = 0.02, 0.01
 Init = Literal["normal", "uniform"]
 
 
-class GivenPrefix(Tuner):
-    """Attention(q, [P_k; k], [P_v; v]) with keys and values P_k, P_v given from outside; it owns no parameter.
+class ExternalPrefix(Tuner):
+    """Attention(q, [P_k; k], [P_v; v]) with keys and values P_k, P_v from the caller; the tuner has no parameters.
 
-    Cheap enough to be made anew for every forward pass: where prefixes depend on the images (DualPrompt, arXiv
-    2204.04799; CODA-Prompt, arXiv 2211.13218), gradients reach whatever they were computed from. The sequence keeps its
-    length, and a prefix is neither projected nor normalised.
+    It is cheap enough to be built for every forward pass, for prefixes that depend on the images (DualPrompt, arXiv
+    2204.04799; CODA-Prompt, arXiv 2211.13218). Gradients flow to whatever the prefixes were computed from. The sequence
+    keeps its length, and a prefix is neither projected nor normalised.
 
     Args:
-        prefixes: (keys, values) by block, [P, A] each, or one prefix an image: [B, P, A], where A is the width of
-            the attention, heads × head width. Blocks that are not named stay as they are.
-        compensate: LAE's attention (arXiv 2303.10070): see :class:`Prefix`.
+        prefixes: (keys, values) by block, [P, A] each, or [B, P, A] with one prefix per image, where A is the width of
+            the attention, heads × head width. Blocks without an entry do not change.
+        compensate: Whether to use LAE's attention (arXiv 2303.10070), see :class:`Prefix`.
     """
 
     def __init__(self, prefixes: Mapping[int, tuple[Tensor, Tensor]], compensate: bool = False) -> None:
@@ -35,7 +35,7 @@ class GivenPrefix(Tuner):
         self.prefixes, self.compensate = dict(prefixes), compensate
 
     def prefix(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of block i, [P, A] or [B, P, A] each; None where it has none."""
+        """Return keys and values of block i, [P, A] or [B, P, A] each; None if it has none."""
         return self.prefixes.get(i)
 
     def attention(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
@@ -45,22 +45,24 @@ class GivenPrefix(Tuner):
         return attention_half(block, tokens, prefixed_branch(block, tokens, *prefix, compensate=self.compensate))
 
 
-class Prefix(GivenPrefix):
+class Prefix(ExternalPrefix):
     """Prefix tuning (Li & Liang 2021, arXiv 2101.00190) in a ViT: a learned prefix for every chosen block.
 
-    2 · L · P · A parameters with L chosen blocks and A the width of the attention; 2 L more with ``learned_scale``.
+    There are 2 · L · P · A parameters for L chosen blocks and attention width A; 2 L more with ``learned_scale``.
 
     Args:
-        backbone: The frozen backbone it will ride along; only its sizes are read.
-        length: Keys and values P ≥ 0 a block; with none the features are the frozen ones.
-        blocks: Which blocks have one, from 0; None for all.
-        init: How keys and values are drawn: ``normal``, N(0, 0.02²); ``uniform``, U(0, 0.01).
-        learned_scale: A block's keys and values are multiplied by learned scalars s_key and s_val, 1 at the start.
-        compensate: LAE's compensation (arXiv 2303.10070): after the softmax over prefix and tokens a query's weights
-            on the prefix are divided by their sum, those on the tokens stay. They then sum to more than 1.
+        backbone: The frozen backbone; only its sizes are read.
+        length: Number P ≥ 0 of keys and of values per block; with 0 the features are the frozen ones.
+        blocks: Indices of the blocks with a prefix, counted from 0; None: all blocks.
+        init: Distribution of initial keys and values: ``normal``, N(0, 0.02²), or ``uniform``, U(0, 0.01).
+        learned_scale: Whether a block's keys and values are multiplied by learned scalars s_key and s_val, which start
+            at 1.
+        compensate: Whether to apply LAE's compensation (arXiv 2303.10070): after the softmax over prefix and tokens, a
+            query's weights on the prefix are divided by their sum, and those on the tokens do not change. All weights
+            then sum to more than 1.
 
     Raises:
-        BackboneError: The backbone is no plain ViT, ``length`` is negative, or a block does not exist or is repeated.
+        BackboneError: The backbone is not a plain ViT, ``length`` is negative, or a block is missing or repeated.
     """
 
     def __init__(
@@ -88,14 +90,14 @@ class Prefix(GivenPrefix):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draw keys and values afresh; scales become 1."""
-        for value in (self.keys, self.values):
-            drawn = torch.empty(value.shape)
+        """Draw keys and values again; set the scales to 1."""
+        for parameter in (self.keys, self.values):
+            initial = torch.empty(parameter.shape)
             if self.init == "normal":
-                drawn.normal_(0, STD, generator=generator)
+                initial.normal_(0, STD, generator=generator)
             else:
-                drawn.uniform_(0, TOP, generator=generator)
-            value.copy_(drawn)
+                initial.uniform_(0, TOP, generator=generator)
+            parameter.copy_(initial)
         if self.scales is not None:
             self.scales.fill_(1)
 

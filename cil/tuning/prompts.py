@@ -1,4 +1,4 @@
-"""Prompts: tokens beside those of the image, learned or given."""
+"""Prompts: tokens in addition to those of the image, learned by the tuner or supplied by the caller."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.backbone.vit import Tuner, class_position, require_plain_vit
 from cil.errors import BackboneError
-from cil.vit import Tuner, class_position, require_plain_vit
 
 
 class VisualPrompts(Tuner):
-    """VPT (Jia et al. 2022, arXiv 2203.12119), with the inits and places of APER (arXiv 2303.07338).
+    """VPT (Jia et al. 2022, arXiv 2203.12119), with the initialisation and the positions of APER (arXiv 2303.07338).
 
-    P tokens without position embedding are appended at the end of the sequence. ``deep``: fresh ones
-    before every block, dropped behind it, L · P · D parameters. Shallow: once before the first block, carried
-    through all of them and dropped before the pooling, P · D parameters. Prompts start at zero.
+    P tokens without position embedding are appended to the sequence. With ``deep`` every block has its own: they are
+    appended before the block and removed after it, L · P · D parameters. Without it one set is appended before the
+    first block, passes through all of them and is removed before pooling, P · D parameters. Prompts start at zero.
 
     Args:
-        backbone: The frozen backbone it will ride along; only its sizes are read.
-        length: Tokens P ≥ 0; with none the features are the frozen ones.
-        deep: A set of prompts for every block, or one for all.
+        backbone: The frozen backbone; only its sizes are read.
+        length: Number P ≥ 0 of prompt tokens; with 0 the features are the frozen ones.
+        deep: Whether every block has its own prompts.
 
     Raises:
-        BackboneError: The backbone is no plain ViT, or ``length`` is negative.
+        BackboneError: The backbone is not a plain ViT, or ``length`` is negative.
     """
 
     def __init__(self, backbone: Backbone, length: int = 5, deep: bool = True) -> None:
@@ -53,7 +53,7 @@ class VisualPrompts(Tuner):
         return super().block(i, block, self._append(i, tokens))[:, : tokens.shape[1]]
 
     def pool(self, vit: nn.Module, tokens: Tensor) -> Tensor:
-        # average and attention pooling would see prompts that are still there
+        # average and attention pooling must not include the prompts
         return super().pool(vit, tokens if self.deep else tokens[:, : tokens.shape[1] - self.length])
 
     def _append(self, i: int, tokens: Tensor) -> Tensor:
@@ -62,14 +62,15 @@ class VisualPrompts(Tuner):
 
 
 class PooledPrompts(Tuner):
-    """Given tokens behind the class token, and features read from them, as L2P does (arXiv 2112.08654).
+    """Prompts that the caller supplies, and features computed from their outputs, as in L2P (arXiv 2112.08654).
 
-    Sequence: class and register tokens, prompts, patches; prompts carry the class token's position embedding. Feature:
-    the mean of the prompts' outputs behind the final norm. A light object, made anew for every forward pass.
+    The sequence is: class and register tokens, prompts, patches. Prompts get the class token's position embedding. The
+    feature is the mean of the prompts' outputs after the final norm. An instance is cheap enough to be built for every
+    forward pass.
 
     Args:
-        backbone: The frozen backbone it will ride along.
-        prompts: [B, P, D], one set an image; with P = 0 the features are the frozen ones.
+        backbone: The frozen backbone.
+        prompts: Prompts [B, P, D], one set per image; with P = 0 the features are the frozen ones.
     """
 
     def __init__(self, backbone: Backbone, prompts: Tensor) -> None:

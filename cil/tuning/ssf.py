@@ -1,4 +1,4 @@
-"""Scaling and shifting features, folded into the weights of the layers before."""
+"""SSF: features are scaled and shifted, by changing the weights of the layers that compute them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.backbone.vit import Tuner, affine_layers
 from cil.errors import BackboneError
 from cil.tuning.frozen import Frozen
-from cil.vit import Tuner, affine_layers
 
 STD = 0.02
 
 
 class SSF(Tuner):
-    """SSF (Lian et al. 2022, arXiv 2210.08823): y = x ⊙ γ + β behind every affine layer of a ViT.
+    """SSF (Lian et al. 2022, arXiv 2210.08823): y = x ⊙ γ + β after every affine layer of a ViT.
 
-    Each such layer is itself affine in its weight and bias, so the scale and shift are applied to these:
-    W' = γ ⊙ W (by output channel), b' = γ ⊙ b + β. The forward pass costs what the frozen one costs.
-    γ ~ N(1, 0.02²), β ~ N(0, 0.02²): the network is slightly perturbed before training, as in the authors' code.
-    205,824 parameters on ViT-B/16.
+    The output of such a layer is linear in its weight and bias, so the scale and shift are applied to these:
+    W' = γ ⊙ W (by output channel), b' = γ ⊙ b + β. The forward pass costs as much as the frozen one. Initially
+    γ ~ N(1, 0.02²) and β ~ N(0, 0.02²): the network is slightly perturbed before training, as in the authors' code.
+    There are 205,824 parameters on ViT-B/16.
 
     Args:
-        backbone: The frozen backbone whose weights are scaled; it is kept by reference, never edited.
+        backbone: The frozen backbone whose weights are scaled; it is kept by reference and never modified.
 
     Raises:
-        BackboneError: The backbone is no plain ViT, or one of its norms has no weight and bias (RMSNorm).
+        BackboneError: The backbone is not a plain ViT, or one of its norms has no weight and bias (RMSNorm).
     """
 
     rides_blocks = False
@@ -38,11 +38,11 @@ class SSF(Tuner):
         self.gamma, self.beta = nn.ParameterDict(), nn.ParameterDict()
         for name in affine_layers(backbone.model):
             layer = backbone.model.get_submodule(name)
-            # a linear layer without bias still has the slot that functional_call fills; RMSNorm has none
+            # a linear layer without bias still has the entry that functional_call fills; RMSNorm does not
             weight = layer._parameters.get("weight")
             if weight is None or "bias" not in layer._parameters:
-                raise BackboneError(f"SSF shifts by way of biases, and {name} is {type(layer).__name__}, without any")
-            width, key = len(weight), name.replace(".", "/")  # keys may hold no dot
+                raise BackboneError(f"SSF needs layers with weight and bias; {name} is {type(layer).__name__}")
+            width, key = len(weight), name.replace(".", "/")  # keys must not contain dots
             self.gamma[key], self.beta[key] = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
         self.reset(torch.Generator().manual_seed(0))
         self.to(backbone.device)
@@ -55,11 +55,11 @@ class SSF(Tuner):
                 value.copy_(torch.empty(value.shape).normal_(mean, STD, generator=generator))
 
     def weights(self) -> Mapping[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for key, gamma in self.gamma.items():
             name, beta = key.replace("/", "."), self.beta[key]
             layer = self._frozen.model.get_submodule(name)
             weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-            found[f"{name}.weight"] = weight * gamma.view(-1, *[1] * (weight.ndim - 1))  # type: ignore[union-attr]
-            found[f"{name}.bias"] = beta if bias is None else bias * gamma + beta
-        return found
+            weights[f"{name}.weight"] = weight * gamma.view(-1, *[1] * (weight.ndim - 1))  # type: ignore[union-attr]
+            weights[f"{name}.bias"] = beta if bias is None else bias * gamma + beta
+        return weights

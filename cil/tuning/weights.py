@@ -1,4 +1,4 @@
-"""Training real backbone weights without touching the backbone: a tuner that owns copies of the weights it trains."""
+"""Tuners that train copies of backbone weights; the backbone itself is not modified."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
+from cil.backbone.vit import Tuner, final_norms, last_blocks
 from cil.errors import BackboneError
-from cil.vit import Tuner, final_norms, last_blocks
 
 
-class GivenWeights(Tuner):
-    """Weights given from outside in place of the backbone's, by their name in the timm model; it owns no parameter.
+class ExternalWeights(Tuner):
+    """Weights that the caller supplies in place of the backbone's; the tuner has no parameters.
 
     Args:
-        replaced: Name → weight, on the backbone's device.
+        replaced: Weights by name in the timm model, on the backbone's device.
     """
 
-    rides_blocks = False  # replaces weights only, so any timm family will do
+    rides_blocks = False  # it only replaces weights, so it fits any timm model
 
     def __init__(self, replaced: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -29,51 +29,51 @@ class GivenWeights(Tuner):
 
 
 class WeightTuner(Tuner):
-    """Copies of selected backbone weights, swapped in for the time of a forward pass.
+    """Trainable copies of selected backbone weights, which replace the originals during a forward pass.
 
-    Full fine-tuning selects every weight; a subset (biases, norms, the last blocks) costs only its own size. At step 0
-    the tuned forward equals the frozen one. Its state dict is the changed weights and nothing else. Nothing about it is
-    random, so ``reset`` does nothing: build another one to start over.
+    Full fine-tuning selects every weight; a subset (biases, norms, the last blocks) costs only its own size. Before
+    training, the features equal the frozen ones. The state dict contains only the copies. Nothing is random, so
+    ``reset`` does nothing: build a new tuner to start over.
 
     Args:
-        backbone: Where the starting values come from; it stays frozen.
-        select: Which weights to train, by their name in the timm model; all by default.
+        backbone: The frozen backbone, from which the initial values are copied.
+        select: Function that says for a name in the timm model whether the weight is trained; by default all are.
     """
 
-    rides_blocks = False  # replaces weights only, so any timm family will do
+    rides_blocks = False  # it only replaces weights, so it fits any timm model
 
     def __init__(self, backbone: Backbone, select: Callable[[str], bool] = lambda name: True) -> None:
         super().__init__()
         self.copies = nn.ParameterDict()
         for name, value in backbone.model.named_parameters():
             if select(name):
-                self.copies[name.replace(".", "/")] = nn.Parameter(value.detach().clone())  # keys may hold no dot
+                self.copies[name.replace(".", "/")] = nn.Parameter(value.detach().clone())  # keys must not contain dots
 
     def weights(self) -> Mapping[str, Tensor]:
         return {name.replace("/", "."): value for name, value in self.copies.items()}
 
     def refresh_final_norm(self, backbone: Backbone) -> None:
-        """Start the final norm from scale 1 and shift 0, as a newly built one, instead of the pre-trained values."""
+        """Set the final norm to scale 1 and shift 0, as in a newly built model, in place of the pre-trained values."""
         for norm in final_norms(backbone.model):
             nn.init.ones_(self.copies[f"{norm}/weight"])
             nn.init.zeros_(self.copies[f"{norm}/bias"])
 
 
 def full(backbone: Backbone) -> WeightTuner:
-    """Every weight."""
+    """Train every weight."""
     return WeightTuner(backbone)
 
 
 def bitfit(backbone: Backbone) -> WeightTuner:
-    """BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): every bias, those of the norms included."""
+    """Train every bias, those of the norms included: BitFit (Ben Zaken et al. 2022, arXiv 2106.10199)."""
     return WeightTuner(backbone, lambda name: name.rsplit(".", 1)[-1] == "bias")
 
 
 def layernorm(backbone: Backbone) -> WeightTuner:
-    """Weight and bias of every LayerNorm, recognised by the module's type.
+    """Train weight and bias of every LayerNorm, recognised by the module's type.
 
     Raises:
-        BackboneError: The backbone has none.
+        BackboneError: The backbone has no LayerNorm.
     """
     norms = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.LayerNorm)}
     tuner = WeightTuner(backbone, lambda name: name.rpartition(".")[0] in norms)
@@ -83,7 +83,7 @@ def layernorm(backbone: Backbone) -> WeightTuner:
 
 
 def partial(backbone: Backbone, blocks: int = 1) -> WeightTuner:
-    """The last ``blocks`` transformer blocks and the final norm.
+    """Train the last ``blocks`` transformer blocks and the final norm.
 
     Raises:
         BackboneError: ``blocks`` is not in 1 … number of blocks, or the model has no list of blocks.

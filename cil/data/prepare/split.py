@@ -1,4 +1,4 @@
-"""Which picture is a training picture: as the download says, as lists say, or drawn from a seed."""
+"""Splits into training and test images: read from the download, read from lists, or drawn from a seed."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import numpy as np
 from cil.errors import DataError
 
 Placed = list[tuple[str, Path]]
-"""(class, picture) of one split."""
+"""(class, image file) pairs of one half of a split."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training and test pictures, and which way they were found: ``how`` goes into split.json."""
+    """Training and test images, and how they were split: ``how`` is recorded in ``split.json``."""
 
     train: Placed
     test: Placed
     how: str
 
 
-def pictures(folder: Path) -> list[Path]:
-    """Every picture at or below a folder, sorted; timm's file endings, hidden files left out."""
+def image_files(folder: Path) -> list[Path]:
+    """Every image file at or below a folder, sorted; files with timm's endings, without hidden ones."""
     from timm.data.readers.img_extensions import get_img_extensions
 
     endings = get_img_extensions(as_set=True)
@@ -32,26 +32,27 @@ def pictures(folder: Path) -> list[Path]:
 
 
 def by_class(root: Path) -> dict[str, list[Path]]:
-    """Pictures of each class folder right below ``root``."""
-    found = {child.name: pictures(child) for child in sorted(root.iterdir()) if child.is_dir()}
-    return {name: files for name, files in found.items() if files}
+    """Image files of each class folder directly below ``root``, without empty folders."""
+    classes = {child.name: image_files(child) for child in sorted(root.iterdir()) if child.is_dir()}
+    return {name: files for name, files in classes.items() if files}
 
 
 def placed(root: Path) -> Placed:
+    """(class, image file) of every image in the class folders directly below ``root``."""
     return [(name, file) for name, files in by_class(root).items() for file in files]
 
 
 def seeded(classes: dict[str, list[Path]], *, share: float, most: int, seed: int) -> Split:
-    """A drawn split: round(``share`` × pictures) test pictures, in proportion to the classes, at least one of each.
+    """A drawn split: round(``share`` × images) test images, in proportion to the class sizes, at least one per class.
 
     Args:
-        classes: Pictures of every class.
-        share: Of the test pictures among all, in (0, 1).
-        most: Classes that are kept; of more, so many are drawn.
-        seed: Of the draw. The same names and seed give the same split anywhere.
+        classes: Image files of every class.
+        share: Fraction of the test images among all images, in (0, 1).
+        most: Number of classes to keep; if there are more, this many are drawn.
+        seed: Seed of the draw. The same names and seed give the same split on every machine.
 
     Raises:
-        DataError: No class, or one with fewer than two pictures.
+        DataError: There is no class, or a class has fewer than two images.
     """
     random = np.random.RandomState(seed)
     names = sorted(classes)
@@ -60,7 +61,7 @@ def seeded(classes: dict[str, list[Path]], *, share: float, most: int, seed: int
     sizes = np.array([len(classes[name]) for name in names])
     if len(sizes) == 0 or sizes.min() < 2:
         lonely = names[int(sizes.argmin())] if len(sizes) else "none"
-        raise DataError(f"class {lonely!r} has fewer than two pictures, too few to split; is this the whole download?")
+        raise DataError(f"class {lonely!r} has fewer than two images, too few to split; is this the whole download?")
     counts = apportioned(sizes, round(share * int(sizes.sum())))
     train_part: Placed = []
     test_part: Placed = []
@@ -73,7 +74,7 @@ def seeded(classes: dict[str, list[Path]], *, share: float, most: int, seed: int
 
 
 def apportioned(sizes: np.ndarray, total: int) -> np.ndarray:
-    """``total`` seats in proportion to ``sizes`` by largest remainders, from 1 to size − 1 each, int64 [C].
+    """Shares ``total`` in proportion to ``sizes`` by largest remainders, from 1 to size − 1 each, int64 [C].
 
     >>> apportioned(np.array([10, 10, 3]), 5).tolist()
     [2, 2, 1]
@@ -90,20 +91,20 @@ def apportioned(sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def listed(root: Path, train: Path, test: Path | None) -> Split:
-    """The split that lists of files give.
+    """The split that lists of files define.
 
-    A line is a picture's path below ``root``, its class the folder it lies in; or a path, a tab or space, and a class.
-    Without a test list the other pictures of the listed classes are the test pictures.
+    A line is an image's path below ``root``, whose class is its folder; or a path, a tab or space, and a class. Without
+    a test list the other images of the listed classes are the test images.
 
     Raises:
-        DataError: A list that cannot be read or is empty, or a line that names no picture (with its number).
+        DataError: A list cannot be read or is empty, or a line, whose number the message gives, names no image.
     """
     train_part = _read(root, train)
     if test is not None:
         return Split(train_part, _read(root, test), "list")
-    taken = {file.resolve() for _, file in train_part}
+    training = {file.resolve() for _, file in train_part}
     classes = {name for name, _ in train_part}
-    rest = [(f.parent.name, f) for f in pictures(root) if f.parent.name in classes and f.resolve() not in taken]
+    rest = [(f.parent.name, f) for f in image_files(root) if f.parent.name in classes and f.resolve() not in training]
     return Split(train_part, rest, "list")
 
 
@@ -112,28 +113,28 @@ def _read(root: Path, file: Path) -> Placed:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: this list cannot be read ({error})") from None
-    found = [_line(root, f"{file}: line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    part = [_parse_line(root, f"{file}: line {n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
+    if not part:
         raise DataError(f"{file}: this list is empty")
-    return found
+    return part
 
 
-def _line(root: Path, where: str, line: str) -> tuple[str, Path]:
+def _parse_line(root: Path, where: str, line: str) -> tuple[str, Path]:
     mark = "\t" if "\t" in line else " "
     before, _, after = line.rpartition(mark)
-    tries: list[tuple[str, str | None]] = [(before.strip(), after)] if before else []
-    if mark == " ":  # which may also be part of a picture's name
-        tries.insert(0, (line, None))
-    for path, given in tries:
-        picture = root / path
+    readings: list[tuple[str, str | None]] = [(before.strip(), after)] if before else []
+    if mark == " ":  # a space may also be part of the file's name
+        readings.insert(0, (line, None))
+    for path, written_class in readings:
+        image = root / path
         if ".." in Path(path).parts or Path(path).is_absolute():
             raise DataError(f"{where}: {path!r} leads outside {root}")
-        if picture.is_file():
-            name = picture.parent.name if given is None else given
+        if image.is_file():
+            name = image.parent.name if written_class is None else written_class
             if name in ("", ".", "..") or "/" in name or "\\" in name:
-                raise DataError(f"{where}: {name!r} cannot be a class; its name becomes a folder's")
-            return name, picture
-    raise DataError(f"{where}: {line!r} is no picture below {root}")
+                raise DataError(f"{where}: {name!r} cannot be a class, because its name becomes a folder name")
+            return name, image
+    raise DataError(f"{where}: {line!r} is not an image below {root}")
 
 
 def classes_of(part: Iterable[tuple[str, Path]]) -> set[str]:
@@ -141,23 +142,23 @@ def classes_of(part: Iterable[tuple[str, Path]]) -> set[str]:
 
 
 def check(name: str, split: Split, expected: Sequence[int], allow: bool) -> bool:
-    """Whether the split has the expected (classes, training pictures, test pictures).
+    """Whether a split has the expected (classes, training images, test images).
 
     Raises:
-        DataError: It has not and ``allow`` is False, or training and test classes differ, or a picture is in both.
+        DataError: It does not and ``allow`` is False, or training and test classes differ, or an image is in both.
     """
     odd = classes_of(split.train) ^ classes_of(split.test)
     if odd:
-        raise DataError(f"{name}: class {min(odd)!r} is not in both splits, as every class must be")
+        raise DataError(f"{name}: class {min(odd)!r} is not in both splits, but every class must be")
     both = {f.resolve() for _, f in split.train} & {f.resolve() for _, f in split.test}
     if both:
-        raise DataError(f"{name}: {min(both)} would be a training and a test picture")
-    found = (len(classes_of(split.train)), len(split.train), len(split.test))
-    if found == tuple(expected):
+        raise DataError(f"{name}: {min(both)} would be a training and a test image")
+    counts = (len(classes_of(split.train)), len(split.train), len(split.test))
+    if counts == tuple(expected):
         return True
     if allow:
         return False
-    told = [f"{c} classes, {n} training and {t} test pictures" for c, n, t in (found, tuple(expected))]
+    sizes = [f"{c} classes, {n} training and {t} test images" for c, n, t in (counts, tuple(expected))]
     raise DataError(
-        f"{name}: {told[0]}; the published split has {told[1]}. Is the download whole? --allow-counts takes it as it is"
+        f"{name}: {sizes[0]}; the published split has {sizes[1]}. Is the download complete? --allow-counts accepts it"
     )

@@ -1,4 +1,4 @@
-"""Archives to folders, whole or not at all, and nothing outside of them."""
+"""Unpacks archives atomically, and refuses members that would leave the folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DAMAGED = (tarfile.ReadError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EO
 
 
 def unpacked(archive: Path, place: Path) -> Path:
-    """The content of a tar (compressed or not) or zip below ``place``, which appears in one step.
+    """Unpacks a tar (compressed or not) or zip file into ``place``, which appears in one step; returns ``place``.
 
-    What an earlier call left there whole is taken as it is, if it was of the same file in the same state.
+    The result of an earlier call is used again if the archive still has the same name, size and modification time.
 
     Raises:
-        DataError: No such file, no archive, a damaged or an encrypted one, or one with names that lead outside.
+        DataError: The file is not an archive, or is damaged or encrypted, or a member's name leads outside the folder.
     """
     fact = archive.stat()
     state = place / f".of-{archive.name}-{fact.st_size}-{fact.st_mtime_ns}"
@@ -63,7 +63,7 @@ def _unzip(archive: Path, place: Path) -> None:
 
 
 def md5(path: Path) -> str:
-    """The md5 sum as hex digits, which is what the re-splits' authors published."""
+    """The md5 sum of a file as hex digits; the authors of the re-splits published md5 sums."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 22):

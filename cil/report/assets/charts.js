@@ -1,5 +1,5 @@
 "use strict";
-// Curves and scatter as SVG, drawn anew in real pixels whenever size or choice changes: text keeps its size.
+// Curves and scatter as SVG, redrawn in real pixels whenever the size or the selection changes, so text keeps its size.
 
 const number = (value, digits = 1) => (value === null || value === undefined ? "–" : value.toFixed(digits));
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
@@ -36,7 +36,7 @@ function ticks(low, high, most) {
   return found;
 }
 
-/** What both charts share: a figure with a caption, a plot that redraws on resize, and a readout. */
+/** Base of both charts: a figure with a caption, a plot that redraws on resize, and a readout. */
 class Chart {
   constructor(section, name, caption) {
     this.section = section;
@@ -53,7 +53,7 @@ class Chart {
     new ResizeObserver(() => this.canvas.clientWidth !== this.width && this.draw()).observe(this.canvas);
   }
 
-  /** Where a pointer is, in pixels of the drawing. */
+  /** Position of a pointer, in pixels of the drawing. */
   place(event) {
     const box = this.canvas.getBoundingClientRect();
     return [event.clientX - box.left, event.clientY - box.top];
@@ -65,7 +65,7 @@ class Chart {
     this.mark(null);
   }
 
-  /** Clear the drawing; false where there is no room or nothing to draw. */
+  /** Clear the drawing; returns false if there is no room or nothing to draw. */
   start(rows, height) {
     this.width = this.canvas.clientWidth;
     this.height = height;
@@ -77,7 +77,7 @@ class Chart {
     return rows.length > 0 && this.width > 0;
   }
 
-  /** Ruled lines and numbers of both axes, and what the horizontal one shows. */
+  /** Grid lines and numbers of both axes, and the label of the horizontal one. */
   axes(xs, ys, x, y, below) {
     const { left, right, top, bottom } = this.box;
     for (const [value, text] of ys) {
@@ -106,7 +106,7 @@ class Chart {
   }
 }
 
-/** A curve over stages for every chosen learner, with a band of one standard deviation where there are several runs. */
+/** A curve over stages for every selected learner, with a band of one standard deviation if there are several runs. */
 class Curves extends Chart {
   constructor(section, metric) {
     const select = html("select", {});
@@ -142,7 +142,7 @@ class Curves extends Chart {
     this.section.highlight();
   }
 
-  /** Lowest and highest end of any band, and some room: at least two points, from zero where that is near. */
+  /** Lowest and highest end of all bands, with a margin: at least two points, and from zero if that is near. */
   range(curves) {
     const ends = curves.flatMap(({ mean, std }) =>
       mean.flatMap((value, i) => (value === null ? [] : [value - (std[i] || 0), value + (std[i] || 0)])),

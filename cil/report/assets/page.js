@@ -1,4 +1,4 @@
-/** A protocol's part of the page: which learners are chosen, which one is looked at, and all that draws them. */
+/** The section of a protocol: the selected learners, the highlighted one, and everything that draws them. */
 class Section {
   constructor(root, data) {
     this.root = root;
@@ -28,7 +28,7 @@ class Section {
     for (const chart of this.charts) chart.draw();
   }
 
-  /** Bring one learner out, in every chart; null brings all back. */
+  /** Highlight one learner in every chart; null highlights none. */
   focus(row) {
     if (this.active === row) return;
     this.active = row;
@@ -45,7 +45,7 @@ class Section {
   }
 }
 
-/** A button a learner that shows and hides it everywhere. */
+/** One button per learner that shows and hides it everywhere. */
 class Legend {
   constructor(section) {
     this.section = section;
@@ -75,7 +75,7 @@ class Legend {
 // matplotlib's, which figures.matrix uses, at ninths
 const CIVIDIS = "#00224e #123570 #3b496c #575d6d #707173 #8a8678 #a59c74 #c3b369 #e1cc55 #fee838".split(" ");
 
-/** The colour of an accuracy in per cent, and black or white to write on it. */
+/** The colour of an accuracy in per cent, and black or white for text on it. */
 function shade(value) {
   const at = (Math.min(100, Math.max(0, value)) / 100) * (CIVIDIS.length - 1);
   const [from, to] = [CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)]];
@@ -87,7 +87,7 @@ function shade(value) {
   return [`rgb(${mix.join()})`, bright > 120 ? "#000" : "#fff"];
 }
 
-/** The accuracy matrix of a chosen run as a table: a row a stage, a column a task. */
+/** The accuracy matrix of the selected run as a table: rows are stages, columns tasks. */
 function matrices(section) {
   const runs = section.data.rows.flatMap((row) => row.runs.map((run) => [row, run]));
   const which = html("select", { "aria-label": "Run" });
@@ -120,7 +120,7 @@ function matrix(rows) {
   return html("table", { class: "matrix", style }, html("thead", {}, head), html("tbody", {}, ...body));
 }
 
-/** Headings that sort: first by the good end, then the other way; what has no value or is unfinished stays last. */
+/** Headings that sort, first best to worst, then reversed; rows without a value and unfinished ones stay last. */
 function sortable(table) {
   const headings = [...table.tHead.rows[0].cells];
   const body = table.tBodies[0];

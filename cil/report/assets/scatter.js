@@ -1,4 +1,4 @@
-/** Cost against final accuracy, a dot a chosen learner, named where there is room. */
+/** Cost against final accuracy, one dot per selected learner, with its name if there is room. */
 class Scatter extends Chart {
   constructor(section) {
     const select = html("select", {});
@@ -48,7 +48,7 @@ class Scatter extends Chart {
     this.section.highlight();
   }
 
-  /** Logarithmic where costs span more than a factor of twenty; zeros then have a place of their own at the left. */
+  /** Logarithmic if costs span more than a factor of twenty; zeros then have a separate position at the left. */
   scale(costs) {
     const { left, right } = this.box;
     const some = costs.filter((v) => v > 0);
@@ -69,7 +69,7 @@ class Scatter extends Chart {
     return [x, marks.map((v) => [v, compact.format(v)]), true];
   }
 
-  /** Names beside dots, best learner first, each at the first place where it covers nothing. */
+  /** Names beside dots, best learner first, each at the first position where it covers nothing. */
   label() {
     const { left, right, top, bottom } = this.box;
     const taken = this.dots.map(({ cx, cy }) => [cx - 5, cy - 5, cx + 5, cy + 5]);

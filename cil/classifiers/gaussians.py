@@ -1,0 +1,120 @@
+"""One Gaussian per class, from which features are drawn in place of the class's images (SLCA, arXiv 2303.05118)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cil.classifiers.base import Array
+from cil.classifiers.drift import AffineMap
+from cil.classifiers.moments import ClassMoments
+from cil.errors import ConfigError, DataError
+from cil.utils.precision import exact, without_autocast
+
+
+class Gaussians(ClassMoments):
+    """N(μ_c, Σ_c) per class, Σ_c = unbiased covariance + ridge · I; logits are log densities.
+
+    A class with one sample has covariance ridge · I.
+
+    Args:
+        feature_dim: Feature width F.
+        ridge: Number > 0 added to every variance; 10⁻⁴ in the authors' code.
+
+    Buffers:
+        sums: float64 [C, F]; outers: float64 [C, F, F], Σ x xᵀ (4.7 MB per class for F = 768); counts: int64 [C].
+
+    Raises:
+        ConfigError: ``ridge`` is not positive.
+    """
+
+    def __init__(self, feature_dim: int, ridge: float = 1e-4) -> None:
+        super().__init__(feature_dim)
+        if not 0 < ridge < math.inf:
+            raise ConfigError(f"Gaussians: ridge is {ridge}; it must be positive and finite")
+        self.ridge = ridge
+
+    @exact()
+    def sample(self, labels: Tensor, generator: torch.Generator, scale: Tensor | None = None) -> Tensor:
+        """Draw one feature per label: row i is scale_i · μ + L z with z ~ N(0, I) and L Lᵀ = Σ, of class labels[i].
+
+        Args:
+            labels: Classes to draw from, int64 [n].
+            generator: Generator of z.
+            scale: Factors on the rows' means, [n]; None: 1. SLCA shrinks the means of older tasks.
+
+        Returns:
+            Features, float32 [n, F].
+
+        Raises:
+            DataError: A label has no samples.
+        """
+        labels = labels.to(self.device)
+        known = self.counts.nonzero().flatten()
+        if not bool(torch.isin(labels, known).all()):
+            missing = sorted(set(labels.tolist()) - set(known.tolist()))
+            raise DataError(f"Gaussians: classes {missing} cannot be drawn: they have no samples")
+        z = torch.randn(len(labels), self.feature_dim, generator=generator, device=generator.device).to(self.sums)
+        features = self.means[labels]
+        if scale is not None:
+            features *= scale.to(features)[:, None]
+        for c in labels.unique().tolist():
+            rows = labels == c
+            features[rows] += z[rows] @ self.factor(c).T
+        return features.float()
+
+    @exact()
+    def translate(self, shifts: Tensor) -> Gaussians:
+        """μ_c ← μ_c + shifts[c], as if every sample of class c had moved by it; covariances do not change.
+
+        Args:
+            shifts: Shifts of the first C' ≤ C classes, [C', F]; the other classes, and those without samples, stay.
+
+        Raises:
+            DataError: ``shifts`` has the wrong shape.
+        """
+        if shifts.ndim != 2 or len(shifts) > self.num_classes or shifts.shape[1] != self.feature_dim:
+            raise DataError(
+                f"Gaussians.translate: shifts have shape {list(shifts.shape)}; expected [up to {self.num_classes}, "
+                f"{self.feature_dim}]"
+            )
+        for c, shift in enumerate(shifts.to(self.sums)):
+            n = max(1, int(self.counts[c]))
+            scatter = self.covariance(c) * max(1, n - 1)
+            self.sums[c] += int(self.counts[c]) * shift
+            self.outers[c] = scatter + torch.outer(self.sums[c], self.sums[c]) / n
+        self._forget()
+        return self
+
+    @exact()
+    def transport(self, drift: AffineMap) -> Gaussians:
+        """Apply ``drift`` to means and covariances, as if every sample had been mapped."""
+        for c, count in enumerate(self.counts):
+            self.outers[c] = drift.outer(self.outers[c], self.sums[c], count)
+        self.sums = drift.sums(self.sums, self.counts)
+        self._forget()
+        return self
+
+    @without_autocast()
+    def logits(self, features: Array) -> Tensor:
+        """Compute log densities [B, C] of features [B, F] under the Gaussians; −∞ for a class without samples."""
+        x = self.checked(features)
+        scores = x.new_full((len(x), self.num_classes), float("-inf"))
+        for c in self.counts.nonzero().flatten().tolist():
+            factor = self.factor(c)
+            z = torch.linalg.solve_triangular(factor.to(x.dtype), (x - self.means[c].to(x.dtype)).T, upper=False)
+            volume = float(factor.diagonal().log().sum()) + self.feature_dim / 2 * math.log(2 * math.pi)
+            scores[:, c] = -z.square().sum(0) / 2 - volume
+        return scores
+
+    def factor(self, c: int) -> Tensor:
+        """Lower Cholesky factor of Σ_c, float64 [F, F]."""
+
+        def solve() -> Tensor:
+            covariance = self.covariance(c)
+            covariance.diagonal().add_(self.ridge)
+            return torch.linalg.cholesky(covariance)
+
+        return self.cached((c,), solve)

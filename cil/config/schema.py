@@ -1,0 +1,243 @@
+"""The keys of a configuration, each with its type, range and meaning.
+
+This module needs pydantic but not torch, so importing it is cheap. Reading YAML, overriding keys and formatting error
+messages is in :mod:`cil.config.reading`. A learner's own hyper-parameters are validated by its ``Config`` once the
+learner is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+Unit = tuple[float, float, float]
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+
+
+def as_section(raw: Any) -> Any:
+    """Expand a bare name to a section: ``adapter`` to ``{name: adapter}``, ``mine.py:Mine`` to
+    ``{class: mine.py:Mine}``."""
+    return {"class" if ":" in raw else "name": raw} if isinstance(raw, str) else raw
+
+
+class Section(BaseModel):
+    """A section of a configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Normalization(Section):
+    """Channel statistics in [0, 1] pixel units: (pixel / 255 − mean) / std."""
+
+    mean: Unit
+    std: Unit
+
+
+class Augmentation(Section):
+    """The training transform: random resized crop, flip and colour jitter (timm's, without random erasing)."""
+
+    scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="smallest and largest area of the random crop, as fractions of the image"
+    )
+    ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="smallest and largest aspect ratio of the random crop"
+    )
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    color_jitter: Annotated[float, Field(ge=0)] | Unit | None = Field(
+        None, description="strength of brightness, contrast and saturation jitter: one number for all three, or three"
+    )
+    interpolation: Interpolation | None = Field(
+        None, description="resampling filter; default: that of the test transform"
+    )
+
+
+class TransformConfig(Section):
+    """Overrides of the backbone's own data configuration; every default means 'as the backbone was trained'."""
+
+    normalize: Literal["backbone", "none"] | Normalization = Field(
+        "backbone", description="pixel statistics: those of the backbone, none ([0, 1] pixels), or {mean: …, std: …}"
+    )
+    resize: PositiveInt | None = Field(
+        None, description="size in pixels to which images are resized, before they are cropped to the input size"
+    )
+    crop: Literal["center", "squash", "border"] | None = Field(
+        None,
+        description="way of resizing; center: shorter side, then a crop; squash: both sides, no crop; border: as timm",
+    )
+    interpolation: Interpolation | None = Field(None, description="resampling filter")
+    augment: Augmentation | Literal["none"] = Field(
+        Augmentation(), description="training transform; none: train under the test transform"
+    )
+
+
+class DataConfig(Section):
+    """A dataset by name, and where its splits are stored."""
+
+    dataset: str = Field(
+        "digits",
+        description="dataset: digits, folder (class folders or tars), torch/<set>, hfds/<org>/<set>, or your own "
+        "function, as pkg.module:function or path/file.py:function",
+    )
+    root: Path | None = Field(None, description="folder with the splits; downloads are stored there")
+    train: str | None = Field(None, description="training split: a path below root, or the name of a split for hfds")
+    test: str | None = Field(None, description="test split, in the same form as train")
+    domains: list[str] | None = Field(
+        None, description="folders below root, one per domain, each with a train and a test split"
+    )
+    download: bool = Field(True, description="whether to download torchvision datasets that are not in root")
+    image_key: str | None = Field(None, description="column of the images, for hfds; default: image")
+    label_key: str | None = Field(None, description="column of the labels, for hfds; default: label")
+    on_error: Literal["raise", "skip"] = Field("raise", description="treatment of a file that is no readable image")
+    per_class: PositiveInt | None = Field(
+        None, description="number of training images per class; the first ones are used"
+    )
+    options: dict[str, Any] = Field({}, description="further arguments of your own function")
+
+
+class StreamConfig(Section):
+    """How classes or domains become tasks. The class order is a separate axis: the key ``orders``."""
+
+    type: Literal["class_incremental", "domain_incremental"] = Field(
+        "class_incremental", description="new classes in each task, or the same classes from a new domain in each task"
+    )
+    initial_classes: int = Field(
+        0, ge=0, description="number of classes in the first task (m of B-m Inc-n); 0: as many as increment"
+    )
+    increment: PositiveInt | None = Field(
+        None, description="number of classes in each later task; the last task may be smaller"
+    )
+    sizes: list[PositiveInt] | None = Field(
+        None, description="number of classes in each task, in place of initial_classes and increment"
+    )
+    validation: float = Field(0.0, ge=0, lt=1, description="fraction of each class's training images held out")
+    test_on: Literal["test", "validation"] = Field(
+        "test", description="split to evaluate on; validation: the held-out training images"
+    )
+
+
+class BackboneConfig(Section):
+    """A pre-trained vision transformer."""
+
+    name: str = Field(
+        "vit_tiny_patch8_64.tinyimagenet100",
+        description="timm name with its tag; default: the model that ships with cil",
+    )
+    weights: Path | Literal["random"] | None = Field(
+        None, description="local safetensors or torch file; random: untrained, from seed 0; default: pre-trained"
+    )
+    options: dict[str, Any] = Field({}, description="further arguments of timm.create_model, e.g. img_size")
+    attention: Literal["timm", "explicit"] = Field(
+        "timm",
+        description="implementation of attention; timm: as timm chooses, usually torch's fused attention; explicit: an "
+        "explicit softmax, which trains up to twice as fast on a CPU in bf16",
+    )
+
+
+class HardwareConfig(Section):
+    """Settings of the machine. They are not part of a run's identity."""
+
+    device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1 or mps")
+    workers: int = Field(2, ge=0, description="number of processes or threads that decode images")
+    memory_gib: float = Field(
+        4.0, ge=0, description="GiB per split: decoded and transformed images are kept in memory if each set fits"
+    )
+    checkpoints: Literal["all", "last"] = Field("all", description="stages whose weights stay on disk")
+    feature_store: Literal["off"] | Path | None = Field(
+        None,
+        description="folder of computed features that all runs share, or off; default: features in $CIL_CACHE, or in "
+        "cil's folder of the user's cache",
+    )
+    feature_store_gib: float = Field(
+        20.0, gt=0, description="GiB of that folder; above it the least recently used entries are removed"
+    )
+
+    @field_validator("feature_store", mode="before")
+    @classmethod
+    def _off(cls, raw: Any) -> Any:
+        return "off" if raw is False else raw  # YAML reads off as false
+
+
+class LearnerEntry(BaseModel):
+    """One learner: its ``name`` or ``class``, its hyper-parameters, and ``orders``, ``seeds`` and ``chosen_by`` where
+    they differ from those of the configuration."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+    name: str | None = Field(None, description="name of a registered learner")
+    cls: str | None = Field(
+        None, alias="class", description="your own learner, as pkg.module:Class or path/file.py:Class"
+    )
+    label: str | None = Field(None, description="name in results; distinguishes settings of the same learner")
+    orders: list[int | str | list[int] | list[str]] | None = None
+    seeds: list[int] | None = None
+    chosen_by: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> LearnerEntry:
+        if (self.name is None) == (self.cls is None):
+            raise ValueError("give a learner either a name or a class")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Hyper-parameters as written, not yet validated."""
+        return dict(self.model_extra or {})
+
+    @property
+    def spec(self) -> str:
+        """What the registry resolves."""
+        return self.name or self.cls or ""
+
+    @property
+    def title(self) -> str:
+        """Name in results: the label, the registered name, or the class's own name."""
+        return self.label or self.name or (self.cls or "").rsplit(":", 1)[-1]
+
+
+class Config(Section):
+    """A benchmark: one stream and backbone, and the learners, class orders and seeds to run on them."""
+
+    name: str = Field("benchmark", pattern=r"^[\w.\-]+$", description="name of the folder below the results folder")
+    data: DataConfig = DataConfig()
+    stream: StreamConfig = StreamConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    transform: TransformConfig = TransformConfig()
+    learners: list[LearnerEntry] = Field(min_length=1)
+    orders: list[int | str | list[int] | list[str]] = Field(
+        [1993], min_length=1, description="class orders: seeds of permutations, natural, or lists of classes"
+    )
+    seeds: list[int] = Field([0], min_length=1, description="training seeds")
+    inference_batch_size: PositiveInt = Field(128, description="images per forward pass outside training")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="mixed precision of the backbone")
+    chosen_by: str = Field(
+        "default",
+        description="how hyper-parameters were chosen, e.g. default, first_task, proxy or paper; stored with results",
+    )
+    hardware: HardwareConfig = HardwareConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _singular(cls, raw: Any) -> Any:
+        """``learner: ncm`` is short for ``learners: [{name: ncm}]``."""
+        if isinstance(raw, dict) and "learner" in raw:
+            if "learners" in raw:
+                raise ValueError("give learner or learners, not both")
+            raw = {**raw, "learners": [raw["learner"]]}
+            del raw["learner"]
+        return raw
+
+    @field_validator("learners", mode="before")
+    @classmethod
+    def _names(cls, raw: Any) -> Any:
+        return [as_section(item) for item in raw] if isinstance(raw, list) else raw
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Config:
+        titles = [entry.title for entry in self.learners]
+        twice = sorted({t for t in titles if titles.count(t) > 1})
+        if twice:
+            raise ValueError(
+                f"two learners are called {twice[0]!r} and would share a results folder; give each a label"
+            )
+        return self

@@ -1,0 +1,97 @@
+"""RSIAT's metric loss and residual projector, which limit feature drift while the tuner is trained further."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from cil.utils.precision import without_autocast
+
+
+@without_autocast()
+def pairwise_loss(features: Tensor, labels: Tensor, alpha: float = 1.0, margin: float = 0.4) -> Tensor:
+    """mean_{i≠j, y_i=y_j} (1 − S_ij) + α · mean_{y_i≠y_j} max(0, S_ij − m), where S are the cosines within the batch.
+
+    The first term pulls images of one class together; the second pushes different classes apart until their cosines
+    are at most m. With m = −1 the second term is 1 + S_ij, as in the paper. A mean over no pairs is 0.
+
+    Args:
+        features: Features of a batch, [B, F].
+        labels: Labels, int64 [B].
+        alpha: Weight α ≥ 0 of the second term.
+        margin: Cosine m in [−1, 1].
+
+    Returns:
+        A scalar, float32 (float64 for float64 features).
+    """
+    directions = F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
+    cosines = directions @ directions.T
+    same = labels[:, None] == labels
+    same, different = same.fill_diagonal_(False), labels[:, None] != labels
+    pull = ((1 - cosines) * same).sum() / same.sum().clamp(min=1)
+    push = (F.relu(cosines - margin) * different).sum() / different.sum().clamp(min=1)
+    return pull + alpha * push
+
+
+class Projector(nn.Module):
+    """P(f) = f + AE(f), AE = Linear(F→64) GELU Linear(64→c) GELU Linear(c→64) GELU Linear(64→F); initially P(f) = f.
+
+    Args:
+        feature_dim: Feature width F.
+        code: Width c of the middle layer.
+        bottleneck: Width of the layers around it (64 above).
+    """
+
+    def __init__(self, feature_dim: int, code: int = 256, bottleneck: int = 64) -> None:
+        super().__init__()
+        widths = [feature_dim, bottleneck, code, bottleneck, feature_dim]
+        # skip_init: the constructor of nn.Linear draws from the global random state
+        self.layers = nn.ModuleList(skip_init(nn.Linear, width, after) for width, after in pairwise(widths))
+        self.reset(torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw weights and biases from U(±1/√width), as torch does for a linear layer; the last layer is 0."""
+        for layer in self.layers:
+            bound = 1 / math.sqrt(layer.in_features)  # type: ignore[arg-type]
+            for p in (layer.weight, layer.bias):
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))  # type: ignore[operator, arg-type]
+        for p in self.layers[-1].parameters():
+            p.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, F] → [B, F]."""
+        hidden = features
+        for layer in self.layers[:-1]:
+            hidden = F.gelu(layer(hidden))
+        correction: Tensor = self.layers[-1](hidden)
+        return features + correction
+
+
+def projected_distance(
+    features: Tensor, old: Tensor, means: Tensor, projector: nn.Module, beta: float = 1.0, gamma: float = 0.5
+) -> Tensor:
+    """β · MSE(φ_t(x), P(φ_{t−1}(x))) + γ · mean_{c,i} |cos(P(μ_c), P(φ_{t−1}(x_i)))|.
+
+    The first term keeps new features near the projected old ones. The second keeps the projections of new images
+    orthogonal to those of old class means; its gradient reaches P only.
+
+    Args:
+        features: New features φ_t(x), [B, F].
+        old: Old features φ_{t−1}(x) of the same images, [B, F].
+        means: Means μ_c of old classes, [C, F], C ≥ 1.
+        projector: Projector P.
+        beta: Weight β ≥ 0 of the first term.
+        gamma: Weight γ ≥ 0 of the second term.
+
+    Returns:
+        The loss, a scalar; a mean over the batch.
+    """
+    projected, centres = projector(old), projector(means)
+    cosines = F.normalize(centres, dim=1) @ F.normalize(projected, dim=1).T
+    return beta * F.mse_loss(features, projected) + gamma * cosines.abs().mean()

@@ -1,0 +1,239 @@
+"""Merges checkpoints on disk, one tensor at a time; this is ``cil merge``.
+
+The rules are the same as in memory, but their inputs are read lazily and their state is kept in a file. No file gets
+its final name before it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cil.errors import BackboneError, ConfigError, RunError
+from cil.merging.base import Rule, Track
+from cil.merging.configs import CustomRule, RuleSection, build_rule, rule_config
+from cil.merging.files import INDEX, Checkpoint, TensorWriter, as_bytes
+from cil.merging.layout import HEADS, Entry, check_names, layout
+from cil.merging.statistics import Statistics
+from cil.merging.store import State, StateSpec, slot_name
+from cil.utils.files import flush, reporting
+
+FORMAT = "cil merge state 1"
+COPIED = (".json", ".txt", ".model")
+"""Suffixes of files that are copied from the base's folder: configurations and vocabularies, not its model card."""
+_SCALARS: StateSpec = {"count": ((), torch.int64), "norm_sum": ((), torch.float64)}
+
+
+def merge_files(
+    rule: RuleSection | CustomRule | str | dict[str, Any],
+    base: str | Path,
+    tasks: Sequence[str | Path],
+    out: str | Path,
+    *,
+    state: str | Path | None = None,
+    stats: Sequence[str | Path] = (),
+    exclude: Sequence[str] = HEADS,
+    track: Track | None = None,
+) -> Rule:
+    """Merge checkpoints into one.
+
+    Memory is a few times that of the largest tensor, whatever the size and the number of the models. The state is kept
+    in temporary files next to ``out`` (or next to ``state``), at most two at a time.
+
+    Args:
+        rule: A rule's name, or its configuration.
+        base: The pre-trained checkpoint: safetensors file, index or folder.
+        tasks: Checkpoints fine-tuned from it, in order.
+        out: Path of the result: one file if it ends in ``.safetensors``, else a folder, sharded as the base is, with
+            the base's configuration files. Tensors that are not merged are the base's.
+        state: File of the rule's state. If it exists, merging continues from it; it is replaced at the end.
+        stats: Files of statistics (:meth:`Statistics.save`), one per task in the same order, if the rule needs them.
+        exclude: Regular expressions of names that are not merged.
+        track: Function that wraps loops in progress bars.
+
+    Returns:
+        The rule, for its counts and norms; the state of its tensors is gone.
+
+    Raises:
+        ConfigError, BackboneError, DataError: An input does not fit; nothing is written then.
+        RunError: ``out`` exists, ``state`` belongs to another merge, or writing failed.
+    """
+    config = rule_config(rule)
+    out, state = Path(out), None if state is None else Path(state)
+    if out.exists():
+        raise RunError(f"{out}: exists already; remove it or choose another name")
+    if state is not None and state.suffix != ".safetensors":
+        raise ConfigError(f"{state}: the state's name must end in .safetensors")
+    if not tasks:
+        raise ConfigError("merge: no task given; name at least one fine-tuned checkpoint")
+    pretrained, finetuned = Checkpoint(base), [Checkpoint(task) for task in tasks]
+    merger, name = build_rule(config), config.cls if isinstance(config, CustomRule) else config.name
+    if stats and not merger.needs:
+        raise ConfigError(f"merge: {name} uses no statistics; leave --stats out")
+    if merger.needs and len(stats) != len(tasks):
+        raise ConfigError(
+            f"merge: {name} needs statistics of every task (--stats once per task, in order): {len(tasks)} tasks, "
+            f"{len(stats)} files; cil.merging.statistics computes them"
+        )
+    statistics: list[Statistics | None] = [Statistics.load(file) for file in stats]
+    statistics = statistics or [None] * len(tasks)
+    plan = layout(pretrained, exclude=exclude)
+    for task in finetuned:  # this is cheap, and a mistake in the last task must not appear after an hour's work
+        check_names(task, pretrained, plan)
+    about = {"format": FORMAT, "rule": config.model_dump_json(), "exclude": json.dumps(list(exclude))}
+    about["base"] = _digest(pretrained, [entry.name for entry in plan.entries], track)
+    scratch = (state or out).parent / f".{(state or out).name}.state"
+    partial = out.parent / f".{out.name}.partial"
+    advice = "Partial files were removed; a state file is unchanged"
+    with reporting(out, advice), _scratch(scratch), _scratch(partial), FileStore(scratch, merger, about) as store:
+        merger.start(pretrained, exclude=exclude, store=store)
+        if state is not None and state.exists():
+            store.open(state)
+        for task, task_statistics in zip(finetuned, statistics, strict=True):
+            merger.add(task, task_statistics, track)
+        written = _write(merger, pretrained, partial, out, track)
+        written.rename(out)
+        flush(out.parent)
+        if state is not None:  # after the result: with the opposite order a task could be counted twice after a crash
+            store.current.replace(state)
+            flush(state.parent)
+    return merger
+
+
+class FileStore:
+    """Keeps a rule's state in a safetensors file, which is replaced as a whole after every task.
+
+    Args:
+        folder: Scratch folder.
+        rule: The rule whose state is kept; its counts are saved with the slots.
+        about: Metadata of the merge that the state belongs to, checked when a file is opened.
+    """
+
+    def __init__(self, folder: Path, rule: Rule, about: Mapping[str, str]) -> None:
+        self._folder, self._rule, self._about = folder, rule, dict(about)
+        self._opened: Checkpoint | None = None
+        self._writer: TensorWriter | None = None
+        self._written = 0
+
+    def __enter__(self) -> FileStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def current(self) -> Path:
+        """The file of the state after the last task.
+
+        Raises:
+            RunError: No task has been merged yet.
+        """
+        if self._opened is None:
+            raise RunError("no task has been merged yet")
+        return self._opened.path
+
+    def open(self, file: Path) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            RunError: The file belongs to another base, rule or exclusion, or is not a state.
+        """
+        try:
+            opened = Checkpoint(file)
+        except BackboneError as error:
+            raise RunError(f"{error}; remove it to start from scratch") from None
+        for key, expected in self._about.items():
+            if opened.metadata.get(key) != expected:
+                got = opened.metadata.get(key, "none")
+                detail = "" if key == "base" else f" ({got} instead of {expected})"
+                raise RunError(f"{file}: is the state of another merge: its {key} differs{detail}; use another --state")
+        expected_slots = self._shapes()
+        if {name: opened.shape_and_dtype(name) for name in opened} != expected_slots:
+            raise RunError(f"{file}: does not contain this rule's state; remove it to start from scratch")
+        self._opened = opened
+        self._rule.count.copy_(opened["count"])
+        self._rule.norm_sum.copy_(opened["norm_sum"])
+
+    def get(self, entry: Entry) -> State:
+        slots = self._rule.state_spec(entry)
+        if self._opened is None:
+            return {slot: torch.zeros(shape, dtype=dtype) for slot, (shape, dtype) in slots.items()}
+        return {slot: self._opened[slot_name(entry, slot)] for slot in slots}
+
+    def put(self, entry: Entry, state: State) -> None:
+        if self._writer is None:
+            self._writer = TensorWriter(self._file(), self._shapes(), self._about)
+        for slot, value in state.items():
+            self._writer.write(slot_name(entry, slot), value)
+
+    def commit(self) -> None:
+        if self._writer is None:
+            return
+        with self._writer as writer:
+            for name in _SCALARS:
+                writer.write(name, self._rule.get_buffer(name))
+        self._writer = None
+        old, self._opened = self._opened, Checkpoint(self._file())
+        self._written += 1
+        if old is not None and old.path.parent == self._folder:
+            old.path.unlink()
+
+    def _file(self) -> Path:
+        return self._folder / f"{self._written}.safetensors"
+
+    def _shapes(self) -> StateSpec:
+        slots = {
+            slot_name(e, s): kept for e in self._rule.layout.entries for s, kept in self._rule.state_spec(e).items()
+        }
+        return {**slots, **_SCALARS}
+
+
+def _write(merger: Rule, pretrained: Checkpoint, scratch: Path, out: Path, track: Track | None) -> Path:
+    """Write the merged model into the scratch folder; return the path to be renamed to ``out``."""
+    metadata = {"format": "pt", "cil_rule": type(merger).__name__, "cil_tasks": str(int(merger.count))}
+    items = merger.items(track=track)
+    if out.suffix == ".safetensors":
+        files, result = {scratch / "model.safetensors": list(pretrained)}, scratch / "model.safetensors"
+    else:
+        folder = scratch / "folder"
+        folder.mkdir()
+        files, result = {folder / file.name: names for file, names in pretrained.files.items()}, folder
+        source = next(iter(pretrained.files)).parent
+        for extra in source.iterdir() if pretrained.path.is_dir() or pretrained.path.name == INDEX else ():
+            if extra.suffix in COPIED and extra.is_file():
+                shutil.copyfile(extra, folder / extra.name)
+    for file, names in files.items():  # items come in the order of the base's files
+        with TensorWriter(file, {name: pretrained.shape_and_dtype(name) for name in names}, metadata) as writer:
+            for _ in names:
+                writer.write(*next(items))
+    return result
+
+
+def _digest(pretrained: Checkpoint, names: Sequence[str], track: Track | None) -> str:
+    """Compute a sha256 over name, dtype, shape and bytes of the merged tensors."""
+    digest = hashlib.sha256()
+    items: Iterable[str] = track(names, "reading the base", len(names)) if track else names
+    for name in items:
+        shape, dtype = pretrained.shape_and_dtype(name)
+        digest.update(f"{name} {dtype} {shape}\n".encode())
+        digest.update(memoryview(as_bytes(pretrained[name])))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """Create a folder for the duration of the block; remains of a killed process are removed first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

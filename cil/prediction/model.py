@@ -1,0 +1,186 @@
+"""Predicts class names of images with the learner of a run or any other :class:`Model`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cil import results
+from cil.backbone import load_backbone
+from cil.config import Config
+from cil.data.images import read_image
+from cil.data.transforms import Transforms
+from cil.errors import DataError, RunError
+from cil.features import FeatureCache, Track
+from cil.learner import Context, Learner
+from cil.learners import registry
+from cil.runner.checkpoint import RunFolder
+from cil.stream import past_tasks
+from cil.utils import hardware
+
+Ranked = list[tuple[str, float]]
+"""(class name, score of the model) pairs, best first."""
+
+
+class Model(nn.Module, ABC):
+    """Features and classifier as one module, with class names and the transforms of images.
+
+    Attributes:
+        names: Class names in the order of the logits' columns.
+        transforms: From a decoded image to the model's input.
+        device: Device that the images must be on.
+    """
+
+    def __init__(self, names: Sequence[str], transforms: Transforms, device: torch.device) -> None:
+        super().__init__()
+        self.names, self.transforms, self.device = tuple(names), transforms, device
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images float [B, 3, S, S] → (logits [B, C], features [B, F]), both float32."""
+
+
+class Trained(Model):
+    """A learner in its current state, with its backbone."""
+
+    def __init__(self, learner: Learner, transforms: Transforms, names: Sequence[str]) -> None:
+        super().__init__(names, transforms, learner.backbone.device)
+        self.learner, self.backbone = learner.eval(), learner.backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.learner.features(images).float()
+        return self.learner.logits(features).float(), features
+
+
+def restore(folder: Path, accelerator: Accelerator) -> tuple[Learner, Transforms, Sequence[str]]:
+    """The learner of a run after its last finished stage, its transforms, and its class names.
+
+    Raises:
+        RunError: The folder is not a run folder, no stage is finished, or the backbone weights differ from the run's.
+    """
+    header = results.read_run(folder)
+    run_folder = RunFolder(folder)
+    finished = run_folder.finished()
+    if not finished:
+        raise RunError(f"{folder}: no stage is finished (or its stage folders were deleted); run it first")
+    config = Config.model_validate(header["config"])
+    cls, parameters = registry.configure(config.learners[0])
+    backbone = load_backbone(config.backbone, accelerator.device)
+    if backbone.fingerprint != header["backbone"]["sha256"]:
+        raise RunError(
+            f"{folder}: the run used backbone weights {header['backbone']['sha256'][:12]}…, "
+            f"now they are {backbone.fingerprint[:12]}…"
+        )
+    learner = registry.instantiate(cls, parameters, backbone).to(accelerator.device)
+    cache = FeatureCache(accelerator, config.inference_batch_size)
+    tasks = past_tasks(header["tasks"][:finished], header["class_names"])
+    run_folder.load_learner(learner, tasks, lambda stage: Context(accelerator, cache, stage=stage))
+    learner.eval()
+    return learner, Transforms(backbone.data_config, config.transform), tasks[-1].names
+
+
+def open_run(folder: Path, device: str = "cpu") -> Trained:
+    """The learner of a run after its last finished stage, as a model; see :func:`restore`.
+
+    Args:
+        folder: A run folder.
+        device: As ``hardware.device``.
+    """
+    return Trained(*restore(folder, hardware.accelerator(device)))
+
+
+def find_images(places: Iterable[Path]) -> list[Path]:
+    """The given files in their order, and all images below the given folders, sorted by path; each path once.
+
+    In a folder, images are the files with the suffixes that torchvision knows.
+
+    Raises:
+        DataError: A path does not exist, or a folder has no images.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    paths: dict[Path, None] = {}
+    for place in places:
+        if place.is_file():
+            paths[place] = None
+        elif place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+            if not inside:
+                raise DataError(f"{place}: no images in this folder; looked for {' '.join(IMG_EXTENSIONS)}")
+            paths |= dict.fromkeys(inside)
+        else:
+            raise DataError(f"{place}: no such file or folder")
+    return list(paths)
+
+
+def predict(
+    model: Model | Path,
+    images: Sequence[Path],
+    top: int = 5,
+    device: str = "cpu",
+    *,
+    batch_size: int = 32,
+    on_broken: Callable[[DataError], None] | None = None,
+    track: Track | None = None,
+) -> Iterator[tuple[Path, Ranked]]:
+    """The top classes of each image, in the order of the images. Only one batch of images is in memory at a time.
+
+    Args:
+        model: A model, or a run folder, which stands for its learner after the last finished stage.
+        images: Image files; see :func:`find_images`.
+        top: Number of classes per image.
+        device: As ``hardware.device``, for a run folder; a model stays on its device.
+        batch_size: Images per forward pass; it changes no prediction.
+        on_broken: Called with the error of each file that is not a readable image, which is then skipped; by default
+            the error is raised.
+        track: Progress bar, as in ``Context``.
+
+    Yields:
+        (path, [(class name, score of the model), …] best first).
+
+    Raises:
+        RunError: The run cannot be loaded.
+        DataError: An image cannot be read.
+    """
+    if not isinstance(model, Model):
+        model = open_run(model, device)
+    left = iter(images if track is None else track(images, "images", len(images)))
+    with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
+        while chunk := list(islice(left, batch_size)):
+            readable, tensors = [], []
+            for path, image in zip(chunk, pool.map(lambda path: _read(path, model.transforms), chunk), strict=True):
+                if isinstance(image, Tensor):
+                    readable.append(path)
+                    tensors.append(image)
+                elif on_broken is None:
+                    raise DataError(f"{image}; repair or remove it, or skip such files (--on-error skip)")
+                else:
+                    on_broken(image)
+            if readable:
+                yield from zip(readable, top_classes(model, torch.cat(tensors), top), strict=True)
+
+
+def top_classes(model: Model, images: Tensor, top: int) -> list[Ranked]:
+    """The ``top`` classes of each image of a batch of normalised images float [B, 3, S, S]."""
+    with torch.inference_mode():
+        scores = model(images.to(model.device))[0].cpu()
+    best = scores.topk(min(top, len(model.names)), dim=1)
+    return [
+        [(model.names[c], value) for value, c in zip(values, classes, strict=True)]
+        for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def _read(path: Path, transforms: Transforms) -> Tensor | DataError:
+    """An image, float [1, 3, S, S], or the error of reading it."""
+    try:
+        return read_image(path, transforms)
+    except DataError as error:
+        return error

@@ -1,0 +1,180 @@
+"""A benchmark: the loop over learners, class orders and seeds, with one run folder for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from cil import results
+from cil.backbone import Backbone, load_backbone
+from cil.config import Config
+from cil.data.images import ImageSet, LoadedSplit
+from cil.data.transforms import Transforms
+from cil.errors import BackboneError
+from cil.learners import registry
+from cil.results import Header, StageRow
+from cil.runner.checkpoint import RunFolder, to_json
+from cil.runner.display import Display
+from cil.runner.plan import Plan, plans
+from cil.runner.provenance import check_same_run, make_header
+from cil.runner.stages import Observer, require_supported, run_stages
+from cil.runner.tensorboard import Tracker
+from cil.store import open_store
+from cil.stream import Stream
+from cil.stream.protocol import ClassIncremental, DomainIncremental, Order
+from cil.utils import hardware
+
+
+class Inputs:
+    """Data, backbone and feature store of a benchmark, loaded; what runs on them share."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.store = open_store(config.hardware)
+        self.train, self.test = (
+            LoadedSplit(config.data, split, config.hardware, self.store) for split in ("train", "test")
+        )
+        self.backbone = load_backbone(config.backbone, device)
+        self.transforms = Transforms(self.backbone.data_config, config.transform)
+        self.images = self.train.images(self.transforms), self.test.images(self.transforms)
+
+
+def run(
+    config: Config,
+    root: Path | str = "results",
+    *,
+    display: Display | None = None,
+    load: Callable[[Config, torch.device], Inputs] = Inputs,
+) -> list[Path]:
+    """Run everything a configuration asks for, skipping what is finished and going on with what is not.
+
+    Under ``accelerate launch`` every process runs this, trains on its share of each batch, and ends with the same
+    learner; the first one alone writes and prints.
+
+    Args:
+        config: The benchmark.
+        root: The results folder.
+        display: Terminal output; none by default.
+        load: Loads data and backbone. Callers that run many benchmarks can pass one that caches.
+
+    Returns:
+        The run folders, in order.
+
+    Raises:
+        CilError: Wrong input, or a folder that cannot be used; the message says what to do.
+    """
+    todo = list(plans(config))
+    accelerator = hardware.accelerator(config.hardware.device, config.precision)
+    display = display if display is not None and accelerator.is_main_process else Display()
+    inputs = load(config, accelerator.device)
+    backbone = inputs.backbone
+    streams = [make_stream(plan.config, *inputs.images) for plan in todo]
+    _try_all(todo, streams, backbone)
+    folders = []
+    with display:
+        for plan, stream in zip(todo, streams, strict=True):
+            folder = RunFolder(Path(root) / plan.place, keep=config.hardware.checkpoints)
+            header = make_header(plan, stream, backbone, inputs.transforms, inputs.train, inputs.test, accelerator)
+            held = folder.locked() if accelerator.is_main_process else nullcontext()
+            with held, folder.reported(only_full=True):
+                _run_one(plan, folder, stream, inputs, header, accelerator, display)
+            folders.append(folder.path)
+    return folders
+
+
+def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> None:
+    """Build every learner once, so that one that does not fit the backbone is found before the first one trains."""
+    tried = set()
+    for plan, stream in zip(todo, streams, strict=True):
+        require_supported(plan.cls, stream)
+        if plan.entry.title in tried:  # other orders and seeds of the same
+            continue
+        tried.add(plan.entry.title)
+        try:
+            registry.instantiate(plan.cls, plan.parameters, backbone)
+        except BackboneError as error:
+            raise BackboneError(f"learner {plan.entry.title}: {error}") from None
+
+
+def _run_one(
+    plan: Plan,
+    folder: RunFolder,
+    stream: Stream,
+    inputs: Inputs,
+    header: Header,
+    accelerator: Accelerator,
+    display: Display,
+) -> None:
+    accelerator.wait_for_everyone()  # until the main process holds the folder and has cleaned it
+    check_same_run(folder, header)
+    title = f"{plan.entry.title} {folder.path.name}"
+    stages = len(stream)
+    if (folder.path / "metrics.json").exists() and results.read_run(folder.path)["complete"]:
+        display.say(f"{title}  finished already: {folder.path}")
+        return
+    earlier = folder.rows()
+    accelerator.wait_for_everyone()  # until every process has read what the main one is about to write
+    with ExitStack() as stack:
+        observer = Observer(display)
+        if accelerator.is_main_process:
+            observer = stack.enter_context(_Recorder(folder, header, stages, title, display))
+            observer.start(earlier)
+        rows = run_stages(
+            registry.instantiate(plan.cls, plan.parameters, inputs.backbone),
+            stream,
+            accelerator=accelerator,
+            seed=plan.seed,
+            batch_size=plan.config.inference_batch_size,
+            folder=folder,
+            store=inputs.store,
+            observer=observer,
+        )
+        if isinstance(observer, _Recorder):
+            observer.tracker.finish(results.assemble(header, rows, stages)["summary"])
+
+
+class _Recorder(Observer):
+    """Records a run in the main process: metrics.json, TensorBoard and the terminal."""
+
+    def __init__(self, folder: RunFolder, header: Header, stages: int, title: str, display: Display) -> None:
+        super().__init__(display)
+        self.folder, self.header, self.stages, self.title = folder, header, stages, title
+        folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
+        self.tracker = Tracker(folder.path, header)
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.tracker.close()
+
+    def start(self, earlier: list[StageRow]) -> None:
+        """Write the finished stages first, so that the folder says which run it holds."""
+        self._write_metrics(earlier)
+        self.tracker.replay(earlier)
+
+    def log(self, name: str, value: float) -> None:
+        self.tracker.scalar(name, value)
+
+    def stage(self, rows: Sequence[StageRow]) -> None:
+        self.tracker.stage(rows)
+        self._write_metrics(rows)
+        self.display.stage(self.title, rows, self.stages)
+
+    def _write_metrics(self, rows: Sequence[StageRow]) -> None:
+        self.folder.write("metrics.json", to_json(results.assemble(self.header, rows, self.stages)))
+
+
+def make_stream(config: Config, train: ImageSet, test: ImageSet) -> Stream:
+    """The stream a single run's configuration describes."""
+    wanted = config.stream
+    order: Order = config.orders[0]
+    if wanted.type == "domain_incremental":
+        tasks: ClassIncremental | DomainIncremental = DomainIncremental(order)
+    else:
+        tasks = ClassIncremental(order, wanted.initial_classes, wanted.increment, wanted.sizes)
+    return Stream(train, test, tasks, validation=wanted.validation, test_on=wanted.test_on)

@@ -1,0 +1,217 @@
+"""The loop over stages: resume, then learn each task, test all classes seen so far, and write the stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from cil.errors import StreamError
+from cil.features import FeatureCache
+from cil.learner import Context, Learner
+from cil.metrics import confusion_matrix
+from cil.results import Costs, StageRow
+from cil.runner.checkpoint import RunFolder, as_tensors, state_bytes
+from cil.runner.display import Display
+from cil.runner.evaluation import Predictions, count_correct, evaluate
+from cil.store import FeatureStore
+from cil.stream import Stream, Task
+from cil.utils import hardware
+
+
+class Observer:
+    """Watches a run: shows progress bars, and nothing else unless a subclass overrides it.
+
+    Args:
+        display: The terminal; nothing is shown by default.
+    """
+
+    def __init__(self, display: Display | None = None) -> None:
+        self.display = display or Display()
+
+    def track(self, items: Iterable[Any], description: str, length: int) -> Iterator[Any]:
+        """Iterate over ``items`` with a progress bar."""
+        return self.display.track(items, description, length)
+
+    def log(self, name: str, value: float) -> None:
+        """Receive a number that the learner logs while it trains."""
+
+    def stage(self, rows: Sequence[StageRow]) -> None:
+        """Receive the rows of all finished stages, after each stage."""
+
+
+@dataclass
+class Session:
+    """A learner on its way through a stream, and what all its stages share.
+
+    Attributes:
+        learner: The learner, on the device of the run.
+        stream: The tasks; the evaluator alone opens the test split.
+        cache: Features of the run, with its device, precision and processes.
+        seed: Training seed; (seed, stage) decides everything random in a stage.
+        observer: Receives progress, logged numbers and finished stages.
+        unchanged_since: Version of each view of the learner → the stage since which it has had this version.
+    """
+
+    learner: Learner
+    stream: Stream
+    cache: FeatureCache
+    seed: int = 0
+    observer: Observer = field(default_factory=Observer)
+    unchanged_since: dict[Hashable, int] = field(default_factory=dict)
+
+    def context(self, stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
+        """The context of a stage; numbers that the learner logs are appended to ``logged``."""
+
+        def log(name: str, value: float) -> None:
+            if logged is not None:
+                logged.append((name, value))
+            self.observer.log(name, value)
+
+        return Context(
+            self.cache.accelerator, self.cache, seed=self.seed, stage=stage, log=log, track=self.observer.track
+        )
+
+
+def run_stages(
+    learner: Learner,
+    stream: Stream,
+    *,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    folder: RunFolder | None = None,
+    store: FeatureStore | None = None,
+    observer: Observer | None = None,
+    stop_after: int | None = None,
+) -> list[StageRow]:
+    """Take a learner through a stream, resuming after the stages that ``folder`` already holds.
+
+    Args:
+        learner: A fresh learner.
+        stream: The tasks.
+        accelerator: Device and precision; float32 on the best device of this machine by default.
+        seed: Training seed; (seed, stage) decides everything random in a stage.
+        batch_size: Images per forward pass outside training.
+        folder: Where stages are written and resumed from; None keeps nothing on disk.
+        store: Feature store to read from and write to; none by default.
+        observer: Receives progress, logged numbers and finished stages.
+        stop_after: Stop once this many stages are finished, as an interruption would.
+
+    Returns:
+        One row per finished stage.
+
+    Raises:
+        StreamError: The learner is not defined on this kind of stream.
+        RunError: The folder's state is damaged or belongs to another learner, or the disk is full.
+    """
+    require_supported(type(learner), stream)
+    accelerator = accelerator or hardware.accelerator("auto")
+    observer = observer or Observer()
+    learner.to(accelerator.device)
+    learner.backbone.to(accelerator.device)
+    session = Session(learner, stream, FeatureCache(accelerator, batch_size, observer.track, store), seed, observer)
+    rows = resume(session, folder)
+    remaining = stream.tasks[len(rows) : stop_after]
+    for task in observer.track(remaining, f"{learner.name or type(learner).__name__}: stages", len(remaining)):
+        row, predictions = run_stage(session, task)
+        if folder is not None and accelerator.is_main_process:
+            folder.save_stage(task.index, learner, row, _prediction_tensors(predictions, len(task.seen)))
+        rows.append(row)
+        observer.stage(rows)
+    return rows
+
+
+def resume(session: Session, folder: RunFolder | None) -> list[StageRow]:
+    """Give the learner the state it had after the last stage in ``folder``.
+
+    The images of the finished tasks are closed first, unless the learner declares ``stores_images``: a resumed learner
+    sees no more than one that was never interrupted.
+
+    Returns:
+        The rows of the finished stages; none where there is no folder or no finished stage.
+
+    Raises:
+        RunError: The last stage's weights are missing, damaged or of another learner.
+    """
+    rows = folder.rows() if folder is not None else []
+    learner, past = session.learner, session.stream.tasks[: len(rows)]
+    if folder is None or not past:
+        return rows
+    if not learner.stores_images:
+        for task in past:
+            task.close()
+    folder.load_learner(learner, past, session.context)
+    session.unchanged_since = dict(zip(learner.views(), rows[-1]["unchanged_since"], strict=True))
+    return rows
+
+
+def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
+    """One stage: learn ``task``, close its images, and test all classes seen so far.
+
+    Returns:
+        The stage's row of ``metrics.json``, and the predictions for every test image of the tasks so far.
+    """
+    learner, cache = session.learner, session.cache
+    accelerator, logged = cache.accelerator, list[tuple[str, float]]()
+    ctx = session.context(task.index, logged)
+    passes, read, started = learner.backbone.passes + cache.passes_saved, cache.read, time.perf_counter()
+    learner.begin(task, ctx)
+    learner.train()
+    learner.learn(task, ctx)
+    learner.eval()
+    train_passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
+    learned = time.perf_counter()
+    since = session.unchanged_since
+    session.unchanged_since = {version: since.get(version, task.index) for version in learner.views()}
+    predictions = evaluate(learner, session.stream, task.index, cache, session.unchanged_since)
+    if not learner.stores_images:
+        task.close()
+    costs: Costs = {
+        "trainable_parameters": ctx.trainable_parameters,
+        **state_bytes(learner),
+        "train_images": len(task.train),
+        "train_passes": hardware.total(accelerator, train_passes),
+        "test_passes": hardware.total(accelerator, predictions.passes),
+        "features_from_store": hardware.total(accelerator, read + predictions.read),
+        "seconds_learn": learned - started,
+        "seconds_test": time.perf_counter() - learned,
+        "peak_memory_bytes": hardware.peak_memory_bytes(accelerator.device),
+    }
+    row: StageRow = {
+        **count_correct(predictions, session.stream, task.index),
+        "unchanged_since": list(session.unchanged_since.values()),
+        "costs": costs,
+        "log": logged,
+        "histograms": ctx.histograms,
+    }
+    return row, predictions
+
+
+def require_supported(cls: type[Learner], stream: Stream) -> None:
+    """Refuse a learner that is not defined on this kind of stream.
+
+    Raises:
+        StreamError: The learner needs new classes in every task, and a task shows old ones again.
+    """
+    if cls.needs_new_classes and sum(len(task.classes) for task in stream.tasks) > len(stream.class_names):
+        raise StreamError(
+            f"{cls.name or cls.__name__} is defined for tasks of new classes only, and this stream shows classes "
+            "again; use stream.type=class_incremental, or another learner (ncm, ranpac, …)"
+        )
+
+
+def _prediction_tensors(predictions: Predictions, classes: int) -> dict[str, Tensor]:
+    return as_tensors(
+        index=predictions.index,
+        task=predictions.task,
+        label=predictions.label,
+        predicted=predictions.predicted,
+        within_task=predictions.within,
+        top=predictions.top,
+        confusion=confusion_matrix(predictions.label, predictions.predicted, classes),
+    )

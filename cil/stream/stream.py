@@ -1,0 +1,261 @@
+"""From labelled images to a sequence of tasks.
+
+A class-incremental stream divides the classes, in a given order, into tasks; a domain-incremental one shows the same
+classes in every task, each time from a new domain. Inside the library a label is always 0…C−1 **in order of
+appearance**: the learner's column i is the i-th class that the stream shows. People see class names.
+
+This module uses numpy only: it imports no torch, decodes no image and uses no global random state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cil.errors import StreamError
+from cil.stream.protocol import Tasks, validation_split
+
+if TYPE_CHECKING:
+    import torch
+
+    from cil.data.images import ImageSet
+
+
+class TaskData:
+    """The training (or validation) images of one task, and nothing else.
+
+    The runner closes it when the task is over. From then on reading raises :class:`StreamError`, so a learner that does
+    not declare ``stores_images`` cannot return to old images.
+    """
+
+    def __init__(self, images: ImageSet | None, indices: np.ndarray, labels: np.ndarray) -> None:
+        self._images, self._indices, self._labels = images, indices, labels
+        self._closed = "" if images is not None else "this task belongs to a finished run; its images are not loaded"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise StreamError(self._closed)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels in order of appearance, int64 [N]."""
+        self._open()
+        return self._labels
+
+    @property
+    def source(self) -> tuple[ImageSet, np.ndarray]:
+        """The underlying image set and the positions in it, int64 [N]; they are the keys of the feature cache."""
+        self._open()
+        assert self._images is not None  # only closed task data has none
+        return self._images, self._indices
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+        part: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One pass over the task, in batches (normalised images float [B, 3, S, S], labels int64 [B]) on ``device``.
+
+        Args:
+            batch_size: Images per batch; the last batch may be smaller, and no image is dropped.
+            generator: Shuffles the pass and seeds its augmentation; without it the order is the dataset's.
+            augment: Use the training transform instead of the test transform; needs a generator.
+            device: Device of the batches.
+            part: (rank, processes): yield only the images rank, rank + processes, … of each batch, possibly none. All
+                parts together are the whole pass, each image once, for any number of processes.
+
+        Raises:
+            StreamError: The task is over.
+            ValueError: ``augment`` without a generator.
+            DataError: An image cannot be read.
+        """
+        images, indices = self.source
+        return images.batches(
+            indices, self._labels, batch_size, generator=generator, augment=augment, device=device, part=part
+        )
+
+    def close(self, why: str) -> None:
+        """Make every later read raise ``StreamError(why)``."""
+        self._closed = why
+
+
+def concatenate(parts: Sequence[TaskData]) -> TaskData:
+    """Joins several open tasks of one stream into one; for learners that declare ``stores_images``.
+
+    Raises:
+        StreamError: A task is closed, or the tasks have different image sets.
+    """
+    sources = [part.source for part in parts]
+    if any(images is not sources[0][0] for images, _ in sources):
+        raise StreamError("tasks of different image sets cannot be concatenated")
+    return TaskData(
+        sources[0][0], np.concatenate([i for _, i in sources]), np.concatenate([part.labels for part in parts])
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that a learner may know about one stage; this excludes later tasks and the test data.
+
+    Attributes:
+        index: Number of the stage, from 0.
+        classes: Labels of the task: new ones in a class-incremental stream, all labels in a domain-incremental one.
+        seen: All labels so far, 0…C−1; ``logits`` has one column per label.
+        names: Class names of ``seen``.
+        train: The task's training images.
+        validation: Images held out of the *training* data if ``stream.validation`` is set, else None.
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    seen: tuple[int, ...]
+    names: tuple[str, ...]
+    train: TaskData = field(repr=False)
+    validation: TaskData | None = field(default=None, repr=False)
+
+    def close(self) -> None:
+        """Close the training and validation images; later reads raise :class:`StreamError`."""
+        why = f"task {self.index} is over: its images are closed to a learner that does not declare stores_images"
+        self.train.close(why)
+        if self.validation is not None:
+            self.validation.close(why)
+
+
+def past_tasks(classes: Sequence[Sequence[int]], names: Sequence[str]) -> list[Task]:
+    """The tasks of a finished run, without images: enough to rebuild a learner of the right shape.
+
+    Args:
+        classes: Labels of each task.
+        names: Class names in order of appearance.
+    """
+    tasks: list[Task] = []
+    for index, members in enumerate(classes):
+        seen = max([members[-1] + 1, *[len(t.seen) for t in tasks]])
+        closed = TaskData(None, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        tasks.append(Task(index, tuple(members), tuple(range(seen)), tuple(names[:seen]), closed))
+    return tasks
+
+
+class Stream:
+    """Tasks over a training set, and a test set that only the evaluator can open.
+
+    Args:
+        train: Training images.
+        test: Test images of the same classes.
+        tasks: The protocol, :class:`ClassIncremental` or :class:`DomainIncremental`.
+        validation: Fraction of each class's training images held out, in [0, 1).
+        test_on: ``"test"``, or ``"validation"`` to evaluate on the held-out training images instead (for tuning).
+
+    Raises:
+        StreamError: Train and test differ in classes or domains, the classes do not fit the task sizes, or a task has
+            no images.
+    """
+
+    def __init__(
+        self, train: ImageSet, test: ImageSet, tasks: Tasks, *, validation: float = 0.0, test_on: str = "test"
+    ) -> None:
+        if set(train.class_names) != set(test.class_names):
+            only_train = sorted(set(train.class_names) - set(test.class_names))[:5]
+            only_test = sorted(set(test.class_names) - set(train.class_names))[:5]
+            raise StreamError(
+                f"train and test have different classes; only in train: {only_train}, only in test: {only_test}"
+            )
+        if test_on == "validation" and not validation:
+            raise StreamError("stream.test_on: validation needs stream.validation > 0, e.g. stream.validation=0.2")
+        split = tasks.split(train.class_names, train.labels, train.domains)
+        self.class_names: tuple[str, ...] = tuple(train.class_names[c] for c in split.order)
+        self.order: tuple[int, ...] = tuple(split.order)
+        self.tasks: tuple[Task, ...] = ()
+        label_of = np.argsort(split.order)  # dataset class → label in order of appearance
+        train_labels = label_of[train.labels]
+        remaining, held_out = validation_split(train.labels, validation)
+        seen = 0
+        for index, (classes, members) in enumerate(zip(split.classes, split.members, strict=True)):
+            seen = max(seen, classes[-1] + 1)
+            own, out = np.intersect1d(members, remaining), np.intersect1d(members, held_out)
+            task = Task(
+                index=index,
+                classes=classes,
+                seen=tuple(range(seen)),
+                names=self.class_names[:seen],
+                train=TaskData(train, own, train_labels[own]),
+                validation=TaskData(train, out, train_labels[out]) if len(out) else None,
+            )
+            self.tasks = (*self.tasks, task)
+        if test_on == "validation":
+            held_out_by_task = [np.intersect1d(m, held_out) for m in split.members]
+            self._test = TestData(train, train_labels, held_out_by_task, what="validation")
+        else:
+            # the test set may list the same classes in another order: map through the names
+            to_train = np.array([list(train.class_names).index(n) for n in test.class_names])
+            test_raw = to_train[test.labels]
+            test_split = tasks.split(train.class_names, test_raw, test.domains)
+            if len(test_split.members) != len(split.members):
+                raise StreamError(
+                    f"train has {len(split.members)} domains, test has {len(test_split.members)}; they must agree"
+                )
+            self._test = TestData(test, label_of[test_raw], test_split.members)
+        for task in self.tasks:
+            if not len(task.train) or not len(self._test.members[task.index]):
+                what = "training" if not len(task.train) else self._test.what
+                raise StreamError(
+                    f"task {task.index} ({', '.join(task.names[-len(task.classes) :][:5])}) has no {what} images"
+                )
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __repr__(self) -> str:
+        return f"Stream({len(self)} tasks of {[len(t.classes) for t in self.tasks]} classes)"
+
+    @contextmanager
+    def open_test(self) -> Iterator[TestData]:
+        """Open the test images within a ``with`` block, for an evaluator. Learners have no reference to the stream."""
+        self._test.is_open = True
+        try:
+            yield self._test
+        finally:
+            self._test.is_open = False
+
+
+class TestData:
+    """Test images by task. Reading them raises :class:`StreamError` unless the evaluator has opened them."""
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, images: ImageSet, labels: np.ndarray, members: list[np.ndarray], what: str = "test") -> None:
+        self._images, self._labels = images, labels
+        self.members, self.what = members, what
+        self.is_open = False
+
+    def _check(self) -> None:
+        if not self.is_open:
+            raise StreamError("the test split may be read by the evaluator only (inside Stream.open_test())")
+
+    @property
+    def images(self) -> ImageSet:
+        """The image set that contains the test images."""
+        self._check()
+        return self._images
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label of every image of the image set, in order of appearance, int64 [N]."""
+        self._check()
+        return self._labels
+
+    def task(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(positions in the image set, labels) of the test images of task ``index``, both int64."""
+        self._check()
+        return self.members[index], self._labels[self.members[index]]
