@@ -65,7 +65,7 @@ def pack(args: Namespace) -> None:
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, 3, H, W] as the network takes it."""
+    """The network's input from uint8 [B, 3, H, W]."""
     mean = torch.tensor(MEAN).view(1, 3, 1, 1)
     std = torch.tensor(STD).view(1, 3, 1, 1)
     return (x.float() / 255 - mean) / std
@@ -98,7 +98,7 @@ def augment(x: torch.Tensor, size: int, args: Namespace, gen: torch.Generator) -
 
 
 def cutmix(x: torch.Tensor, y: torch.Tensor, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """One random box for the whole batch: mixed x, the partners' labels and the weight of the own ones."""
+    """One random box for the whole batch: mixed x, the partners' labels and the weight of the original ones."""
     size = x.shape[-1]
     side = int(size * math.sqrt(1 - torch.rand((), generator=gen).item()))
     top, left = (int(torch.randint(0, size - side + 1, (), generator=gen)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The network that is pre-trained, and what its weights are before the first step."""
+"""The network that is pre-trained, and the initialisation of its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from pretraining.images import normalise
+from scripts.pretraining.images import normalise
 
 
 def model_kwargs(args: Namespace) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Net(torch.nn.Module):
 
 
 def sincos_2d(grid: int, dim: int) -> torch.Tensor:
-    """Position embedding [grid², dim]; the first half of the channels says the row, the second the column."""
+    """Position embedding [grid², dim]; the first half of the channels encodes the row, the second the column."""
     omega = 1.0 / 100 ** (torch.arange(dim // 4) / (dim // 4))
     pos = torch.arange(grid).float()
     ang = pos[:, None] * omega[None]
@@ -95,7 +95,7 @@ def whitening_init(model: VisionTransformer, images: torch.Tensor, scale: float 
 
 @torch.no_grad()
 def initialise(model: VisionTransformer, images: torch.Tensor) -> None:
-    """All of it, from the global random state."""
+    """Initialise the whole network from the global random state."""
     model.pos_embed.zero_()
     model.pos_embed[0, 1:] = sincos_2d(model.patch_embed.grid_size[0], model.embed_dim)
     mimetic_init(model)

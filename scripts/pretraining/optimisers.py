@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from pretraining.network import Net
+from scripts.pretraining.network import Net
 
 
 def make_optimisers(net: Net, args: Namespace) -> list[torch.optim.Optimizer]:
-    """Every parameter of the net in one of them; each group keeps its rate before the schedule as ``base_lr``."""
+    """Optimisers that together hold every parameter once; each group keeps its unscheduled rate as ``base_lr``."""
     named = dict(net.named_parameters())
     matrices = {name for name, p in named.items() if ".blocks." in name and p.ndim == 2}
     decayed = {name for name, p in named.items() if p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))}

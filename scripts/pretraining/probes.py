@@ -1,7 +1,7 @@
-"""What frozen features are worth: nearest class mean, ridge regression and a logistic probe.
+"""Accuracy of frozen features: nearest class mean, ridge regression and a logistic probe.
 
 The penalties of the last two are chosen on a fifth of the training features. The numbers on the card of the shipped
-weights are of these, which is why they are not exchanged for others'.
+weights come from these probes, so they are not replaced by other implementations.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from pretraining.images import normalise
+from scripts.pretraining.images import normalise
 
 Split = tuple[torch.Tensor, torch.Tensor]
 """Images uint8 [N, 3, H, W] or features [N, F], and labels [N]."""
 Scores = Callable[[torch.Tensor], torch.Tensor]
 """Features [N, F] → scores [N, C]."""
 Fit = Callable[[torch.Tensor, torch.Tensor, float], Scores]
-"""Features, labels and a penalty → what scores other features."""
+"""Features, labels and a penalty → a function that scores features."""
 
 
 def evaluate(backbone: VisionTransformer, data: dict[str, Split], probe_logistic: bool = True) -> dict[str, float]:
-    """Test accuracies in % on the packed sets that are there and were not trained on."""
+    """Test accuracies in % on those packed sets that exist and were not trained on."""
     found = {}
     for name, train, test in (("stream100", "str_train", "str_val"), ("cifar10_500per", "c10_train", "c10_test")):
         if train not in data:
             continue
         known, new = ((features(backbone, data[key][0]), data[key][1]) for key in (train, test))
         found[f"{name}_ncm_cosine"] = round(_accuracy(_class_means(*known), new), 2)
-        found[f"{name}_ridge"] = round(_tuned(_ridge, (1e-4, 1e-3, 1e-2, 1e-1, 1.0), known, new), 2)
+        found[f"{name}_ridge"] = round(_tuned(ridge, (1e-4, 1e-3, 1e-2, 1e-1, 1.0), known, new), 2)
         if probe_logistic:
-            found[f"{name}_logistic"] = round(_tuned(_logistic, (1e-5, 1e-4, 1e-3), known, new), 2)
+            found[f"{name}_logistic"] = round(_tuned(logistic, (1e-5, 1e-4, 1e-3), known, new), 2)
     return found
 
 
@@ -56,13 +56,13 @@ def _accuracy(scores: Scores, split: Split) -> float:
 
 
 def _class_means(x: torch.Tensor, y: torch.Tensor) -> Scores:
-    """Cosine to the mean of the normalised features of each class."""
+    """Scores are cosines to the mean of the normalised features of each class."""
     x = F.normalize(x, dim=1)
     means = torch.stack([x[y == c].mean(0) for c in range(int(y.max()) + 1)])
     return lambda other: F.normalize(other, dim=1) @ F.normalize(means, dim=1).T
 
 
-def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> Scores:
+def ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> Scores:
     """One-hot ridge regression on standardised features and an intercept, which is penalised like the rest."""
     mean, std = x.mean(0), x.std(0) + 1e-6
 
@@ -74,7 +74,7 @@ def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> Scores:
     return lambda other: design(other) @ weights
 
 
-def _logistic(x: torch.Tensor, y: torch.Tensor, penalty: float, steps: int = 150) -> Scores:
+def logistic(x: torch.Tensor, y: torch.Tensor, penalty: float, steps: int = 150) -> Scores:
     """Multinomial logistic regression on standardised features, by L-BFGS."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     z = (x - mean) / std

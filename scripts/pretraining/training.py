@@ -1,4 +1,4 @@
-"""The training loop: one single-threaded process a core, a budget of time or images, averaged weights.
+"""The training loop: one single-threaded process per core, a budget of time or images, averaged weights.
 
 Learning rate and resolution follow progress = max(time used / budget, images seen / budget), so that the schedule
 always completes. A batch is cut into micro-batches that stay in the cache; the processes average their gradients.
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import set_fused_attn
 
-from pretraining.images import augment, cutmix, normalise
-from pretraining.network import Net, initialise
-from pretraining.optimisers import make_optimisers
+from scripts.pretraining.images import augment, cutmix, normalise
+from scripts.pretraining.network import Net, initialise
+from scripts.pretraining.optimisers import make_optimisers
 
 
 def worker(rank: int, args: Namespace) -> None:
@@ -38,7 +38,7 @@ def worker(rank: int, args: Namespace) -> None:
 
 
 class Training:
-    """Net, its average and the optimisers of one process, and how far they are."""
+    """Net, its average and the optimisers of one process, and their progress."""
 
     def __init__(self, rank: int, args: Namespace) -> None:
         self.rank, self.args = rank, args
@@ -64,7 +64,7 @@ class Training:
         self.log = Log(self.seen)
 
     def run(self) -> None:
-        """Train until the budget is used; worker 0 keeps ``last.pt`` and says how it goes."""
+        """Train until the budget is used; worker 0 writes ``last.pt`` and prints the progress."""
         saved = time.time()
         while (progress := self._progress()) < 1:
             factor = lr_factor(progress, self.args.warmup)
@@ -94,7 +94,7 @@ class Training:
         return self.used_before + time.time() - self.started
 
     def _progress(self) -> float:
-        """In [0, 1); 1 and more: done. Every process follows worker 0's clock."""
+        """Progress in [0, 1), or 1 and more when done. Every process uses worker 0's clock."""
         by_images = self.seen / self.args.images if self.args.images else 0.0
         shared = torch.tensor([max(self._seconds() / (self.args.minutes * 60), by_images)])
         dist.broadcast(shared, 0)
@@ -151,7 +151,7 @@ class Training:
         for averaged, parameter in zip(self.average.parameters(), self.net.parameters(), strict=True):
             averaged.lerp_(parameter.detach(), 1 - decay)
         self.step, self.seen = self.step + 1, self.seen + self.args.batch
-        if self.step % 200 == 0:  # what rounding has driven apart
+        if self.step % 200 == 0:  # removes differences due to rounding
             for parameter in self.net.parameters():
                 dist.broadcast(parameter.data, 0)
 
@@ -211,13 +211,13 @@ def lr_factor(progress: float, warmup: float) -> float:
 
 
 def resolution(progress: float, plan: list[tuple[float, int]]) -> int:
-    """Pixels a side: of the first step of the plan that ends after ``progress``."""
+    """Side length in pixels: that of the first step of the plan that ends after ``progress``."""
     return next((size for until, size in plan if progress < until), plan[-1][1])
 
 
 @torch.no_grad()
 def accuracy(net: Net, x: torch.Tensor, y: torch.Tensor, batch: int = 250) -> float:
-    """Of the class token's head, in %; x: uint8 [N, 3, H, W]."""
+    """Accuracy of the class token's head in %; x: uint8 [N, 3, H, W]."""
     net.eval()
     hits = 0
     for i in range(0, len(x), batch):

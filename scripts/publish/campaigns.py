@@ -1,4 +1,4 @@
-"""What is published: streams, the shipped configurations that make up each, and which of their runs are there."""
+"""The published experiments: the shipped configurations of each, and which of their runs are finished."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from cil import report, results
-from cil.configfile import written
+from cil.config.reading import read_raw
 from cil.errors import ConfigError, RunError, nearest
 from cil.sweep.grid import Trial, flow, trials
 
@@ -19,11 +19,11 @@ class Campaign:
     """Runs that share a folder below the results, and a table.
 
     Attributes:
-        name: The folder, which is also the ``name`` of its configurations.
-        configs: Shipped configurations; where two hold the same run the first counts.
-        overrides: Of single configurations.
-        kind: Of its table in results/README.md; see tables.py.
-        beside: Folders whose runs that table shows as well.
+        name: Folder, which is also the ``name`` of its configurations.
+        configs: Shipped configurations; if two hold the same run, the first counts.
+        overrides: Overrides per configuration.
+        kind: Kind of its table in results/README.md; see tables.py.
+        beside: Folders whose runs the table shows as well.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Campaign:
 
     @property
     def mark(self) -> str:
-        """Above its table in results/README.md."""
+        """The mark above its table in results/README.md."""
         others = f":{','.join(self.beside)}" if self.beside else ""
         return f"<!-- {self.kind}: results/reference/{self.name}{others} -->"
 
@@ -60,14 +60,14 @@ CAMPAIGNS = (
 
 @dataclass(frozen=True)
 class Job:
-    """One run, and how far it is.
+    """One run and its progress.
 
     Attributes:
-        trial: Its plan, and the ``cil run`` command that makes it.
-        stages: Finished ones; None: the folder holds a run of other settings.
-        complete: All stages are there.
-        seconds: They took; of what is not there, what the setting's other class orders took, or the learner in other
-            settings; None: never timed.
+        trial: Plan, and the ``cil run`` command for it.
+        stages: Number of finished stages; None if the folder holds a run of other settings.
+        complete: Whether all stages are finished.
+        seconds: Duration of a finished run; of any other, the mean of the setting's other class orders or of the
+            learner's other settings; None if none was timed.
     """
 
     trial: Trial
@@ -88,10 +88,10 @@ class Job:
 
 
 def pick(patterns: Sequence[str]) -> list[Campaign]:
-    """Campaigns by name or pattern, all without one.
+    """Campaigns by name or pattern; all of them without a pattern.
 
     Raises:
-        ConfigError: A pattern that matches none.
+        ConfigError: A pattern matches none.
     """
     names = [campaign.name for campaign in CAMPAIGNS]
     wanted = _matching("--streams", patterns, names)
@@ -108,20 +108,20 @@ def runs(
     """The runs of campaigns, each once, in the order of the configurations; all of them are valid.
 
     Args:
-        campaigns: Which.
-        learners: Patterns of labels; empty: all.
-        orders: Class orders in place of the configurations'; a learner that names its own keeps those of them.
-        per_class: Training images a class in place of the configurations', in folders of their own (``…_at_20``).
-        data_root: In place of the configurations' ``data.root``.
+        campaigns: Campaigns to run.
+        learners: Patterns of labels; empty for all.
+        orders: Class orders in place of the configurations'; a learner with its own list runs only those it contains.
+        per_class: Training images per class in place of the configurations', in separate folders (``…_at_20``).
+        data_root: Folder in place of the configurations' ``data.root``.
 
     Raises:
-        CilError: A pattern that matches none, a configuration that is not valid, data that is not there.
+        CilError: A pattern matches none, a configuration is invalid, or data are missing.
     """
     found: dict[Path, Trial] = {}
     for campaign in campaigns:
         for name in campaign.configs:
             given = [*campaign.overrides.get(name, ()), *([f"orders=[{', '.join(orders)}]"] if orders else [])]
-            data = written(name).get("data", {})
+            data = read_raw(name).get("data", {})
             if data_root is not None and "root" in data:
                 given.append(f"data.root={flow(str(data_root))}")
             if per_class is not None and per_class != data.get("per_class"):
@@ -149,15 +149,15 @@ def _matching(option: str, patterns: Sequence[str], known: Sequence[str]) -> set
 
 
 def jobs(wanted: Sequence[Trial], root: Path) -> list[Job]:
-    """How far each run is below the results folder ``root``.
+    """The progress of each run below the results folder ``root``.
 
     Raises:
         RunError: A ``metrics.json`` is damaged.
     """
-    from cil.plan import dump
-    from cil.provenance import settings
+    from cil.runner.plan import dump
+    from cil.runner.provenance import identity_settings
 
-    there = {file.parent: results.load(file.parent) for file in root.glob("*/*/*/metrics.json")}
+    there = {file.parent: results.read_run(file.parent) for file in root.glob("*/*/*/metrics.json")}
     times: dict[Path | str | None, list[float]] = {}  # by the label's folder and by the learner's name
     for folder, run in there.items():
         if run["complete"]:
@@ -171,7 +171,7 @@ def jobs(wanted: Sequence[Trial], root: Path) -> list[Job]:
         expected = mean(known) if known else None
         if run is None:
             found.append(Job(trial, 0, False, expected))
-        elif settings(run["config"]) != settings(dump(trial.plan.config)):
+        elif identity_settings(run["config"]) != identity_settings(dump(trial.plan.config)):
             found.append(Job(trial, None, False, expected))
         else:
             seconds = run["summary"]["seconds"] if run["complete"] else expected
@@ -180,7 +180,7 @@ def jobs(wanted: Sequence[Trial], root: Path) -> list[Job]:
 
 
 def costs(root: Path) -> str:
-    """A table of the published runs: how many, of which configurations, and the hours they took one after the other."""
+    """A table of the published runs: number, configurations, and hours if run one after the other."""
     lines = ["| runs in | made by | finished | class orders | hours |", "|---|---|---|---|---|"]
     every: list[dict] = []
     for campaign in CAMPAIGNS:
@@ -207,13 +207,13 @@ def sections(page: str, root: Path) -> str:
     for campaign in CAMPAIGNS:
         if campaign.mark in page or not (root / campaign.name).is_dir():
             continue
-        if not any(row.finished for one in report.load([root / campaign.name]) for row in one.rows):
+        if not any(row.finished for one in report.compare_runs([root / campaign.name]) for row in one.rows):
             continue
         commands = "\n".join(f"`{_command(name)}`" for name in campaign.configs)
-        before, heading, after = page.partition("## Make it again\n")
+        before, heading, after = page.partition("## Reproduce the results\n")
         page = f"{before}{commands}\n\n{campaign.mark}\n<!-- /table -->\n\n{heading}{after}"
     return page
 
 
 def _command(config: str) -> str:
-    return f"cil run {config}" + (" data.root=../shared/data" if "root" in written(config).get("data", {}) else "")
+    return f"cil run {config}" + (" data.root=../shared/data" if "root" in read_raw(config).get("data", {}) else "")

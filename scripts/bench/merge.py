@@ -1,9 +1,8 @@
-#!/usr/bin/env python
-"""What a step of OPCM costs on a ViT-B/16: thin SVDs against the same formula with full bases; writes JSON and a PNG.
+"""Cost of a step of OPCM on a ViT-B/16 with thin SVDs and with full bases in the same formula; writes JSON and a PNG.
 
-Seconds: both forms take the same second step, in turn, several times, in one process. Memory: each takes that step in
-a process of its own; what counts is the peak above what lay in memory before. Then the thin form goes on to the last
-task. Weights are random, of timm's shapes: the time of an SVD hardly depends on the values.
+Seconds: both forms do the same second step alternately, several times, in one process. Memory: each does that step in a
+separate process; reported is the peak above the memory in use before it. Then the thin form continues to the last task.
+Weights are random, with timm's shapes: the time of an SVD hardly depends on the values.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ import timm
 import torch
 from torch import Tensor
 
-from cil.checkpoint import to_json
-from cil.figures import CYCLE, new_figure
 from cil.merging import OPCM
+from cil.report.figures import CYCLE, new_figure
+from cil.runner.checkpoint import to_json
+from scripts import ROOT
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}
 MIB = 2**20
@@ -47,7 +47,7 @@ def finetuned(base: State, task: int) -> State:
 
 
 class FullSVD:
-    """OPCM as one would write it down: U [m, m] and V [n, n], C = UᵀΔV, zeros in C, and back; diagonal removed."""
+    """OPCM as in its formula: U [m, m] and V [n, n], C = UᵀΔV, zeros in C, and back; diagonal removed."""
 
     def __init__(self, base: State, alpha: float = 0.5) -> None:
         self.base, self.alpha, self.norms = base, alpha, []
@@ -90,7 +90,7 @@ def seconds(rule: OPCM | FullSVD, task: State) -> float:
 
 
 def compare_steps(base: State, repeats: int) -> dict[str, object]:
-    """Both forms' second step, in turn."""
+    """The second step of both forms, alternately."""
     tasks = [finetuned(base, t) for t in (1, 2)]
     found: dict[str, list[float]] = {"thin": [], "full": []}
     last = {}
@@ -119,13 +119,13 @@ def stream(base: State, tasks: int) -> dict[str, object]:
 
 
 def peak_of_step(name: str, small: bool) -> None:
-    """In a process of its own: print the peak of the second step above what lay in memory before it, in bytes."""
+    """In a separate process: print the memory in use before the second step and its peak, in bytes."""
     base = pretrained(small)
     rule = form(name, base)
     rule.add(finetuned(base, 1))
     task = finetuned(base, 2)
     before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
     rule.add(task)
     print(json.dumps({"before": before, "peak": peak_bytes()}))
 
@@ -139,10 +139,9 @@ def peak_bytes() -> int:
 
 
 def memory(name: str, arguments: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--peak", name, "--threads", str(arguments.threads)]
-    found = subprocess.run(
-        [*command, *(["--small"] if arguments.small else [])], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "scripts.bench.merge", "--peak", name, "--threads", str(arguments.threads)]
+    small = ["--small"] if arguments.small else []
+    found = subprocess.run([*command, *small], cwd=ROOT, capture_output=True, text=True, check=True)
     measured = json.loads(found.stdout)
     return {"before_mib": measured["before"] / MIB, "step_mib": (measured["peak"] - measured["before"]) / MIB}
 
@@ -167,11 +166,11 @@ def draw(result: dict[str, object], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a small ViT, to see that the script works")
+    parser.add_argument("--small", action="store_true", help="a small ViT, to check the script")
     parser.add_argument("--tasks", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "bench")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     parser.add_argument("--peak", choices=["thin", "full"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,29 +1,29 @@
-"""Numbers in prose, each read from a file below results/: ``<!-- = EXPRESSION -->`` before the number it stands for.
+"""Numbers in prose, each read from a file below results/: ``<!-- = EXPRESSION -->`` before the number.
 
-The mark is a comment, so a reader sees the number alone; ``scripts/tables.py`` writes it, ``--check`` compares it.
+The mark is a comment, so a reader sees only the number; ``scripts.publish.tables`` writes it, ``--check`` compares it.
 
-    <!-- from reference/split_tiny_imagenet100_50 -->        where the files of the marks below it are looked for first
+    <!-- from reference/split_tiny_imagenet100_50 -->        folder in which marks below it look first
     <!-- = ease within_task_accuracy -->67.9 %               a key of the summary
-    <!-- = ease R.-1.0 -->22.4 %                             R[-1, 0] of the README; R.-1.1: are the other tasks
-    <!-- = ewc accuracy_last - lwf accuracy_last -->2.7      points; run by run where both have several, then the mean
+    <!-- = ease R.-1.0 -->22.4 %                             R[-1, 0]; R.-1.1: are the other tasks
+    <!-- = ewc accuracy_last - lwf accuracy_last -->2.7      points; run by run if both have several, then the mean
     <!-- = min l2p,lae_* task_id_accuracy -->28.8 %          the smallest of several runs
-    <!-- = lowest *_lda accuracy_last - ncm accuracy_last -->0.5   of several labels, each the mean of its runs
+    <!-- = lowest *_lda accuracy_last - ncm accuracy_last -->0.5   of several labels' means
     <!-- = ewc kept_bytes / 1e6 .0f -->230 MB                from left to right, no brackets
     <!-- = bench/merge.json weights / 1e6 .1f -->85.8        any other JSON file, by a dotted path
-    <!-- from bench/merge.json -->                           a file at once: the marks below it need only say KEY
+    <!-- from bench/merge.json -->                           a file: the marks below it need only KEY
 
 An expression is ``[REDUCER] TERM [+|-|*|/ TERM …] [FORMAT]``; a TERM is a number, FILE and KEY, or KEY alone.
 
-- FILE, below what the last ``from`` names or below results/: a JSON file, a run's folder or a label's folder with its
-  runs; ``*`` and commas name several.
-- KEY: a name of the summary, ``R``, ``R_task``, or a path of names, list indices and slices joined by dots.
-- Several numbers (runs, files, a list) become one by REDUCER: mean unless said, or min, max, median, sum; lowest and
-  highest are of the means of labels.
-- Terms with several runs are taken run by run: they have the same ones, or the second has one label's, which each label
-  of the first also has.
-- FORMAT is Python's, ``.1%`` unless said: times 100, one decimal; the sign % stays outside the mark.
+- FILE is a JSON file, a run's folder or a label's folder with its runs, below the folder of the last ``from`` or below
+  results/; ``*`` and commas name several.
+- KEY is a name of the summary, ``R``, ``R_task``, or a path of names, list indices and slices joined by dots.
+- REDUCER turns several numbers (runs, files, a list) into one: mean (the default), min, max, median or sum; lowest and
+  highest reduce the means of labels.
+- Terms with several runs are combined run by run: both terms have the same runs, or the second term has the runs of one
+  label, which each label of the first also has.
+- FORMAT is Python's, ``.1%`` by default: times 100, one decimal; the sign % is outside the mark.
 
-Words with spaces stand in quotes. A mark may not begin a line or a list item: what follows would be taken for HTML.
+Quote words that contain spaces. A mark may not begin a line or a list item: the rest would be taken for HTML.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cil import results
 from cil.errors import CilError, nearest
 
 NUMBER = r"[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+−-]?\d+)?"
 MARK = re.compile(rf"<!--\s*(?:from\s+(?P<origin>\S+)\s*-->|=\s*(?P<expression>.*?)\s*-->(?P<number>{NUMBER})?)", re.S)
 BEGINS = re.compile(r"\s*(?:[-*+>]\s+|\d+\.\s+)*")
-"""What may stand on a line before its first word."""
+"""Markdown that may precede the first word of a line."""
 FORMAT = re.compile(r",?\.\d+[f%e]")
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 OF_LABELS = {"lowest": np.min, "highest": np.max}
@@ -52,7 +53,7 @@ ALIASES = {"R": "accuracy_matrix", "R_task": "accuracy_matrix_within_task"}
 
 
 class Mark(NamedTuple):
-    """A value's mark in a page: where it is, what it says, and what the last ``from`` before it names."""
+    """A number's mark in a page: its place, its expression, and the argument of the last ``from`` before it."""
 
     match: re.Match[str]
     line: int
@@ -78,11 +79,11 @@ def marks(text: str) -> Iterator[Mark]:
         yield Mark(match, line, match["expression"], origin)
 
 
-def rendered(text: str, root: Path) -> str:
-    """The page with every marked number made anew; ``root`` holds results/.
+def render(text: str, root: Path) -> str:
+    """The page with every marked number read again; ``root`` holds results/.
 
     Raises:
-        CilError: A mark that cannot be read, or a file or key that is not there; with its line.
+        CilError: A mark cannot be read, or its file or key does not exist; with the line.
     """
     parts, end = [], 0
     for mark in marks(text):
@@ -98,18 +99,18 @@ def rendered(text: str, root: Path) -> str:
 
 def files(mark: Mark, root: Path) -> list[Path]:
     """The files that an expression reads."""
-    _, terms, _ = parsed(mark.expression)
-    return [file for term in terms[::2] if not constant(term) for file in found(term[:-1], mark.origin, root)]
+    _, terms, _ = parse(mark.expression)
+    return [file for term in terms[::2] if not constant(term) for file in find_files(term[:-1], mark.origin, root)]
 
 
 def value(expression: str, origin: str, root: Path) -> str:
     """An expression's number as it is printed: with a minus sign, and without one on zero."""
-    reducer, terms, spec = parsed(expression)
+    reducer, terms, spec = parse(expression)
     result, runs = numbers(terms[0], origin, root)
     for [sign], term in zip(terms[1::2], terms[2::2], strict=True):
         other, their = numbers(term, origin, root)
         if len(result) > 1 and len(other) > 1:
-            other = other[beside(runs, their, len(result), len(other), " ".join(term))]
+            other = other[pair_runs(runs, their, len(result), len(other), " ".join(term))]
         with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is refused below
             result, runs = OPERATORS[sign](result, other), runs if len(result) > 1 else their
     if reducer in OF_LABELS:
@@ -126,11 +127,11 @@ def value(expression: str, origin: str, root: Path) -> str:
     return text.replace("-", "−") if text.startswith("-") else text
 
 
-def beside(runs: Sequence[Path], their: Sequence[Path], count: int, other: int, term: str) -> list[int]:
-    """Which of the second term's numbers belongs to each of the first's.
+def pair_runs(runs: Sequence[Path], their: Sequence[Path], count: int, other: int, term: str) -> list[int]:
+    """For each number of the first term, the index of the second term's number of the same run.
 
     Raises:
-        CilError: They are of other runs.
+        CilError: The terms are of different runs.
     """
     names, own = [run.name for run in their], [run.name for run in runs]
     if count == other and own == names:
@@ -142,8 +143,8 @@ def beside(runs: Sequence[Path], their: Sequence[Path], count: int, other: int, 
     raise CilError(f"{term}: other runs than before ({other} numbers against {count})")
 
 
-def parsed(expression: str) -> tuple[str, list[list[str]], str]:
-    """(reducer, terms and operators in turn as lists of words, format).
+def parse(expression: str) -> tuple[str, list[list[str]], str]:
+    """(reducer, terms and operators alternately as lists of words, format).
 
     Raises:
         CilError: The words do not make an expression.
@@ -171,24 +172,24 @@ def constant(term: Sequence[str]) -> bool:
 
 
 def numbers(term: Sequence[str], origin: str, root: Path) -> tuple[np.ndarray, list[Path]]:
-    """A term's numbers, all in one row [N], and the folders of the runs they come from."""
+    """A term's numbers [N] and the folders of the runs that they come from."""
     if constant(term):
         return np.array([float(term[0])]), []
-    inputs = found(term[:-1], origin, root)
+    inputs = find_files(term[:-1], origin, root)
     row: list[Any] = []
     for file in inputs:
-        at = looked_up(content(file), term[-1], str(file.relative_to(root)))
+        at = look_up(read_content(file), term[-1], str(file.relative_to(root)))
         row += at if isinstance(at, list) else [at]
     if not row or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in row):
         raise CilError(f"{inputs[0].relative_to(root)}: {term[-1]!r} is no number and no list of numbers")
     return np.array(row, dtype=float), [file.parent for file in inputs]
 
 
-def found(names: Sequence[str], origin: str, root: Path) -> list[Path]:
-    """The JSON files that a FILE names, or ``origin`` if there is none: themselves, or the metrics.json of their runs.
+def find_files(names: Sequence[str], origin: str, root: Path) -> list[Path]:
+    """The JSON files that FILE, or ``origin`` without one, names: themselves, or the metrics.json of their runs.
 
     Raises:
-        CilError: There is none.
+        CilError: There is no such file.
     """
     results, every = root / "results", []
     for name in names[0].split(",") if names else [origin]:
@@ -203,8 +204,8 @@ def found(names: Sequence[str], origin: str, root: Path) -> list[Path]:
     return every
 
 
-def content(file: Path) -> dict[str, Any]:
-    """A JSON file; of a run, with its summary's names and those of the matrices at the top."""
+def read_content(file: Path) -> dict[str, Any]:
+    """A JSON file; a run's with the names of its summary and the short names of its matrices at the top."""
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -213,14 +214,15 @@ def content(file: Path) -> dict[str, Any]:
         return read
     if not read.get("complete"):
         raise CilError(f"{file}: the run is not finished")
-    return {**read, **read["summary"], **{short: read[name] for short, name in ALIASES.items()}}
+    run = results.completed(read)
+    return {**run, **run["summary"], **{short: run[name] for short, name in ALIASES.items()}}
 
 
-def looked_up(at: Any, key: str, file: str) -> Any:
-    """What a dotted path leads to.
+def look_up(at: Any, key: str, file: str) -> Any:
+    """The value at a dotted path.
 
     Raises:
-        CilError: It leads nowhere; with the nearest name.
+        CilError: There is no such name or index; suggests the nearest name.
     """
     for part in key.split("."):
         if isinstance(at, dict):

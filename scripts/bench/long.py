@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """``cil.run`` over 300 tasks of one class each on the shipped backbone, to the end; writes JSON and a PNG.
 
 The classes are the 100 of Split-Tiny-ImageNet-100 in three views each: upright, turned by 90 degrees, as negatives.
 
-    python scripts/bench_long.py --train IMAGES.tar --test IMAGES.tar
+    python -m scripts.bench.long --train IMAGES.tar --test IMAGES.tar
 """
 
 from __future__ import annotations
@@ -19,26 +18,28 @@ import torch
 from PIL import Image, ImageOps
 
 import cil
-from cil import hardware, results
-from cil.checkpoint import to_json
+from cil import results
 from cil.config import Config
 from cil.data import sources
 from cil.data.sources import ImageSource
-from cil.figures import CYCLE, new_figure
-from cil.provenance import versions
+from cil.report.figures import CYCLE, new_figure
+from cil.runner.checkpoint import to_json
+from cil.runner.provenance import versions
+from cil.utils import hardware
+from scripts import ROOT
 
 MIB = 2**20
 Found = dict[str, Any]
 
 VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "upright": lambda picture: picture,
-    "turned": lambda picture: picture.transpose(Image.Transpose.ROTATE_90),
+    "upright": lambda image: image,
+    "turned": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "negative": ImageOps.invert,
 }
 
 
 def three_views(split: str, train: str, test: str, per_class: int, tested: int, classes: int = 100) -> ImageSource:
-    """Every class three times: upright, turned by 90 degrees, as a negative; so 100 classes of a tar become 300."""
+    """Every class as three classes: upright, turned by 90 degrees, as negatives; 100 classes of a tar become 300."""
     whole = sources.folder(Path(train if split == "train" else test))
     first = sources.rank_in_class(whole.labels) < (per_class if split == "train" else tested)
     keep = np.flatnonzero(first & (whole.labels < classes))
@@ -53,7 +54,7 @@ def three_views(split: str, train: str, test: str, per_class: int, tested: int, 
 
 
 def long(arguments: argparse.Namespace, learners: list[Found]) -> Found:
-    """Per learner: seconds of every stage in parts, and on the clock from one stage's end to the next's; memory."""
+    """Per learner: seconds of every stage in parts, elapsed seconds from one stage's end to the next, and memory."""
     per_class, tested, classes = arguments.per_class, arguments.tested, arguments.classes
     options = {"per_class": per_class, "tested": tested, "classes": classes}
     options |= {split: str(getattr(arguments, split).resolve()) for split in ("train", "test")}
@@ -63,7 +64,7 @@ def long(arguments: argparse.Namespace, learners: list[Found]) -> Found:
             {
                 "name": "long",
                 "data": {"dataset": f"{Path(__file__).resolve()}:three_views", "options": options},
-                "stream": {"base": 0, "increment": 1},
+                "stream": {"increment": 1},
                 "learners": [learner],
                 "orders": [1993],
                 "hardware": {"checkpoints": "last", "device": "cpu"},
@@ -71,7 +72,7 @@ def long(arguments: argparse.Namespace, learners: list[Found]) -> Found:
         )
         with tempfile.TemporaryDirectory() as root:
             [folder] = cil.run(config, root)
-            run = results.load(folder)
+            run = results.read_run(folder)
             ends = [file.stat().st_mtime for file in sorted(folder.glob("stage-*/stage.json"), key=_number)]
         costs = [stage["costs"] for stage in run["stages"]]
         found["learners"][learner["name"]] = {
@@ -96,7 +97,7 @@ def draw_long(result: Found, path: Path) -> None:
         panels[1].plot(range(2, len(learned) + 1), run["seconds_between"], color=colour, lw=0.8)
         panels[2].plot(range(1, len(learned) + 1), np.array(run["peak_memory_bytes"]) / MIB, color=colour)
     for axes, label in zip(
-        panels, ("seconds to learn and test", "seconds from stage to stage, all told", "peak memory, MiB"), strict=True
+        panels, ("seconds to learn and test", "seconds from stage to stage, in total", "peak memory, MiB"), strict=True
     ):
         axes.set(xlabel="task", ylabel=label, ylim=(0, None))
     panels[0].legend()
@@ -107,12 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help="folder or tar of class folders")
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--classes", type=int, default=100, help="of the data; three times as many tasks")
-    parser.add_argument("--per-class", type=int, default=10, help="training images a task")
-    parser.add_argument("--tested", type=int, default=3, help="test images a task")
-    parser.add_argument("--projection", type=int, default=1000, help="M of ranpac")
+    parser.add_argument("--classes", type=int, default=100, help="classes of the data, a third of the tasks")
+    parser.add_argument("--per-class", type=int, default=10, help="training images per task")
+    parser.add_argument("--tested", type=int, default=3, help="test images per task")
+    parser.add_argument("--projection", type=int, default=1000, help="width M of ranpac's random projection")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "bench")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     learners: list[Found] = [{"name": "ncm"}, {"name": "ranpac", "projection": arguments.projection}]
@@ -121,7 +122,7 @@ def main() -> None:
     for learner in learners:
         found = long(arguments, [learner])
         result = {**found, **result, "learners": result["learners"] | found["learners"]}
-        # after every learner: a run that is stopped has measured something all the same
+        # after every learner, so that an interrupted run has some results
         (arguments.out / "long.json").write_text(to_json(result), encoding="utf-8")
         draw_long(result, arguments.out / "long.png")
         run = found["learners"][learner["name"]]

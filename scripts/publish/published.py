@@ -1,8 +1,8 @@
 """Published numbers beside ours, for tables.py: ``<!-- published: results/published.json/DATASET -->``.
 
-``results/published.json`` holds what others printed, transcribed, and for every row the configuration and overrides
-that would run it here. Ours come from ``results/reference/<name>/<learner>`` where there are such runs on the same
-checkpoint and increment, and are never typed.
+``results/published.json`` holds the numbers of papers, transcribed, and for every row the configuration and overrides
+that would run it here. Our numbers come from runs in ``results/reference/<name>/<learner>`` on the same checkpoint and
+increment, if there are any, and are never typed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from cil import report, results
 from cil.config import Config
-from cil.configfile import load
+from cil.config.reading import load_config
 from cil.errors import RunError
 
 NOT_RUN = "not run here"
@@ -28,9 +28,9 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def ours(row: dict[str, Any], reference: Path) -> str:
-    """A_avg / A_last of the finished runs of a row below ``reference``, mean ± standard deviation if of several."""
+    """A_avg / A_last of a row's finished runs below ``reference``; of several, mean ± standard deviation."""
     if not any(reference.glob(f"{row['dataset']}_*")):
-        return NOT_RUN  # names of these runs start with the dataset's; reading its configuration is spared
+        return NOT_RUN  # names of these runs start with the dataset's, so its configuration need not be read
     config = configuration(row["config"], tuple(row["overrides"]))
     try:
         runs = results.find([reference / config.name / row["learner"]])
@@ -48,11 +48,11 @@ def ours(row: dict[str, Any], reference: Path) -> str:
 
 @cache
 def configuration(name: str, overrides: tuple[str, ...]) -> Config:
-    return load(name, overrides)
+    return load_config(name, overrides)
 
 
 def fits(row: dict[str, Any], config: Config, run: dict[str, Any]) -> bool:
-    """Whether a run has the row's task sizes and checkpoint, and a class order of its kind: drawn or natural."""
+    """Whether a run has the row's task sizes and checkpoint, and the same kind of class order (random or natural)."""
     return (
         run["stream"]["increment"] == row["increment"]
         and run["backbone"]["name"].partition(".")[2] == row["checkpoint"]
@@ -76,13 +76,13 @@ def published(place: Path) -> str:
     ]
     for row in (row for row in found["rows"] if row["dataset"] == what):
         numbers = "<br>".join(pair(v, found["sources"][v["source"]]["decimals"]) for v in row["values"])
-        told = "<br>".join(v["source"] + second_hand(found["sources"][v["source"]]) for v in row["values"])
-        # not in backticks: tests execute what stands in these, and these need a GPU and the datasets
+        origins = "<br>".join(v["source"] + second_hand(found["sources"][v["source"]]) for v in row["values"])
+        # not in backticks: tests execute the commands in these, and these need a GPU and the datasets
         command = escape(" ".join(["cil run", row["config"], *map(quoted, row["overrides"])]), quote=False)
         setting = f"B0 Inc{row['increment']}, {row['checkpoint']}"
         note = f" ({row['note']})" if "note" in row else ""
         mine = ours(row, file.parent / "reference")
-        cells = (setting, row["method"] + note, numbers, told, mine, f"<code>{command}</code>: {row['learner']}")
+        cells = (setting, row["method"] + note, numbers, origins, mine, f"<code>{command}</code>: {row['learner']}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,9 +1,9 @@
-#!/usr/bin/env python
-"""Draw what every stage of finished runs cost and kept, from their metrics.json; one colour a learner.
+"""Draw the costs of every stage of finished runs, from their metrics.json; one colour per learner.
 
-    python scripts/stage_costs.py results/reference/split_tiny_imagenet100_records_50_tasks
+    python -m scripts.publish.stage_costs results/reference/split_tiny_imagenet100_records_50_tasks
 
-writes ``stage_costs.png`` into the folder. One run a learner; peak memory is a process's, so each needs one of its own.
+writes ``stage_costs.png`` to the folder. There is one run per learner. Peak memory is that of a process, so each needs
+its own process.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 
 from cil import results
-from cil.figures import new_figure, styles
+from cil.report.figures import new_figure, styles
 
 Run = dict[str, Any]
 MIB = 2**20
 WINDOW = 5
-"""Stages a number of seconds in the table is the mean of: a single stage's is noisy."""
+"""Number of stages over which seconds in the table are averaged: those of a single stage are noisy."""
 PANELS = {
     "learn": "seconds to learn a stage",
     "test": "seconds to test all classes seen",
-    "passes": "passes a new image takes",
+    "passes": "passes per new image",
     "kept": "MiB kept",
     "peak": "peak memory so far, MiB",
 }
 CONDITIONS = {"condition_number_uncut": ("before the cut", "-"), "condition_number": ("kept", "--")}
-"""What LoRanPAC logs → its name in the figure, its line."""
+"""Name in LoRanPAC's log → name in the figure, line style."""
 
 
 def series(run: Run) -> dict[str, np.ndarray]:
@@ -45,10 +45,11 @@ def series(run: Run) -> dict[str, np.ndarray]:
 
 
 def passes(run: Run) -> np.ndarray:
-    """Forward passes the prediction of an image not seen before takes after each stage.
+    """Forward passes to predict an image not seen before, after each stage.
 
-    A benchmark computes a test image once per view of the backbone that did not change since, so later stages count
-    less. In the first stage every image is new: what a view takes there, times the views after each stage.
+    The runner computes a test image once per view of the backbone and again only when the view changes, so the passes
+    of later stages are fewer. In the first stage every image is new: the passes per view there, times the views after
+    each stage.
     """
     views = np.array([np.size(stage["unchanged_since"]) for stage in run["stages"]])  # a number alone is one view
     first = run["stages"][0]
@@ -56,18 +57,18 @@ def passes(run: Run) -> np.ndarray:
 
 
 def logged(run: Run, name: str) -> list[float]:
-    """The last value a learner logged under a name at every stage; empty if it never did."""
+    """The last value that a learner logged under a name in every stage that has one."""
     found = [[value for key, value in stage["log"] if key == name] for stage in run["stages"]]
     return [values[-1] for values in found if values]
 
 
 def table(folder: Path) -> str:
-    """A row a learner: the costs of an early and of the last stages."""
+    """One row per learner: the costs of an early and of the last stages."""
     runs = {run["learner"]: run for run in results.find([folder])}
     first = min(10, min(len(run["stages"]) for run in runs.values()))
     last = min(len(run["stages"]) for run in runs.values())
     lines = [
-        f"| learner | s to learn a stage: task {first}, task {last} | s to test it | passes a new image takes | "
+        f"| learner | s to learn a stage: task {first}, task {last} | s to test it | passes per new image | "
         "MiB kept | peak MiB |",
         "|---|---|---|---|---|---|",
     ]
@@ -94,9 +95,9 @@ def draw(folder: Path, path: Path) -> None:
         axes.set(xlabel="task", ylabel=label, yscale="log")
     axes = panels[5]
     for learner, run in runs.items():
-        for name, (told, line) in CONDITIONS.items():
+        for name, (title, line) in CONDITIONS.items():
             if values := logged(run, name):
-                label = f"{learner}, {told}"
+                label = f"{learner}, {title}"
                 axes.plot(range(1, len(values) + 1), values, line, color=look[learner][0], label=label, lw=1.1)
     axes.set(xlabel="task", ylabel="condition number σ₁²/σ²ₖ", yscale="log")
     if axes.lines:

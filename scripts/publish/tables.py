@@ -1,22 +1,21 @@
-#!/usr/bin/env python
 """Write the tables of README.md, results/README.md and docs/ from the results they name; --check only compares.
 
 A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In place of ``table`` there may be
 
-    differences   FOLDER:BASELINE,…   what runs gain over others on the same class orders, and what they take
+    differences   FOLDER:BASELINE,…   difference to baselines on the same class orders, and costs
     settings      FOLDER              runs labelled <learner> (its default) and <learner>_chosen side by side
-    settings      FOLDER:NAME,…       the same; what was chosen lies in the folders of these names beside it
+    settings      FOLDER:NAME,…       the same; the chosen settings are in the folders of these names next to it
     matrix        FOLDER              runs of combinations, labelled <tuner>_<consolidation>_<classifier>
-    stages        FOLDER              what runs took at an early and at the last stage
-    costs         FOLDER              what all runs of the campaigns took
-    steps         FOLDER              what follow_tutorial.py took
-    ablation      FOLDER/LABEL        what ablate_merging.py found
-    throughput    FILE                what bench.py measured
-    growth        FILE                what bench_growth.py measured
-    backbones     FILE                what study_backbones.py found
-    published     FILE/DATASET        others' numbers beside ours
+    stages        FOLDER              costs of runs at an early and at the last stage
+    costs         FOLDER              hours of all runs of the campaigns
+    steps         FOLDER              seconds of each step of follow_tutorial.py
+    ablation      FOLDER/LABEL        accuracies from ablate_merging.py
+    throughput    FILE                measurements of bench/throughput.py
+    growth        FILE                measurements of bench/growth.py
+    backbones     FILE                scores from study_backbones.py
+    published     FILE/DATASET        published numbers beside ours
 
-Numbers in prose have marks of their own: values.py.
+For numbers in prose see values.py.
 """
 
 from __future__ import annotations
@@ -29,17 +28,15 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-import campaigns
 import numpy as np
-import stage_costs
-import values
-from published import published
 
 from cil import report, results
 from cil.errors import CilError
 from cil.report.row import pair_of
+from scripts import ROOT
+from scripts.publish import campaigns, stage_costs, values
+from scripts.publish.published import published
 
-ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 COLUMNS = ("accuracy_last", "accuracy_average", "forgetting", "seconds")
 TREATMENTS = ("lda stale", "lda translate", "lda linear", "lda oracle", "lda linear + anchor", "lda oracle + anchor")
@@ -53,19 +50,19 @@ def markdown(folder: Path) -> str:
 
 def ranked(runs: Sequence[dict]) -> str:
     """The ranked table of runs of one protocol."""
-    return report.markdown(report.Comparison(1, report.rank(report.rows(runs))), report.chosen(COLUMNS))
+    return report.markdown(report.Comparison(1, report.rank(report.rows(runs))), report.select_columns(COLUMNS))
 
 
 def differences(argument: Path) -> str:
-    """Of ``FOLDER:BASELINE,BASELINE``: A_last less each baseline's on the same class orders, mean ± standard deviation.
+    """``FOLDER:BASELINE,…``: A_last minus each baseline's on the same class orders, mean ± standard deviation.
 
-    Beside it what a learner takes: passes a training image, passes a new image takes in the end, bytes kept.
+    The other columns are costs: passes per training image, passes per new image after the last stage, bytes kept.
     """
     folder, _, names = str(argument).rpartition(":")
     rows = report.rank(report.rows(results.find([Path(folder)])))
     baselines = [next(row for row in rows if row.learner == name) for name in names.split(",")]
     heads = "".join(f" less {row.learner} |" for row in baselines)
-    lines = [f"| learner | A_last % |{heads} passes a training image | a new image | MiB kept |"]
+    lines = [f"| learner | A_last % |{heads} passes per training image | per new image | MiB kept |"]
     lines.append("|" + "---|" * (len(baselines) + 5))
     for row in rows:
         cells = [report.spread(100 * np.array(row.values("accuracy_last")))]
@@ -80,9 +77,9 @@ def differences(argument: Path) -> str:
 
 
 def ablation(stem: Path) -> str:
-    """What ablate_merging.py wrote to ``stem``-order*.json: mean ± standard deviation of A_last over class orders.
+    """A_last from ablate_merging.py's ``stem``-order*.json: mean ± standard deviation over class orders.
 
-    ``gap``: oracle less linear, both without the anchor: what drift still costs.
+    ``gap`` is oracle minus linear, both without the anchor: the accuracy that drift still costs.
     """
     files = sorted(stem.parent.glob(f"{stem.name}-order*.json"))
     orders = [json.loads(file.read_text(encoding="utf-8"))["a_last"] for file in files]
@@ -98,12 +95,12 @@ def ablation(stem: Path) -> str:
 
 def steps(folder: Path) -> str:
     """The commands of a tutorial and their seconds; those before the first ``cil`` are the installation."""
-    taken = [(s["command"], s["seconds"]) for s in json.loads((folder / "steps.json").read_text("utf-8"))["steps"]]
-    first = next(i for i, (command, _) in enumerate(taken) if command.startswith("cil "))
-    parts = {"installation": taken[:first], "from there to the last comparison": taken[first:]}
+    timed = [(s["command"], s["seconds"]) for s in json.loads((folder / "steps.json").read_text("utf-8"))["steps"]]
+    first = next(i for i, (command, _) in enumerate(timed) if command.startswith("cil "))
+    parts = {"installation": timed[:first], "from there to the last comparison": timed[first:]}
     lines = ["| step | seconds |", "|---|---|"]
     for name, part in parts.items():
-        # not in backticks: tests execute what stands in these, and these commands stand in the tutorial
+        # not in backticks: tests execute the commands in these, and these commands are in the tutorial
         lines += [f"| <code>{escape(command, quote=False)}</code> | {seconds:.0f} |" for command, seconds in part]
         lines.append(f"| **{name}** | **{sum(seconds for _, seconds in part):.0f}** |")
     return "\n".join(lines) + "\n"
@@ -112,10 +109,10 @@ def steps(folder: Path) -> str:
 def matrix(folder: Path) -> str:
     """A_last of runs labelled <tuner>_<consolidation>_<classifier>, the classifiers side by side, the best rows first.
 
-    A cell whose runs are not finished is left open.
+    A cell without finished runs is empty.
     """
     accuracy = report.NAMED["accuracy_last"]
-    lines: dict[tuple[str, str], dict[str, report.Row]] = {}
+    lines: dict[tuple[str, str], dict[str, report.SettingRow]] = {}
     for row in report.rows(results.find([folder])):
         tuner, consolidation, classifier = row.learner.rsplit("_", 2)
         lines.setdefault((tuner, consolidation), {})[classifier] = row
@@ -130,11 +127,11 @@ def matrix(folder: Path) -> str:
 
 
 def settings(argument: Path) -> str:
-    """A learner's default setting beside the one that was chosen for it, the best of either first.
+    """A learner's default setting beside its chosen one, sorted by the better of the two.
 
-    ``FOLDER`` holds runs labelled <learner> and <learner>_chosen; with ``FOLDER:NAME,…`` it holds the defaults alone,
-    and :func:`_chosen` finds the others in the folders of these names beside it. Differences are paired by class order.
-    A setting that was not run, or is not finished, is left open.
+    ``FOLDER`` holds runs labelled <learner> and <learner>_chosen; with ``FOLDER:NAME,…`` it holds only the defaults,
+    and :func:`_chosen` finds the others in the folders of these names next to it. Differences are paired by class
+    order. Cells of settings without finished runs are empty.
     """
     place, _, names = str(argument).partition(":")
     rows = _finished(Path(place))
@@ -160,15 +157,15 @@ def settings(argument: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _finished(folder: Path) -> dict[str, report.Row]:
+def _finished(folder: Path) -> dict[str, report.SettingRow]:
     return {row.learner: row for row in report.rows(results.find([folder])) if row.finished}
 
 
-def _chosen(defaults: dict[str, report.Row], root: Path, names: Sequence[str]) -> dict[str, report.Row]:
-    """By the label of a default: the runs of what was chosen instead that pair with its own, unless it is the same.
+def _chosen(defaults: dict[str, report.SettingRow], root: Path, names: Sequence[str]) -> dict[str, report.SettingRow]:
+    """Label of a default → the runs of the chosen setting on the same class orders and seeds.
 
-    They are labelled <learner>_adapter, where that one of its tuners was chosen, or <learner>; what nobody chose
-    (``chosen_by: default``) is none.
+    They are labelled <learner>_adapter, if that tuner was chosen, or <learner>. Settings that equal the default, or
+    that were not chosen (``chosen_by: default``), are left out.
     """
     there = {label: row for name in names for label, row in _finished(root / name).items()}
     found = {}
@@ -182,17 +179,17 @@ def _chosen(defaults: dict[str, report.Row], root: Path, names: Sequence[str]) -
     return found
 
 
-def _entry(row: report.Row) -> dict:
-    """A row's learner section without its names; keys that are newer than the runs are at their defaults."""
-    from cil.provenance import settings  # brings torch, which no other table needs
+def _entry(row: report.SettingRow) -> dict:
+    """A row's learner section without its names; keys that are newer than the runs have their defaults."""
+    from cil.runner.provenance import identity_settings  # imports torch, which no other table needs
 
-    flat = settings(row.runs[0]["config"])
+    flat = identity_settings(row.runs[0]["config"])
     names = ("learners.0.label", "learners.0.orders", "learners.0.chosen_by")
     return {key: value for key, value in flat.items() if key.startswith("learners.") and key not in names}
 
 
 def throughput(file: Path) -> str:
-    """What bench.py measured: our throughput as a share of the bare one, median and range over the pairs."""
+    """Our throughput as a share of the bare one, median and range over the pairs."""
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = ["| backbone | what | bare, images/s | ours, share of bare |", "|---|---|---|---|"]
     for size, parts in found["sizes"].items():
@@ -208,10 +205,10 @@ def throughput(file: Path) -> str:
 
 
 def growth(file: Path) -> str:
-    """What bench_growth.py measured, of the run with the most tasks; and the same ratio for all numbers of tasks."""
+    """Costs of the run with the most tasks, and the ratio of last to first stages for every number of tasks."""
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = [
-        "| classifier | ms a class to learn and solve: first fifth of the stages, last | last over first, by tasks | "
+        "| classifier | ms per class to learn and solve: first fifth of the stages, last | last over first, by tasks | "
         "ms to predict an image: first, last stage | MiB kept at the end | peak MiB |",
         "|---|---|---|---|---|---|",
     ]
@@ -231,7 +228,7 @@ def growth(file: Path) -> str:
 
 
 def backbones(file: Path) -> str:
-    """What study_backbones.py found, best stream first; below, Kendall's τ of each score with each learner's A_last."""
+    """Scores and A_last of backbones, best first; below, Kendall's τ of each score with A_last of each learner."""
     found = json.loads(file.read_text(encoding="utf-8"))
     learners = list(found["candidates"][0]["stream"])
     head = ["backbone", "NCM %", "ridge %", "LogME", "effective rank", *(f"A_last {name} %" for name in learners)]
@@ -248,7 +245,7 @@ def backbones(file: Path) -> str:
 
 
 def render(page: Path) -> str:
-    """The page with its tables and its marked numbers made anew."""
+    """The page with its tables and marked numbers rewritten from the results."""
     kinds = {
         "table": markdown,
         "differences": differences,
@@ -265,22 +262,31 @@ def render(page: Path) -> str:
     }
     try:
         tables = MARK.sub(lambda m: m[1] + kinds[m[2]](ROOT / m[3]) + m[4], page.read_text(encoding="utf-8"))
-        return values.rendered(tables, ROOT)
+        return values.render(tables, ROOT)
     except CilError as error:
         raise CilError(f"{page.relative_to(ROOT)}: {error}") from None
 
 
+def stale() -> dict[Path, str]:
+    """The pages whose numbers differ from the results, and what they should be.
+
+    Raises:
+        CilError: A table or number cannot be made; names the page and the place.
+    """
+    return {page: new for page in PAGES if (new := render(page)) != page.read_text(encoding="utf-8")}
+
+
 def main() -> int:
     try:
-        stale = {page: new for page in PAGES if (new := render(page)) != page.read_text(encoding="utf-8")}
+        changed = stale()
     except CilError as error:
         print(error)
         return 2
     if "--check" in sys.argv:
-        for page in stale:
-            print(f"{page.relative_to(ROOT)}: its numbers are not what results/ says; run scripts/tables.py")
-        return 1 if stale else 0
-    for page, new in stale.items():
+        for page in changed:
+            print(f"{page.relative_to(ROOT)}: its numbers differ from results/; run python -m scripts.publish.tables")
+        return 1 if changed else 0
+    for page, new in changed.items():
         page.write_text(new, encoding="utf-8")
     return 0
 

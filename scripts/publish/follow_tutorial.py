@@ -1,10 +1,9 @@
-#!/usr/bin/env python
-"""Follow docs/your_own_learner.md to the letter in an empty folder, as a reader would, and write down what it took.
+"""Follow docs/your_own_learner.md literally in an empty folder, and record the seconds of every step.
 
-Clones this checkout, makes a virtual environment, installs, and gives every command of the page with every file as they
-stand there. Left out is what needs a reader's own pictures or stays open (TensorBoard). Writes ``steps.json`` and
-every run's ``metrics.json`` and ``config.yaml`` to results/tutorial; scripts/tables.py puts them into docs/tried.md and
-the page itself. Needs a network for pip, and some minutes.
+Clones this checkout, makes a virtual environment, installs, and runs every command of the page with the files that it
+shows. Commands that need the reader's own images or run until stopped (TensorBoard) are left out. Writes ``steps.json``
+and every run's ``metrics.json``, in the published form, to results/tutorial; ``scripts.publish.tables`` puts them into
+docs/tried.md and the page itself. Needs a network for pip, and some minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from scripts import ROOT
+from scripts.publish import slim
+
 PAGE = ROOT / "docs" / "your_own_learner.md"
 LEFT_OUT = r"tensorboard |cil run my_benchmark\.yaml"
 FENCE = re.compile(r'^```(\w+)(?: title="(.*?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
@@ -62,19 +63,19 @@ def follow(place: Path) -> list[dict[str, str | float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "tutorial", help="where the record goes")
-    parser.add_argument("--note", default="", help="what a reader must know of the machine, e.g. that it was busy")
+    parser.add_argument("--out", type=Path, default=slim.TUTORIAL, help="folder for the record")
+    parser.add_argument("--note", default="", help="remark on the machine, e.g. that it was busy")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        taken = follow(place)
+        timed = follow(place)
         for run in sorted((place / "results").rglob("metrics.json")):
             kept = args.out / run.parent.relative_to(place / "results")
             kept.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.json", "config.yaml"):
-                shutil.copy(run.parent / name, kept)
+            shutil.copy(run, kept)
+        slim.publish(args.out)
     facts = {"platform": platform.platform(), "python": platform.python_version(), "note": args.note}
-    record = json.dumps({"date": time.strftime("%Y-%m-%d"), **facts, "steps": taken}, indent=1)
+    record = json.dumps({"date": time.strftime("%Y-%m-%d"), **facts, "steps": timed}, indent=1)
     (args.out / "steps.json").write_text(record + "\n", encoding="utf-8")
 
 

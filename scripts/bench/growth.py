@@ -1,12 +1,11 @@
-#!/usr/bin/env python
-"""What a stage costs as classes and tasks pile up; writes JSON and a PNG.
+"""Cost of a stage as the number of classes and tasks grows; writes JSON and a PNG.
 
 1,000 classes of synthetic features of width 768 in 10, 50 and 100 tasks, learned by the classifiers of ``ncm``,
-``slda``, ``ranpac``, ``fecam`` and ``merge`` (statistics carried by a map at every task), each in a process of its own.
-Per stage: seconds to learn, to solve what is solved once a stage, to predict an image; bytes kept; peak memory. Seconds
-are the processor's. And one stage of ``ranpac`` at its published width M = 10,000.
+``slda``, ``ranpac``, ``fecam`` and ``merge`` (statistics corrected by a map at every task), each in a separate process.
+Per stage: seconds to learn, to solve the system that is solved once per stage, to predict an image; bytes kept; peak
+memory. Seconds are processor time. Also two stages of ``ranpac`` at its published width M = 10,000.
 
-    python scripts/bench_growth.py
+    python -m scripts.bench.growth
 """
 
 from __future__ import annotations
@@ -25,12 +24,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from cil import hardware
-from cil.checkpoint import to_json
 from cil.classifiers import LDA, NCM, Classifier, Mahalanobis, Ridge
 from cil.classifiers.drift import ridge_map
-from cil.figures import CYCLE, new_figure
-from cil.provenance import versions
+from cil.report.figures import CYCLE, new_figure
+from cil.runner.checkpoint import to_json
+from cil.runner.provenance import versions
+from cil.utils import hardware
+from scripts import ROOT
 
 HEADS: dict[str, Callable[[int], Classifier]] = {
     "ncm": NCM,
@@ -41,11 +41,11 @@ HEADS: dict[str, Callable[[int], Classifier]] = {
 }
 RANPAC = 2000
 NATURE = {
-    "ncm": "keeps F numbers a class",
-    "slda": "keeps F numbers a class and F² once; a solve takes F³ + F² C products",
-    "ranpac": "keeps M numbers a class and M² once; a solve takes M³/6 + M² C products, which grow once C nears M / 6",
-    "fecam": "keeps F² numbers a class, twice that once it predicts; an image takes F² products a class",
-    "merge": "keeps 2 F numbers a class and 4 F² once; a solve and a map take products of F³ and F² C",
+    "ncm": "keeps F numbers per class",
+    "slda": "keeps F numbers per class and F² once; a solve takes F³ + F² C products",
+    "ranpac": "keeps M numbers per class and M² once; a solve takes M³/6 + M² C products, growing once C nears M / 6",
+    "fecam": "keeps F² numbers per class, twice that once it predicts; an image takes F² products per class",
+    "merge": "keeps 2 F numbers per class and 4 F² once; a solve and a map take products of F³ and F² C",
 }
 MIB = 2**20
 PER_CLASS, TESTED = 20, 8
@@ -53,7 +53,7 @@ Found = dict[str, Any]
 
 
 def features(classes: range, count: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Gaussian classes, each of the same place whoever asks: float32 [C · count, F], labels [C · count]."""
+    """Gaussian classes at fixed positions: float32 [C · count, F], labels [C · count]."""
     rows = []
     for c in classes:
         generator = torch.Generator().manual_seed(c)
@@ -69,19 +69,19 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - started, found
 
 
-def forget_peak() -> None:
-    """The peak so far is forgotten (Linux)."""
+def reset_peak() -> None:
+    """Reset the process's peak of resident memory (Linux)."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_bytes() -> int:
-    """Peak resident memory since :func:`forget_peak`."""
+    """Peak resident memory since :func:`reset_peak`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def learn(classifier: Classifier, x: Tensor, y: Tensor) -> None:
-    """One stage; a classifier of two views is carried first, as ``merge`` does."""
+    """One stage; the statistics of a classifier of two views are corrected first, as in ``merge``."""
     classifier.grow(int(y.max()) + 1)
     width = x.shape[1] // 2
     if isinstance(classifier, LDA) and classifier.blocks == 2 and bool(classifier.counts.any()):
@@ -90,7 +90,7 @@ def learn(classifier: Classifier, x: Tensor, y: Tensor) -> None:
 
 
 def grow(head: str, tasks: int, classes: int, width: int) -> list[Found]:
-    """A row a stage."""
+    """One row per stage."""
     classifier, step, rows = HEADS[head](width), classes // tasks, []
     base = psutil.Process().memory_info().rss
     for t in range(tasks):
@@ -99,10 +99,10 @@ def grow(head: str, tasks: int, classes: int, width: int) -> list[Found]:
         test, labels = features(range(new.stop), 1, width, 1)
         chosen = torch.randperm(new.stop, generator=torch.Generator().manual_seed(t))[:TESTED]
         test, labels = test[chosen], labels[chosen]
-        if head == "merge":  # the merged half of the features moves a little with every task
+        if head == "merge":  # the merged half of the features changes a little with every task
             noise = 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(t))
             x, test = torch.cat([x, x + noise], 1), torch.cat([test, test], 1)
-        forget_peak()
+        reset_peak()
         learned, _ = timed(lambda x=x, y=y: learn(classifier, x, y))
         first, scores = timed(lambda test=test: classifier.logits(test))
         again, _ = timed(lambda test=test: classifier.logits(test))
@@ -132,7 +132,7 @@ def flatness(rows: list[Found]) -> Found:
 
 
 def ridge(width: int, projection: int, classes: int) -> Found:
-    """Two stages of random-feature ridge regression: how often it is solved, in what time and memory."""
+    """Two stages of random-feature ridge regression: number of solves, time and memory."""
     classifier, solves = Ridge(width, projection), 0
     solve = classifier._solve
 
@@ -143,7 +143,7 @@ def ridge(width: int, projection: int, classes: int) -> Found:
 
     classifier._solve = counted  # type: ignore[method-assign]
     base, stages = psutil.Process().memory_info().rss, []
-    forget_peak()
+    reset_peak()
     for t in range(2):
         x, y = features(range(t * classes, (t + 1) * classes), 10, width, 0)
         test, _ = features(range((t + 1) * classes), 1, width, 1)
@@ -154,11 +154,11 @@ def ridge(width: int, projection: int, classes: int) -> Found:
     return {"projection": projection, "stages": stages, "peak_mib": (peak_bytes() - base) / MIB, "base_mib": base / MIB}
 
 
-def apart(arguments: argparse.Namespace, *what: object) -> Any:
-    """The measurement in a process of its own, so that memory is its alone."""
+def in_own_process(arguments: argparse.Namespace, *what: object) -> Any:
+    """The measurement in a separate process, so that the memory is only its own."""
     size = ["--classes", arguments.classes, "--width", arguments.width, "--threads", arguments.threads]
-    command = [sys.executable, __file__, "--measure", *what, *size]
-    found = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "scripts.bench.growth", "--measure", *what, *size]
+    found = subprocess.run([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(found.stdout)
 
 
@@ -166,8 +166,8 @@ def draw_growth(result: Found, path: Path) -> None:
     found: dict[str, dict[str, list[Found]]] = result["heads"]
     figure = new_figure(13, 6.4)
     panels = (
-        ("learn", "ms a class to learn"),
-        ("solve", "ms a class to solve"),
+        ("learn", "ms per class to learn"),
+        ("solve", "ms per class to solve"),
         ("predict_per_image", "ms to predict an image"),
         ("kept_mib", "MiB kept"),
         ("peak_mib", "peak memory, MiB"),
@@ -197,11 +197,11 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--tasks", type=int, nargs="+", default=[10, 50, 100])
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--width", type=int, default=768, help="of the features")
+    parser.add_argument("--width", type=int, default=768, help="width of the features")
     parser.add_argument("--projection", type=int, default=10_000, help="M of the wide ridge regression")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "bench")
+    parser.add_argument("--quick", action="store_true", help="small numbers, to check the script")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -224,17 +224,17 @@ def main() -> None:
         "images_a_class": PER_CLASS,
         "machine": hardware.facts(hardware.accelerator("cpu")),
         "versions": versions(),
-        "ridge": apart(arguments, "ridge", arguments.projection, 2 if arguments.quick else 50),
+        "ridge": in_own_process(arguments, "ridge", arguments.projection, 2 if arguments.quick else 50),
         "heads": {},
         "last_over_first": {},
         "by_nature": NATURE,
     }
     print(f"ridge: {json.dumps(result['ridge'])}", flush=True)
     for head in arguments.heads:
-        runs = result["heads"][head] = {str(tasks): apart(arguments, head, tasks) for tasks in arguments.tasks}
+        runs = result["heads"][head] = {str(tasks): in_own_process(arguments, head, tasks) for tasks in arguments.tasks}
         flat = result["last_over_first"][head] = {tasks: flatness(rows) for tasks, rows in runs.items()}
         print(f"{head:7} {json.dumps(flat)}; {NATURE[head]}", flush=True)
-        # after every head: a run that is stopped has measured something all the same
+        # after every classifier, so that an interrupted run has some results
         (arguments.out / f"{stem}.json").write_text(to_json(result), encoding="utf-8")
         draw_growth(result, arguments.out / f"{stem}.png")
 

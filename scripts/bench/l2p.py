@@ -1,11 +1,10 @@
-#!/usr/bin/env python
-"""What the training loop adds to L2P's two passes: one stage of ``l2p`` against the bare calls, in turn, in one run.
+"""Overhead of the training loop over L2P's two passes: one stage of ``l2p`` compared with the bare calls in one run.
 
-Bare: per batch, the frozen forward under inference mode, the forward with prompts, and the backward, on images that are
-in memory and normalised already; no choice of prompts, no optimiser, no data. Ours: ``L2P.learn`` on the same number of
-images: augmentation, choice and pull, clipping, Adam, logging, and the one clean pass behind the usage histogram.
+Bare: per batch, the frozen forward under inference mode, the forward with prompts, and the backward, on normalised
+images in memory; no choice of prompts, no optimiser, no data loading. Ours: ``L2P.learn`` on the same number of images:
+augmentation, choice of prompts and key loss, clipping, Adam, logging, and one clean pass for the usage histogram.
 
-    python scripts/bench_l2p.py [--rounds 5] [--out results/bench/l2p_overhead.json]
+    python -m scripts.bench.l2p [--rounds 5] [--out results/bench/l2p_overhead.json]
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cil import hardware, load_backbone, load_config
+from cil import load_backbone, load_config
 from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
 from cil.features import FeatureCache
@@ -28,13 +27,14 @@ from cil.learner import Context
 from cil.learners.l2p import L2P
 from cil.runner import make_stream
 from cil.tuning import PooledPrompts
+from cil.utils import hardware
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="pairs of measurements")
-    parser.add_argument("--per-class", type=int, default=64, help="images a class, of two classes")
-    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--per-class", type=int, default=64, help="images per class, for two classes")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
     accelerator = hardware.accelerator("auto")
@@ -60,7 +60,7 @@ def main() -> None:
 
     def ours() -> float:
         learner = L2P(L2P.Config(), backbone)
-        ctx = Context(accelerator, FeatureCache(accelerator, config.batch_size))
+        ctx = Context(accelerator, FeatureCache(accelerator, config.inference_batch_size))
         learner.begin(task, ctx)
         learner.to(accelerator.device)
         return seconds(lambda: learner.learn(task, ctx))

@@ -1,11 +1,10 @@
-#!/usr/bin/env python
-"""Ridge settings of RanPAC on one stream: each in a ``cil run`` of its own, against one ``cil sweep`` of all of them.
+"""Ridge settings of RanPAC on one stream: separate ``cil run`` commands compared with one ``cil sweep``.
 
-Cold: every run is a process that starts with nothing, as a shell loop would do it. Swept: one command, workers that
-live on, and whatever ``--warm`` configures to be kept between runs, filled by one run of another learner before (timed
-apart). Both leave the same runs; their accuracies are compared.
+Cold: every run is a fresh process, as in a shell loop. Swept: one command with workers that are reused, and what
+``--warm`` configures to be kept between runs, filled by an earlier run of another learner (timed separately). Both
+produce the same runs; their accuracies are compared.
 
-    python scripts/bench_sweep.py [CONFIG] [key=value …] [--limit 2] [--out results/bench/sweep.json]
+    python -m scripts.bench.sweep [CONFIG] [key=value …] [--limit 2] [--out results/bench/sweep.json]
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cil import hardware, results
-from cil.provenance import versions
+from cil import results
+from cil.runner.provenance import versions
 from cil.sweep.grid import flow, trials
+from cil.utils import hardware
 
 STRENGTHS = [float(f"1e{power}") for power in range(-4, 8)]
 
@@ -30,13 +30,13 @@ STRENGTHS = [float(f"1e{power}") for power in range(-4, 8)]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="split_tiny_imagenet100/ncm")
-    parser.add_argument("overrides", nargs="*", default=[], help="key=value, for all runs")
+    parser.add_argument("overrides", nargs="*", default=[], help="key=value for all runs")
     parser.add_argument("--projection", type=int, default=2000, help="width of RanPAC's random projection")
-    parser.add_argument("--limit", type=int, default=len(STRENGTHS), help="settings")
-    parser.add_argument("--jobs", type=int, help="runs of the sweep at a time")
-    parser.add_argument("--cold", action="append", default=[], help="key=value for the cold runs alone")
+    parser.add_argument("--limit", type=int, default=len(STRENGTHS), help="number of settings")
+    parser.add_argument("--jobs", type=int, help="parallel runs of the sweep")
+    parser.add_argument("--cold", action="append", default=[], help="key=value only for the cold runs")
     parser.add_argument("--warm", action="append", default=[], help="key=value for the sweep and the run before it")
-    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_intermixed_args()
 
     learner = f"learners=[{{name: ranpac, projection: {args.projection}}}]"
@@ -50,7 +50,7 @@ def main() -> None:
         jobs = ["--jobs", str(args.jobs)] if args.jobs else []
         swept = cil(["sweep", args.config, *given, *args.warm, "--grid", grid, *jobs, "--results", str(warm)])
         places = [trial.plan.place for trial in trials(args.config, given, [grid])]
-        runs = [[results.load(root / place) for place in places] for root in (cold, warm)]
+        runs = [[results.read_run(root / place) for place in places] for root in (cold, warm)]
     accuracies = [[run["summary"]["accuracy_last"] for run in of] for of in runs]
     found = {
         "config": args.config,
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def cil(arguments: Sequence[str]) -> float:
-    """Seconds of a whole command, its start included."""
+    """Seconds of a whole command, including its start."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "cil", *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started

@@ -1,15 +1,14 @@
-#!/usr/bin/env python
-"""Make everything below results/reference/ again: run what is missing, then draw and write what depends on it.
+"""Reproduce results/reference: run what is missing, then write the figures and tables that depend on it.
 
-    python scripts/reproduce.py --list                      # what is there, what it took, what is missing
-    python scripts/reproduce.py --jobs 2                    # everything; finished runs are skipped
-    python scripts/reproduce.py --streams cifar10_50 --learners 'ranpac*' ncm --orders 1993 1994
-    python scripts/reproduce.py --per-class 20              # fewer images, in folders of their own
-    python scripts/reproduce.py --render                    # tables and figures alone
+    python -m scripts.publish.reproduce --list                      # finished runs, their times, missing runs
+    python -m scripts.publish.reproduce --jobs 2                    # everything; finished runs are skipped
+    python -m scripts.publish.reproduce --streams cifar10_50 --learners 'ranpac*' ncm --orders 1993 1994
+    python -m scripts.publish.reproduce --per-class 20              # fewer images, in separate folders
+    python -m scripts.publish.reproduce --render                    # only tables and figures
 
-A run is an ordinary ``cil run`` in a process of its own with one thread, the longest first. Killed at any moment, the
-same command goes on after the last finished stage. A failure does not stop the others; its output is in ``failed.log``
-in the run's folder, and the exit code is 1.
+Each run is an ordinary ``cil run`` in a separate process with one thread, the longest first. After an interruption, run
+the same command again to resume after the last finished stages. A failed run does not stop the others; its output is in
+``failed.log`` in its folder, and the exit code is 1. Published runs are written in the form of ``slim.py``.
 """
 
 from __future__ import annotations
@@ -27,24 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import campaigns
-import curves
-from campaigns import Campaign, Job
-
 from cil import report
 from cil.errors import CilError
-from cil.report.files import write
 from cil.sweep.pool import LOG
+from cil.utils.files import write
+from scripts import ROOT
+from scripts.publish import campaigns, curves, slim, tables
+from scripts.publish.campaigns import Campaign, Job
 
-ROOT = Path(__file__).parent.parent
-PUBLISHED = ROOT / "results" / "reference"
 TOP = (f"{campaigns.TINY}_orders", f"{campaigns.TINY}_records")
-"""The figure at the top of the README draws the learners of these together: same data, stream and backbone."""
+"""Campaigns whose learners the figure at the top of the README shows: same data, stream and backbone."""
 
 
 @dataclass
 class Running:
-    """A job's process and what it has said."""
+    """A job's process and its output."""
 
     job: Job
     process: subprocess.Popen[str]
@@ -53,10 +49,10 @@ class Running:
 
 
 def run(todo: Sequence[Job], root: Path, at_a_time: int, say: Callable[[str], None] = print) -> list[Job]:
-    """Run jobs, the longest first and those nobody has timed before all; returns those that failed.
+    """Run jobs, untimed ones first and then the longest first; returns those that failed.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the processes are ended before, and keep their finished stages.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the processes are ended first, and finished stages are kept.
     """
     waiting = deque(sorted(todo, key=lambda job: -(job.seconds if job.seconds is not None else float("inf"))))
     running: list[Running] = []
@@ -97,41 +93,44 @@ def _start(job: Job, root: Path) -> Running:
 
 
 def _end(one: Running, root: Path) -> str:
-    """Why a job failed, empty if it did not; what it said stays in its folder in the first case alone."""
+    """Why a job failed, empty if it did not; the output of a failed job is kept in its folder."""
     file = root / one.job.trial.plan.place / LOG
     with one.output as output:
         output.seek(0)
-        said = output.read().strip()
+        text = output.read().strip()
     if one.process.returncode == 0:
         file.unlink(missing_ok=True)
         return ""
-    write(file, said + "\n")
-    return said.splitlines()[-1] if said else f"exit code {one.process.returncode}"
+    write(file, text + "\n")
+    return text.splitlines()[-1] if text else f"exit code {one.process.returncode}"
 
 
 def render(picked: Sequence[Campaign], folders: Sequence[Path], root: Path, say: Callable[[str], None] = print) -> None:
-    """Pages and pictures of the folders, the README's figure and, of what is published, the tables in the pages.
+    """Write the pages and figures of the folders and the README's figure; for published results, also slim the runs
+    and write the tables in the pages.
 
     Raises:
-        CilError: A result is damaged, or what should be drawn together is not comparable.
+        CilError: A result is damaged, or runs for one figure are not comparable.
     """
     for folder in folders:
         if any(folder.glob("*/*/metrics.json")):
-            for path in report.write_overview(report.load([folder]), folder):
+            for path in report.write_overview(report.compare_runs([folder]), folder):
                 say(f"written: {path}")
     there = [root / name for name in TOP if any((root / name).glob("*/*/metrics.json"))]
     if there and any(campaign.name in TOP for campaign in picked):
         say(f"written: {write(root / 'curves.png', curves.draw(curves.curves(there)))}")
-    if root.resolve() == PUBLISHED.resolve():
+    if root.resolve() == slim.REFERENCE.resolve():
+        slim.publish(root)
         page = ROOT / "results" / "README.md"
         text = page.read_text(encoding="utf-8")
         if (new := campaigns.sections(text, root)) != text:
             write(page, new)
-        subprocess.run([sys.executable, str(ROOT / "scripts" / "tables.py")], check=True)
+        for page, new in tables.stale().items():
+            write(page, new)
 
 
 def listing(found: Sequence[Job]) -> str:
-    """A line a label with the state of each of its runs, and the sums."""
+    """One line per label with the state of each of its runs, and the sums."""
     labels: dict[Path, list[Job]] = {}
     for job in found:
         labels.setdefault(job.trial.plan.place.parent, []).append(job)
@@ -151,16 +150,16 @@ def listing(found: Sequence[Job]) -> str:
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     names = ", ".join(campaign.name for campaign in campaigns.CAMPAIGNS)
-    parser = argparse.ArgumentParser("reproduce", description="Make the published results again.")
-    parser.add_argument("--streams", nargs="+", default=[], metavar="NAME", help=f"which, or patterns: {names}")
+    parser = argparse.ArgumentParser("reproduce", description="Reproduce the published results.")
+    parser.add_argument("--streams", nargs="+", default=[], metavar="NAME", help=f"names or patterns: {names}")
     parser.add_argument("--learners", nargs="+", default=[], metavar="LABEL", help="only these labels, or patterns")
     parser.add_argument("--orders", nargs="+", default=[], help="class orders in place of the configurations'")
-    parser.add_argument("--per-class", type=_positive, help="training images a class; other folders than published")
+    parser.add_argument("--per-class", type=_positive, help="training images per class; written to separate folders")
     parser.add_argument("--data-root", type=Path, help="the folder with the image tars; default: ../shared/data")
     parser.add_argument("--results", type=Path, default=Path("results/reference"), help="default: %(default)s")
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time, a thread each; default: 1")
-    parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and run nothing")
-    parser.add_argument("--render", action="store_true", help="figures and tables alone")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time, one thread each; default: 1")
+    parser.add_argument("--list", action="store_true", help="list finished and missing runs, and run nothing")
+    parser.add_argument("--render", action="store_true", help="write only figures and tables")
     return parser.parse_args(given)
 
 
@@ -172,7 +171,7 @@ def _positive(text: str) -> int:
 
 def main(given: Sequence[str] | None = None) -> int:
     asked = arguments(given)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
         picked = campaigns.pick(asked.streams)
         if asked.render:
@@ -195,7 +194,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped. Finished stages are kept; give the same command to go on.", file=sys.stderr)
+        print("\nstopped. Finished stages are kept; run the same command to resume.", file=sys.stderr)
         return 130
 
 

@@ -1,12 +1,11 @@
-#!/usr/bin/env python
-"""Which merging rule, which treatment of old statistics? Every combination on the same trained tasks.
+"""Compare merging rules and treatments of old class statistics: every combination on the same trained tasks.
 
 Per class order each task is trained once from the pre-trained weights, by the learner ``merge``. Then every rule merges
-these updates one after the other, and every treatment classifies what comes out; the figures are A_last, the accuracy
-over all classes after the last task. Beside the rules stand the frozen backbone, the first task's update alone, and the
-plain sum brought to the mean norm, which is OPCM without its projection.
+these updates in sequence, and every treatment classifies with the result; the numbers are A_last, the accuracy over all
+classes after the last task. The rules are compared with the frozen backbone, the first task's update alone, and the
+plain sum scaled to the mean norm, which is OPCM without its projection.
 
-    python scripts/ablate_merging.py data.root=../shared/data --out results/bench/merging
+    python -m scripts.studies.ablate_merging data.root=../shared/data --out results/bench/merging
 """
 
 from __future__ import annotations
@@ -24,12 +23,10 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markdown import Markdown
-from tables import ablation
 from torch import Tensor
 
-from cil import hardware, load_backbone, load_config, provenance
+from cil import load_backbone, load_config
 from cil.backbone import FROZEN, Backbone
-from cil.checkpoint import to_json
 from cil.config import Config
 from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
@@ -38,8 +35,11 @@ from cil.learner import Context
 from cil.learners.merge import Merge
 from cil.learners.merge_oracle import MergeOracle
 from cil.merging.statistics import Statistics
-from cil.runner import make_stream
+from cil.runner import make_stream, provenance
+from cil.runner.checkpoint import to_json
 from cil.stream import Stream
+from cil.utils import hardware
+from scripts.publish.tables import ablation
 
 SUM = {"name": "task_arithmetic", "scale": 1.0, "finalisers": ["norm_matching"]}
 RULES: dict[str, dict[str, Any]] = {
@@ -61,8 +61,8 @@ Choice = tuple[str, str, bool]
 
 
 @dataclass(eq=False)
-class Eyes:
-    """One view under a name of its own, for the feature cache."""
+class NamedView:
+    """One view with a version chosen by the caller, for the feature cache."""
 
     version: Hashable
     view: View
@@ -72,11 +72,11 @@ class Eyes:
         return {self.version: self.view}
 
     def train(self, mode: bool = True) -> None:
-        """Nothing here trains."""
+        """There is nothing to train."""
 
 
 class Order:
-    """One class order: its tasks' updates, the statistics rules ask for, and what the frozen backbone sees."""
+    """One class order: its tasks' updates, the statistics that rules need, and the features of the frozen backbone."""
 
     def __init__(
         self, stream: Stream, backbone: Backbone, recipe: dict[str, Any], tasks: int, accelerator: Accelerator
@@ -86,10 +86,10 @@ class Order:
         with stream.open_test() as test:
             self.test = test.images, np.concatenate(test.members[:tasks])
             self.labels = torch.from_numpy(test.labels[self.test[1]])
-        self.frozen = Eyes(FROZEN, backbone)
+        self.frozen = NamedView(FROZEN, backbone)
         self.updates: list[dict[str, Tensor]] = []
         self.statistics: list[Statistics | None] = []
-        trainer = self.learner(rule={"name": "regmean"})  # which asks for Gram matrices
+        trainer = self.learner(rule={"name": "regmean"})  # a rule that needs Gram matrices
         for task in self.tasks:
             ctx = Context(accelerator, self.cache, stage=task.index)
             trainer.begin(task, ctx)
@@ -100,29 +100,29 @@ class Order:
     def learner(self, cls: type[Merge] = Merge, **settings: Any) -> Merge:
         return cls(cls.Config.model_validate({**self.recipe, **settings}), self.backbone)
 
-    def train_features(self, eyes: Eyes, task: int) -> Tensor:
-        return self.cache.get(eyes, *self.tasks[task].train.source)
+    def train_features(self, view: NamedView, task: int) -> Tensor:
+        return self.cache.get(view, *self.tasks[task].train.source)
 
-    def seen_by(self, rule: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    def features_under(self, rule: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """Features of each task's images before and after its merge and after the last, and of the test images."""
         everything = range(len(self.tasks))
         if rule == FROZEN_BACKBONE:
             same = [self.train_features(self.frozen, t) for t in everything]
             return same, same, same, self.cache.get(self.frozen, *self.test)
         merging = self.learner(rule=RULES.get(rule, RULES["average"]))
-        eyes = Eyes((rule, 0), merging.merged)
+        view = NamedView((rule, 0), merging.merged)
         before, after = [], []
         for t in everything:
-            before.append(self.train_features(eyes, t) if t else torch.empty(0))
+            before.append(self.train_features(view, t) if t else torch.empty(0))
             if rule != FIRST_TASK or t == 0:
                 merging.fold(self.updates[t], self.statistics[t])
-                eyes.version = (rule, t + 1)
-            after.append(self.train_features(eyes, t))
-        return before, after, [self.train_features(eyes, t) for t in everything], self.cache.get(eyes, *self.test)
+                view.version = (rule, t + 1)
+            after.append(self.train_features(view, t))
+        return before, after, [self.train_features(view, t) for t in everything], self.cache.get(view, *self.test)
 
     def accuracies(self, rule: str) -> dict[Choice, float]:
-        """A_last in per cent, by choice."""
-        before, after, last, test = self.seen_by(rule)
+        """A_last in per cent by choice."""
+        before, after, last, test = self.features_under(rule)
         found = {}
         for head, treatment, anchor in product(HEADS, TREATMENTS, (False, True)):
             oracle = treatment == "oracle"
@@ -130,7 +130,7 @@ class Order:
             learner.classifier.grow(len(self.tasks[-1].seen))
             for t, task in enumerate(self.tasks):
                 if t and treatment in ("translate", "linear"):
-                    learner.carry(*[self.beside(anchor, task.train.source, x[t]) for x in (before, after)])
+                    learner.correct_drift(*[self.beside(anchor, task.train.source, x[t]) for x in (before, after)])
                 x = self.beside(anchor, task.train.source, last[t] if oracle else after[t])
                 learner.classifier.partial_fit(x, torch.from_numpy(task.train.labels))
             hits = learner.logits(self.beside(anchor, self.test, test)).argmax(1) == self.labels
@@ -147,7 +147,7 @@ def column(choice: Choice) -> str:
 
 
 def measure(config: Config, recipe: dict[str, Any], number: int, tasks: int | None, rules: list[str]) -> dict[str, Any]:
-    """Everything about one class order, ready for JSON."""
+    """Settings and results of one class order, ready for JSON."""
     accelerator = hardware.accelerator(config.hardware.device, config.precision)
     backbone = load_backbone(config.backbone, accelerator.device)
     transforms = Transforms(backbone.data_config, config.transform)
@@ -177,11 +177,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="key=value, as for cil run")
     parser.add_argument("--config", default="split_tiny_imagenet100/merging", help="data, stream, backbone, recipe")
-    parser.add_argument("--learner", default="merge", help="whose recipe, by label")
+    parser.add_argument("--learner", default="merge", help="label of the learner whose recipe is used")
     parser.add_argument("--orders", nargs="+", type=int, default=[1993, 1994, 1995])
-    parser.add_argument("--tasks", type=int, help="only so many")
+    parser.add_argument("--tasks", type=int, help="number of tasks; default: all")
     parser.add_argument("--rules", nargs="+", default=[FROZEN_BACKBONE, FIRST_TASK, *RULES])
-    parser.add_argument("--out", type=Path, required=True, help="folder for a JSON file an order; one there is kept")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for one JSON file per order; keeps existing ones"
+    )
     args = parser.parse_intermixed_args()
 
     config = load_config(args.config, args.overrides)

@@ -1,4 +1,4 @@
-"""The figure at the top of the README: accuracy and forgetting of all learners over stages, a curve a learner."""
+"""The figure at the top of the README: accuracy and forgetting over stages, one curve per learner."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from matplotlib import rc_context
 
 from cil import report, results
 from cil.errors import RunError
-from cil.figures import BOUNDS, CYCLE, PANELS, band, new_figure
+from cil.report.figures import BOUNDS, CYCLE, PANELS, band, new_figure
 from cil.report.row import order_of, seed_of
 
 LEADERS = 3
-"""So many of the best that keep no old images have a colour and a name."""
+"""Number of curves with a colour and a name: the best learners that keep no old images."""
 ABLATIONS = ("*_no_*", "*_online", "*_offline")
-"""Labels of settings that leave out what makes the method; they are in the tables, not here."""
+"""Labels of settings without an essential part of the method; they are only in the tables."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Curve:
     """A learner's runs over the class orders that all curves share.
 
     Attributes:
-        learner: Its registered name, or the strategy of one that comes from Avalanche.
-        label: Of the setting that is drawn.
-        runs: One a class order.
+        learner: Registered name, or the strategy of an Avalanche learner.
+        label: Label of the setting that is drawn.
+        runs: One run per class order.
     """
 
     learner: str
@@ -44,18 +44,18 @@ class Curve:
 
 
 def learner_of(run: dict[str, Any]) -> str:
-    """What counts as one learner: strategies that share a class are different methods."""
+    """The name under which runs are one learner: Avalanche strategies count as different learners."""
     entry = run["config"]["learners"][0]
     return str(entry.get("strategy", {}).get("name") or entry.get("name") or run["learner"])
 
 
 def curves(folders: Sequence[Path]) -> list[Curve]:
-    """A curve a learner, best A_last first; of several settings of a learner the one that ends best.
+    """One curve per learner, best A_last first; of several settings of a learner the one with the best A_last.
 
     Only class orders that every learner has finished count, so that all curves are means over the same streams.
 
     Raises:
-        RunError: Runs of several protocols, or no class order that all share.
+        RunError: There are runs of several protocols, or no class order that all share.
     """
     runs = [run for run in results.find(list(folders)) if run["complete"] and seed_of(run) == 0]
     runs = [run for run in runs if not any(fnmatchcase(run["learner"], pattern) for pattern in ABLATIONS)]
@@ -77,10 +77,10 @@ def curves(folders: Sequence[Path]) -> list[Curve]:
     return sorted(found, key=lambda curve: (-curve.last, curve.learner))
 
 
-def apart(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions near the wanted ones, in their order, no two nearer than ``gap``; groups stay centred.
+def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
+    """Positions near the wanted ones, in the same order, at least ``gap`` apart; groups stay centred.
 
-    >>> apart([1.0, 1.0, 9.0], 2.0)
+    >>> spread_out([1.0, 1.0, 9.0], 2.0)
     [0.0, 2.0, 9.0]
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
@@ -122,7 +122,7 @@ def draw(found: Sequence[Curve]) -> bytes:
                 ax.plot(stages, values, line, color=colour, linewidth=1.9, marker="o", markersize=3)
                 ends.append((float(values[-1]), curve.label, colour))
             low, high = ax.get_ylim()
-            heights = apart([end for end, _, _ in ends], 0.05 * (high - low))
+            heights = spread_out([end for end, _, _ in ends], 0.05 * (high - low))
             for (end, text, colour), height in zip(ends, heights, strict=True):
                 ax.annotate(
                     text,

@@ -1,16 +1,15 @@
-#!/usr/bin/env python
-"""What is left of bare speed: torch and timm alone against our loops, side by side in one run; writes JSON and a PNG.
+"""Throughput of our loops as a share of plain torch and timm, measured side by side; writes JSON and a PNG.
 
-Evaluation: ``vit(images)`` under inference mode on normalised tensors, against ``cil.evaluation.evaluate`` of ``ncm``
-with an empty feature cache (uint8 pixels in memory; and once from JPEG files, decoding and resizing included).
-Training: forward, backward and step written out by hand on normalised tensors, against ``cil.training.fit`` with the
-same tuner, head and optimiser, without and with the default augmentation. For ``full`` the hand-written loop trains a
-copy of the timm model itself. Attention: torch's fused kernel against the explicit softmax.
+Evaluation: ``vit(images)`` under inference mode on normalised tensors, compared with ``evaluate`` of ``ncm`` with an
+empty feature cache (uint8 pixels in memory, and JPEG files with decoding and resizing).
+Training: a hand-written loop of forward, backward and step on normalised tensors, compared with ``cil.training.fit``
+with the same tuner, head and optimiser, without and with the default augmentation. For ``full`` the hand-written loop
+trains a copy of the timm model itself. Attention: torch's fused kernel compared with the explicit softmax.
 
-Pictures are synthetic. Both sides are measured in turn, in changing order; the medians of the pairs' ratios count.
+Images are synthetic. Both sides are measured alternately, in changing order; reported are medians of the pairs' ratios.
 
-    python scripts/bench.py                                               # this machine's CPU
-    python scripts/bench.py --device cuda --precision bf16 --compile --images 2048 --batch 256
+    python -m scripts.bench.throughput                                               # this machine's CPU
+    python -m scripts.bench.throughput --device cuda --precision bf16 --compile --images 2048 --batch 256
 """
 
 from __future__ import annotations
@@ -31,27 +30,28 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from cil import hardware
 from cil.backbone import EMBEDDED, Backbone, load_backbone
-from cil.checkpoint import to_json
 from cil.classifiers import CosineHead
 from cil.config import BackboneConfig, TransformConfig
 from cil.data.images import ImageSet
 from cil.data.sources import ImageSource, from_arrays
 from cil.data.transforms import Transforms
 from cil.errors import CilError
-from cil.evaluation import evaluate
 from cil.features import FeatureCache
-from cil.figures import CYCLE, new_figure
 from cil.learner import Context
 from cil.learners.ncm import NCMLearner
-from cil.protocol import ClassIncremental
-from cil.provenance import versions
-from cil.randomness import isolated
+from cil.runner.checkpoint import to_json
+from cil.runner.evaluation import evaluate
+from cil.runner.provenance import versions
 from cil.stream import Stream, TaskData
-from cil.training import Group, Recipe, build_optimizer, cross_entropy, fit
+from cil.stream.protocol import ClassIncremental
+from cil.training import ParamGroup, Recipe, build_optimizer, cross_entropy, fit
 from cil.tuning import build_tuner
-from cil.tuning.table import TunerSection
+from cil.tuning.configs import TunerSection
+from cil.utils import hardware
+from cil.utils.randomness import isolated
+from scripts import ROOT
+from scripts.bench.throughput_figure import GOALS, draw
 
 SIZES = {"tiny": EMBEDDED, "small": "vit_small_patch16_224", "base": "vit_base_patch16_224"}
 FEW = ["adapter", "lora", "full"]
@@ -60,15 +60,14 @@ TUNERS = {
     "small": FEW,
     "base": FEW,
 }
-GOALS = {"evaluation": 0.95, "training": 0.90}
 CLASSES = 2
 Found = dict[str, Any]
 
 
 def jpegs(count: int, size: int) -> ImageSource:
-    """Smooth synthetic pictures as JPEG files in memory, decoded whenever they are read."""
+    """Smooth synthetic images as JPEG files in memory, decoded at every read."""
     rng, files = np.random.default_rng(0), []
-    for _ in range(min(count, 32)):  # the same ones again and again: no one looks at them
+    for _ in range(min(count, 32)):  # repeated: the content does not matter
         coarse = Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), dtype=np.uint8))
         file = io.BytesIO()
         coarse.resize((size, size), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -83,7 +82,7 @@ def jpegs(count: int, size: int) -> ImageSource:
 
 
 class Bench:
-    """One backbone, its pictures in every form, and the two sides of each comparison."""
+    """One backbone, its images in every form, and the two sides of each comparison."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, accelerator: Accelerator, count: int) -> None:
         self.accelerator, self.batch, self.pairs = accelerator, min(arguments.batch, count // 2), arguments.pairs
@@ -94,8 +93,8 @@ class Bench:
             self.backbone.compile()
         size = self.backbone.data_config["input_size"][-1]
         self.files = jpegs(count, size + size // 7 // 8 * 8)  # 64 → 72, 224 → 256
-        pictures = np.stack([np.asarray(self.files.read(i)) for i in range(count)])
-        self.held = from_arrays(pictures, self.files.labels, self.files.class_names)
+        pixels = np.stack([np.asarray(self.files.read(i)) for i in range(count)])
+        self.held = from_arrays(pixels, self.files.labels, self.files.class_names)
         self.sets = {
             augment: ImageSet(self.held, Transforms(self.backbone.data_config, TransformConfig(**chosen)))
             for augment, chosen in (("none", {"augment": "none"}), ("default", {}))
@@ -105,7 +104,7 @@ class Bench:
         self.ready = list(plain.batches(everything, self.held.labels, self.batch, device=accelerator.device))
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """Of the processor on a CPU, whose other users then count less; of the clock where a GPU is waited for."""
+        """Processor time on a CPU, as it depends less on other load; elapsed time, with synchronisation, on a GPU."""
         gpu = self.accelerator.device.type == "cuda"
         clock = time.perf_counter if gpu else time.process_time
         started = clock()
@@ -115,7 +114,7 @@ class Bench:
         return clock() - started
 
     def compare(self, bare: Callable[[], object], **ours: Callable[[], object]) -> Found:
-        """Images a second of all, and each of ours as a share of the bare one: median, lowest, highest pair."""
+        """Images per second of every side, and ours as a share of the bare one: median, lowest, highest pair."""
         calls = {"bare": bare, **ours}
         for call in calls.values():
             call()  # warm up
@@ -124,7 +123,7 @@ class Bench:
             for name in list(calls)[:: 1 if pair % 2 else -1]:
                 times[name].append(self.seconds(calls[name]))
         found: Found = {
-            name: {"images_per_second": len(self.held) / statistics.median(taken)} for name, taken in times.items()
+            name: {"images_per_second": len(self.held) / statistics.median(values)} for name, values in times.items()
         }
         for name in ours:
             shares = [b / o for b, o in zip(times["bare"], times[name], strict=True)]
@@ -181,7 +180,7 @@ class Bench:
             parameters = [*seeing.parameters(), *head.parameters()]
             for p in parameters:
                 p.requires_grad_(True)
-            optimizer = build_optimizer([Group(parameters)], recipe)
+            optimizer = build_optimizer([ParamGroup(parameters)], recipe)
             with isolated(0):  # dropout
                 for images, labels in self.ready:
                     with self.accelerator.autocast():
@@ -196,7 +195,7 @@ class Bench:
             data = TaskData(self.sets[augment], np.arange(len(self.held)), self.held.labels)
             context = Context(self.accelerator, FeatureCache(self.accelerator, self.batch))
             loss = cross_entropy(lambda images: head(see(images)), recipe)
-            fit(loss, [Group([*tuner.parameters(), *head.parameters()])], data, recipe, context)
+            fit(loss, [ParamGroup([*tuner.parameters(), *head.parameters()])], data, recipe, context)
 
         tuner.train()
         return self.compare(bare, plain=lambda: ours("none"), augmented=lambda: ours("default"))
@@ -219,45 +218,20 @@ class Bench:
         return self.compare(lambda: passed(True), explicit=lambda: passed(False))
 
 
-def draw(result: Found, path: Path) -> None:
-    """Shares of the bare throughput, a panel a backbone."""
-    sizes = result["sizes"]
-    figure = new_figure(4.2 * len(sizes), 4.6)
-    for axes, (size, found) in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes.items(), strict=True):
-        bars = [
-            (what, side, measured[side])
-            for part in ("evaluation", "training", "attention")
-            for what, measured in found.get(part, {}).items()
-            for side in measured
-            if side != "bare"
-        ]
-        sides = ("steady", "decoding", "explicit", "plain", "augmented")
-        colours = dict(zip(sides, CYCLE[:3] + CYCLE[:2], strict=True))
-        for y, (_, side, measured) in enumerate(bars):
-            spread = [[measured["share"] - measured["lowest"]], [measured["highest"] - measured["share"]]]
-            axes.barh(-y, measured["share"], color=colours[side], xerr=spread, error_kw={"lw": 0.8})
-        axes.set_yticks([-y for y in range(len(bars))], [f"{what}, {side}" for what, side, _ in bars], fontsize=6)
-        axes.axvline(1, color="black", lw=0.8)
-        for goal in GOALS.values():
-            axes.axvline(goal, color="grey", lw=0.8, ls=":")
-        axes.set(title=f"{size}, {found['images']} images", xlabel="throughput, share of bare", xlim=(0, None))
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--parts", nargs="+", choices=["evaluation", "training", "attention"])
-    parser.add_argument("--tuners", nargs="+", choices=TUNERS["tiny"], help="default: all on tiny, some on the others")
-    parser.add_argument("--images", type=int, nargs="+", default=[192], help="a measurement, for all sizes or for each")
+    parser.add_argument("--tuners", nargs="+", choices=TUNERS["tiny"], help="default: all for tiny, else some")
+    parser.add_argument("--images", type=int, nargs="+", default=[192], help="images: one number, or one per size")
     parser.add_argument("--batch", type=int, default=64, help="at most half of the images")
-    parser.add_argument("--pairs", type=int, default=5, help="measurements of each, in turn")
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each side")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone, for both sides alike")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbone for both sides")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="small models and few images, to see that it works")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "bench")
+    parser.add_argument("--quick", action="store_true", help="small models and few images, to check the script")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.quick:
@@ -288,7 +262,7 @@ def main() -> None:
     stem = f"{stem}_quick" if arguments.quick else f"{stem}_{kind}"
 
     def keep(size: str, part: str, what: str, measured: Found) -> None:
-        """After every comparison: a run that is stopped has measured something all the same."""
+        """Write the results after every comparison, so that an interrupted run has some."""
         sides = [
             f"{k} {m['share']:.3f} ({m['lowest']:.3f} to {m['highest']:.3f})"
             for k, m in measured.items()

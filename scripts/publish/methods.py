@@ -1,0 +1,106 @@
+"""Write the tables of learners, tuners, rules and finalisers in README.md and docs/, as the code has them.
+
+A table stands between ``<!-- methods -->`` and ``<!-- /methods -->``. In place of ``methods`` there may be ``tuners``,
+``rules`` or ``finalisers``. What a table says are attributes of classes (``summary``, ``trains``, ``order_free`` …), so
+a new method needs no edit of a page. Run from the top folder of the checkout: ``python -m scripts.publish.methods``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from cil.learners import registry
+from cil.merging.base import Rule
+from cil.merging.configs import FINALISERS, RULES
+from cil.merging.finalisers import Finaliser
+from cil.tuning.configs import TunerSection
+from scripts import ROOT
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+OPENING = re.compile(r"^<!-- (methods|tuners|rules|finalisers) -->$", re.MULTILINE)
+MARK = re.compile(rf"({OPENING.pattern}\n)(.*?)(^<!-- /\2 -->$)", re.MULTILINE | re.DOTALL)
+NEEDS = {None: "", "fisher": "Fisher information", "grams": "Gram matrices"}
+
+
+def methods(page: Path) -> str:
+    """Built-in learners, each linked to its page."""
+    rows = []
+    for name in registry.BUILTIN:
+        link = os.path.relpath(ROOT / "docs" / "learners" / f"{name}.md", page.parent)
+        cls = registry.resolve(name)
+        rows.append([f"[`{name}`]({Path(link).as_posix()})", cls.summary, cls.trains])
+    return table(["learner", "what it does", "trains"], rows)
+
+
+def tuners(page: Path) -> str:
+    sections = {section.model_fields["name"].default: section for section in get_args(TunerSection)}
+    return table(["tuner", "what it trains"], [[f"`{name}`", each.summary] for name, each in sections.items()])
+
+
+def rules(page: Path) -> str:
+    rows = [
+        [f"`{name}`", described(rule), "no" if rule.order_free else "yes", rule.state_size, NEEDS[rule.needs]]
+        for name, rule in RULES.items()
+    ]
+    return table(["rule", "what it does", "order matters", "state", "needs"], rows)
+
+
+def finalisers(page: Path) -> str:
+    return table(["finaliser", "what it does"], [[f"`{name}`", described(each)] for name, each in FINALISERS.items()])
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "methods": methods,
+    "tuners": tuners,
+    "rules": rules,
+    "finalisers": finalisers,
+}
+
+
+def described(cls: type[Rule] | type[Finaliser]) -> str:
+    """A summary with its source."""
+    return f"{cls.summary} ({cls.paper})" if cls.paper else cls.summary
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    first, *others = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in (head, *rows)]
+    return first + "|" + "---|" * len(head) + "\n" + "".join(others)
+
+
+def render(text: str, page: Path) -> str:
+    """The text of a page with every table as the code has it.
+
+    Raises:
+        ValueError: A table that does not end.
+    """
+    found, marked = OPENING.findall(text), [match[2] for match in MARK.finditer(text)]
+    if found != marked:
+        raise ValueError(f"{page}: each of {', '.join(found)} needs a closing mark, <!-- /{found[0]} -->")
+    return MARK.sub(lambda match: match[1] + TABLES[match[2]](page) + match[4], text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (new := render(text, page)) != text:
+            stale.append(page)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'out of date' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Experiments that one configuration cannot describe."""
