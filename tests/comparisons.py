@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cil import results
-from cil.protocol import class_order
+from cil.stream.protocol import class_order
 
 TASKS, CLASSES, IMAGES = 3, 2, 100
 COSTS = {
@@ -29,7 +29,7 @@ COSTS = {
 def header(learner: str, order: Any = 1, seed: int = 0, **changes: Any) -> dict[str, Any]:
     """What a run says of itself; ``changes`` go over it, ``parameters`` into the learner's section."""
     entry = {"name": learner, "label": None, **changes.pop("parameters", {})}
-    stream = {"type": "class_incremental", "base": 0, "increment": CLASSES, **changes.pop("stream", {})}
+    stream = {"type": "class_incremental", "initial_classes": 0, "increment": CLASSES, **changes.pop("stream", {})}
     names = [str(c) for c in range(TASKS * CLASSES)]
     found = {
         "learner": learner,
@@ -47,7 +47,7 @@ def header(learner: str, order: Any = 1, seed: int = 0, **changes: Any) -> dict[
             "learners": [entry],
             "orders": [order],
             "seeds": [seed],
-            "batch_size": 128,
+            "inference_batch_size": 128,
             "precision": "fp32",
             "chosen_by": "default",
             "hardware": {"device": "cpu"},

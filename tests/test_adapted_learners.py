@@ -21,11 +21,11 @@ from cil.learners.ncm import NCMLearner
 from cil.learners.ranpac import RanPAC
 from cil.learners.slca import SLCA
 from cil.learners.slda import SLDA
-from cil.runner import require_fit, run_stages
+from cil.runner import require_supported, run_stages
 from cil.testing import Case
-from cil.testing.setting import SIZES, accelerator, backbone, context, pictures, probe_images, stream
+from cil.testing.setting import SIZES, accelerator, backbone, context, draw_images, probe_images, stream
 
-TRAIN = np.bincount(pictures("train")[1])
+TRAIN = np.bincount(draw_images("train")[1])
 QUICK = {"epochs": 2, "lr": 0.1}
 
 
@@ -276,7 +276,14 @@ def test_slca_backbone_learns_slower_by_the_factor():
     for factor in (0.01, 0.02):
         case = Case(
             SLCA,
-            {**SLOW, "epochs": 1, "backbone_lr": factor, "momentum": 0, "weight_decay": 0, "train_batch_size": 999},
+            {
+                **SLOW,
+                "epochs": 1,
+                "backbone_lr_factor": factor,
+                "momentum": 0,
+                "weight_decay": 0,
+                "train_batch_size": 999,
+            },
         )
         vit = backbone()
         learner = case.learner(vit)
@@ -314,8 +321,8 @@ def test_learners_that_need_new_classes_refuse_domains(cls):
     again = type(repeated.tasks[0])(1, (0, 1), (0, 1, 2, 3), repeated.tasks[0].names, repeated.tasks[0].train)
     repeated.tasks = (repeated.tasks[0], again, *repeated.tasks[1:])
     with pytest.raises(StreamError, match="tasks of new classes only"):
-        require_fit(cls, repeated)
-    require_fit(RanPAC, repeated)
+        require_supported(cls, repeated)
+    require_supported(RanPAC, repeated)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +358,7 @@ def test_a_misfit_is_named_before_any_learner_trains(tmp_path):
 @pytest.mark.parametrize("tuner", ["adapter", "ssf", "prefix", "bitfit", "lora", "dora", "ia3", "oft", "osf"])
 def test_every_kind_of_tuner_trains_in_mixed_precision(tuner):
     """Autocast in the forward pass, float32 weights and gradients; the first task is learned as in float32."""
-    from cil import hardware
+    from cil.utils import hardware
 
     vit = backbone()
     learner = APER(APER.Config(tuner=tuner, epochs=2, lr=0.1, train_batch_size=8), vit)

@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from avalanche.training import supervised
+from marks import slow_beyond
 from torch import nn
 
 from cil import metrics, results
-from cil.avalanche import as_strategy, stage, table
+from cil.avalanche import as_strategy, benchmark, configs, stage
 from cil.avalanche.codec import Codec
 from cil.backbone import load_backbone
 from cil.classifiers import LinearHead
@@ -29,12 +30,12 @@ from cil.data.sources import digits, rank_in_class
 from cil.data.transforms import Transforms
 from cil.errors import BackboneError, ConfigError, StreamError, TrainingError
 from cil.learners import registry
-from cil.protocol import ClassIncremental
-from cil.randomness import generator, isolated, seed_everything
 from cil.runner import run_stages
 from cil.stream import Stream
+from cil.stream.protocol import ClassIncremental
 from cil.testing import CHECKS, Case, parametrize_learner
 from cil.testing.setting import accelerator, backbone, context, stream
+from cil.utils.randomness import generator, isolated, seed_everything
 
 SMALL = {"epochs": 3, "train_batch_size": 8, "optimizer": "adamw", "lr": 1e-3}
 PLAIN = {"epochs": 2, "train_batch_size": 8, "optimizer": "sgd", "momentum": 0.0, "lr": 0.05}
@@ -58,7 +59,6 @@ OWN = [  # no plain script with a growing head runs these, see the tests further
 @parametrize_learner(
     [
         ("avalanche", {"strategy": "EWC", **SMALL}),
-        ("avalanche", {"strategy": "LwF", **SMALL}),
         ("avalanche_replay", {"strategy": {"name": "Replay", "mem_size": 10}, **SMALL}),
         ("l2_sp", {"epochs": 6, "lr": 1e-3, "train_batch_size": 8, "optimizer": "adamw", "loss": "local"}),
     ]
@@ -67,7 +67,19 @@ def test_common_checks(case, check):
     check(case)
 
 
-@pytest.mark.parametrize(("name", "strategy"), [STRATEGIES[4], *STRATEGIES[6:], *OWN])
+@pytest.mark.slow
+@parametrize_learner(
+    [
+        ("avalanche", {"strategy": "LwF", **SMALL}),
+    ]
+)
+def test_common_checks_of_variants(case, check):
+    check(case)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), slow_beyond([STRATEGIES[4], OWN[0]], [STRATEGIES[4], *STRATEGIES[6:], *OWN])
+)
 def test_every_strategy_goes_on_after_an_interruption_as_if_there_had_been_none(name, strategy):
     CHECKS["resume"](Case(registry.resolve(name), {"strategy": strategy, **SMALL, "epochs": 2}))
 
@@ -120,7 +132,7 @@ def plain_script(name, parameters, tasks, vit, seed=0):
         evaluator=None,
         **parameters,
     )
-    for experience in tasks.to_avalanche().train_stream:
+    for experience in benchmark(tasks).train_stream:
         drawn = generator(seed, experience.current_experience)
         LinearHead(vit.feature_dim).grow(len(experience.classes_in_this_experience), drawn)
         with isolated():
@@ -129,7 +141,11 @@ def plain_script(name, parameters, tasks, vit, seed=0):
     return model
 
 
-@pytest.mark.parametrize(("name", "strategy"), STRATEGIES, ids=lambda v: v if isinstance(v, str) else v["name"])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    slow_beyond(STRATEGIES[1::4], STRATEGIES),
+    ids=lambda v: v if isinstance(v, str) else v["name"],
+)
 @pytest.mark.filterwarnings("ignore")  # about Avalanche's own code
 def test_a_strategy_built_anew_for_every_task_is_the_one_that_lives_through_the_stream(name, strategy):
     """Same model, order and seeds: the same weights after all tasks, augmentation and memories included."""
@@ -167,8 +183,7 @@ def two_tasks(vit, strategy, tasks, between=lambda learner: None, name="avalanch
     learner = Case(registry.resolve(name), {"strategy": strategy, **PLAIN, **parameters}).learner(vit)
     logged = []
     for task in tasks.tasks[:2]:
-        ctx = context(task.index)
-        ctx._log = lambda key, value: logged.append((key, value))
+        ctx = context(task.index, log=lambda key, value: logged.append((key, value)))
         if task.index:
             between(learner)
             logged.clear()
@@ -335,7 +350,7 @@ def herded(features, count):
 
 
 def test_icarl_wants_new_classes(image_set):
-    from cil.protocol import DomainIncremental
+    from cil.stream.protocol import DomainIncremental
 
     sets = [image_set([0, 1, 0, 1]), image_set([0, 1, 0, 1])]
     for images in sets:
@@ -349,7 +364,7 @@ def test_icarl_wants_new_classes(image_set):
 
 @pytest.mark.filterwarnings("ignore")
 def test_synaptic_intelligence_is_naive_here_and_therefore_refused():
-    """If this fails, Avalanche has mended it: put it into the table."""
+    """If this fails, Avalanche has mended it: put it into the configs."""
     vit = backbone()
     theirs = dict(plain_script("SynapticIntelligence", {"si_lambda": 1e4}, stream(vit), vit).vit.named_parameters())
     for key, naive in naively_trained().items():
@@ -359,7 +374,7 @@ def test_synaptic_intelligence_is_naive_here_and_therefore_refused():
 def test_hyper_parameters_are_those_of_avalanches_constructors():
     everywhere = set(inspect.signature(supervised.Naive.__init__).parameters) | {"kwargs", "peval_mode"}
     ours = {"verbose", "buffer_transform", "feature_extractor", "classifier"}  # set here, not by the user
-    for section in (*table.FREE, *table.STORING):
+    for section in (*configs.FREE, *configs.STORING):
         name = section.model_fields["name"].default
         theirs = inspect.signature(getattr(supervised, name).__init__).parameters
         assert section.model_fields.keys() - {"name"} == theirs.keys() - everywhere - ours, name
@@ -367,7 +382,7 @@ def test_hyper_parameters_are_those_of_avalanches_constructors():
             if key != "name" and theirs[key].default is not inspect.Parameter.empty:
                 assert field.default == theirs[key].default, (name, key)
         assert name in stage.KEPT
-    for name in table.REFUSED:
+    for name in configs.REFUSED:
         assert hasattr(supervised, name)
 
 
@@ -380,10 +395,10 @@ def test_hyper_parameters_are_those_of_avalanches_constructors():
         ({"strategy": "LWF"}, "unknown 'LWF'.*did you mean 'LwF'"),
         ({"strategy": "Replay"}, "Replay: it keeps old images; use the learner avalanche_replay"),
         ({"strategy": "GEM"}, "GEM: it keeps augmented pixels"),
-        ({"strategy": "SynapticIntelligence"}, "finds that none has moved, and is Naive"),
-        ({"micro_batch_size": 2}, "takes a batch at once"),
+        ({"strategy": "SynapticIntelligence"}, "it finds no change and equals Naive"),
+        ({"micro_batch_size": 2}, "has no gradient accumulation"),
         ({"name": "avalanche_replay", "strategy": "EWC"}, "EWC: it keeps no images; use the learner avalanche"),
-        ({"name": "avalanche_replay", "strategy": "DER", "label_smoothing": 0.1}, "DER has a loss of its own"),
+        ({"name": "avalanche_replay", "strategy": "DER", "label_smoothing": 0.1}, "the loss of DER has no label"),
     ],
 )
 def test_wrong_configurations_are_named_in_one_line(entry, message):
@@ -460,9 +475,9 @@ def evaluator():
 @pytest.mark.parametrize(
     ("name", "parameters", "vit", "per_class"),
     [
-        ("ncm", {}, load_backbone, 6),
+        pytest.param("ncm", {}, load_backbone, 6, marks=pytest.mark.slow),
         ("finetune", {**SMALL, "epochs": 2}, backbone, 12),
-        ("joint", {**SMALL, "epochs": 2}, backbone, 12),
+        pytest.param("joint", {**SMALL, "epochs": 2}, backbone, 12, marks=pytest.mark.slow),
     ],
 )
 def test_avalanches_metrics_of_a_learner_in_its_script_are_our_matrix(name, parameters, vit, per_class):
@@ -471,7 +486,7 @@ def test_avalanches_metrics_of_a_learner_in_its_script_are_our_matrix(name, para
         Case(registry.resolve(name), parameters).learner(vit), on_digits(vit, per_class), accelerator=accelerator()
     )
     r, _, total = results.matrices(rows)
-    tasks = on_digits(vit, per_class).to_avalanche()
+    tasks = benchmark(on_digits(vit, per_class))
     strategy = as_strategy({"name": name, **parameters}, backbone=vit, evaluator=evaluator())
     seen = []
     for i, experience in enumerate(tasks.train_stream):
@@ -539,7 +554,7 @@ def test_labels_may_be_any_and_come_in_any_order():
 
 def test_before_any_training_nothing_is_right_and_periodic_evaluation_works():
     vit = backbone()
-    tasks = stream(vit).to_avalanche()
+    tasks = benchmark(stream(vit))
     strategy = as_strategy("ncm", backbone=vit, evaluator=evaluator(), eval_every=0)
     assert strategy.eval(tasks.test_stream)["Top1_Acc_Stream/eval_phase/test_stream"] == 0
     found = strategy.train(tasks.train_stream[0], eval_streams=[tasks.test_stream])
@@ -554,14 +569,14 @@ def test_a_strategy_in_a_script_repeats_itself_and_leaves_the_global_state_alone
         logged = []
         log = partial(_note, logged)
         strategy = as_strategy({"name": "finetune", **SMALL}, backbone=vit, evaluator=None, log=log)
-        for experience in list(stream(vit).to_avalanche().train_stream)[:2]:
+        for experience in list(benchmark(stream(vit)).train_stream)[:2]:
             strategy.train(experience, eval_streams=[])
         states.append(strategy.learner.state_dict())
         assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
         assert logged.count("loss") == 2 * SMALL["epochs"]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     other = as_strategy({"name": "finetune", **SMALL}, backbone=vit, evaluator=None, seed=1)
-    other.train(stream(vit).to_avalanche().train_stream[0], eval_streams=[])
+    other.train(benchmark(stream(vit)).train_stream[0], eval_streams=[])
     assert not torch.equal(other.learner.state_dict()["head.weight"], states[0]["head.weight"][:4])
 
 
@@ -574,7 +589,7 @@ def test_what_does_not_fit_a_script_is_refused():
     from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
 
     vit = backbone()
-    again = on_digits(vit, sizes=(10,)).to_avalanche().train_stream[0]
+    again = benchmark(on_digits(vit, sizes=(10,))).train_stream[0]
     slca = as_strategy({"name": "slca", **SMALL, "milestones": [2], "samples": 4}, backbone=vit, evaluator=None)
     slca.train(again, eval_streams=[])
     with pytest.raises(StreamError, match="slca is defined for tasks of new classes only; experience 1 shows label 0"):
@@ -582,10 +597,10 @@ def test_what_does_not_fit_a_script_is_refused():
     wrong = torch.utils.data.TensorDataset(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))
     wrong.targets = [0, 0]
     tasks = benchmark_from_datasets(train=[as_classification_dataset(wrong)])
-    with pytest.raises(StreamError, match=r"torch.float32 \[3, 8, 8\]; the backbone wants float \[3, 32, 32\]"):
+    with pytest.raises(StreamError, match=r"torch.float32 \[3, 8, 8\]; the backbone needs float \[3, 32, 32\]"):
         as_strategy("ncm", backbone=vit, evaluator=None).train(tasks.train_stream[0], eval_streams=[])
     bare = benchmark_from_datasets(train=[AvalancheDataset([wrong])])
-    with pytest.raises(StreamError, match="experience 0 has no images, or its data set no attribute targets"):
+    with pytest.raises(StreamError, match="experience 0 has no images, or its data set has no attribute targets"):
         as_strategy("ncm", backbone=vit, evaluator=None).train(bare.train_stream[0], eval_streams=[])
     with pytest.raises(ConfigError, match="unknown key metrik"):
         as_strategy({"name": "ncm", "metrik": 1}, backbone=vit)

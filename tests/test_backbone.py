@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from cil.backbone import EMBEDDED, Backbone, embedded_card, fingerprint, load_backbone, read_tensors
 from cil.config import BackboneConfig
 from cil.errors import BackboneError
-from cil.randomness import isolated
 from cil.tuning import Tuner, WeightTuner
+from cil.utils.randomness import isolated
 
 SMALL = {"depth": 2, "num_classes": 0}
 VARIANTS = {
@@ -61,7 +61,7 @@ def test_equals_timm_when_nothing_rides_along(variant):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("swin_tiny_patch4_window7_224", {}),
+        pytest.param("swin_tiny_patch4_window7_224", {}, marks=pytest.mark.slow),
         ("eva02_tiny_patch14_224", {"depth": 2}),
         ("resnet18", {}),
         ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock, "depth": 2}),

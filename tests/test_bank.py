@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cil.learners import aligning
+from cil.learners.bases import alignment
 from cil.learners.mos import MOS, contrast
 from cil.learners.tuna import TUNA, fused, overlap, upward
 from cil.merging import TIES
@@ -98,9 +98,9 @@ def test_every_image_passes_once_through_each_adapter_and_one_view_beside_them(c
 @pytest.mark.parametrize("cls", [TUNA, MOS])
 def test_alignment_draws_from_all_gaussians_older_means_nearer_to_zero(cls, shrink, monkeypatch):
     asked, recipes = [], []
-    original, fit = aligning.SampledFeatures, aligning.fit
-    monkeypatch.setattr(aligning, "SampledFeatures", lambda *a, **k: asked.append(a) or original(*a, **k))
-    monkeypatch.setattr(aligning, "fit", lambda *a, **k: recipes.append(a[3]) or fit(*a, **k))
+    original, fit = alignment.SampledFeatures, alignment.fit
+    monkeypatch.setattr(alignment, "SampledFeatures", lambda *a, **k: asked.append(a) or original(*a, **k))
+    monkeypatch.setattr(alignment, "fit", lambda *a, **k: recipes.append(a[3]) or fit(*a, **k))
     Case(cls, {**SMALL, "shrink_means": shrink}).run()
     assert len(asked) == 2, "the first task's rows were trained together"
     for current, (gaussians, samples, scales) in enumerate(asked, start=1):
@@ -130,8 +130,8 @@ def test_alignment_trains_all_rows_and_nothing_else(monkeypatch):
 @pytest.mark.parametrize("cls", [TUNA, MOS])
 def test_router_and_oracle_accuracy_by_hand(cls, tmp_path):
     from cil import results
-    from cil.evaluation import evaluate
     from cil.features import FeatureCache
+    from cil.runner.evaluation import evaluate
     from cil.testing.setting import accelerator
 
     done = Case(cls, {**SMALL, "epochs": 1}).run()
@@ -410,8 +410,8 @@ def test_prototypes_are_those_of_the_frozen_backbone():
 
 @pytest.mark.parametrize("cls", [TUNA, MOS])
 def test_it_runs_in_mixed_precision(cls):
-    from cil import hardware
     from cil.runner import run_stages
+    from cil.utils import hardware
 
     vit = backbone()
     learner = cls(cls.Config.model_validate({**SMALL, "lr": 0.01 if cls is TUNA else 0.05, "train_batch_size": 4}), vit)

@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from cil import training
-from cil.batches import TensorData
 from cil.classifiers import Mahalanobis
 from cil.config import Augmentation, TransformConfig
-from cil.data.images import ImageSet, _items
+from cil.data.images import ImageSet
 from cil.data.sources import from_arrays
 from cil.data.transforms import Transforms
 from cil.errors import TrainingError
 from cil.testing.setting import backbone, context
-from cil.training import Group, Recipe, fit
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from cil.training import ParamGroup, Recipe, fit, loop
+from cil.training.batches import TensorData
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Load a bench; its ``main`` is run with the arguments given."""
+    """Import a script; its ``main`` is run with the arguments given."""
     threads = torch.get_num_threads()
 
     def load(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        return module
+        return importlib.import_module(f"scripts.{name}")
 
     yield load
     torch.set_num_threads(threads)
@@ -49,7 +41,7 @@ def script(monkeypatch):
 
 def test_throughput(script, tmp_path):
     parts = ["--parts", "evaluation", "training", "attention", "--tuners", "adapter", "full"]
-    script("bench", "--quick", "--sizes", "small", *parts, "--out", tmp_path).main()
+    script("bench.throughput", "--quick", "--sizes", "small", *parts, "--out", tmp_path).main()
     found = json.loads((tmp_path / "throughput_quick.json").read_text(encoding="utf-8"))
     assert found["machine"]["threads"] == 1 and found["versions"]["torch"] in torch.__version__
     for size in found["sizes"].values():
@@ -66,27 +58,27 @@ def test_throughput(script, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(script, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        script("bench", "--device", "cuda", "--out", tmp_path).main()
-    assert ended.value.code == 2 and "torch sees no cuda here" in capsys.readouterr().err
+        script("bench.throughput", "--device", "cuda", "--out", tmp_path).main()
+    assert ended.value.code == 2 and "torch finds no cuda device here" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_every_tuner_is_benched(script):
-    from cil.tuning import table
+    from cil.tuning import configs
 
-    names = {section.model_fields["name"].default for section in table.TunerSection.__args__}
-    assert set(script("bench").TUNERS["tiny"]) == names
+    names = {section.model_fields["name"].default for section in configs.TunerSection.__args__}
+    assert set(script("bench.throughput").TUNERS["tiny"]) == names
 
 
 def test_growth(script, tmp_path, monkeypatch):
-    bench = script("bench_growth", "--quick", "--out", tmp_path)
+    bench = script("bench.growth", "--quick", "--out", tmp_path)
 
     def here(arguments, what, *numbers):
         if what == "ridge":
             return bench.ridge(arguments.width, *numbers)
         return bench.grow(what, *numbers, arguments.classes, arguments.width)
 
-    monkeypatch.setattr(bench, "apart", here)  # processes of their own take seconds each to start
+    monkeypatch.setattr(bench, "in_own_process", here)  # every process takes seconds to start
     bench.main()
     found = json.loads((tmp_path / "growth_quick.json").read_text(encoding="utf-8"))
     assert found["heads"].keys() == found["last_over_first"].keys() == found["by_nature"].keys() == set(bench.HEADS)
@@ -104,13 +96,13 @@ def test_growth(script, tmp_path, monkeypatch):
 def test_flatness_by_hand(script):
     rows = [{"classes": 2, "learn": 9.0, "solve": 9.0}]
     rows += [{"classes": 2 + 2 * t, "learn": float(t), "solve": 1.0} for t in range(1, 10)]
-    assert script("bench_growth").flatness(rows) == {"learn": 8.5 / 1.5, "learn_and_solve": 9.5 / 2.5}
+    assert script("bench.growth").flatness(rows) == {"learn": 8.5 / 1.5, "learn_and_solve": 9.5 / 2.5}
 
 
 def test_a_long_stream(script, tmp_path, picture_folder):
     root = picture_folder(train=4, test=2)
     size = ["--classes", 1, "--per-class", 3, "--tested", 1, "--projection", 16]
-    script("bench_long", "--train", root / "train", "--test", root / "val", *size, "--out", tmp_path).main()
+    script("bench.long", "--train", root / "train", "--test", root / "val", *size, "--out", tmp_path).main()
     found = json.loads((tmp_path / "long.json").read_text(encoding="utf-8"))
     for run in found["learners"].values():
         assert run["tasks"] == 3 == len(run["seconds_learn"]) == len(run["peak_memory_bytes"])
@@ -132,10 +124,10 @@ def many(count, **options):
 @pytest.mark.parametrize("augment", [True, False])
 def test_processes_that_feed_a_gpu_give_what_one_process_gives(augment):
     images, count = many(600), 600
-    items = _items(np.arange(count), np.arange(count) + 7 if augment else None)
+    items = [(i, i + 7 if augment else None) for i in range(count)]
     parts = [items[start : start + 64] for start in range(0, count, 64)]
     before = torch.get_rng_state()
-    for here, ahead in zip(images._load(parts, gpu=False), images._load(parts, gpu=True), strict=True):
+    for here, ahead in zip(images.load(parts, gpu=False), images.load(parts, gpu=True), strict=True):
         assert torch.equal(here, ahead)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -163,23 +155,22 @@ def problem():
 def test_losses_read_later_are_the_same(problem, every, monkeypatch):
     def trained():
         logged, weight = [], nn.Parameter(torch.zeros(2, 5))
-        ctx = context()
-        ctx._log = lambda name, value: logged.append((name, value))
+        ctx = context(log=lambda name, value: logged.append((name, value)))
 
         def loss(inputs, labels):
             logits = inputs @ weight.T
             return nn.functional.cross_entropy(logits, labels), logits
 
-        fit(loss, [Group([weight])], TensorData(*problem), Recipe(epochs=2, train_batch_size=16, lr=0.5), ctx)
+        fit(loss, [ParamGroup([weight])], TensorData(*problem), Recipe(epochs=2, train_batch_size=16, lr=0.5), ctx)
         return weight.detach(), [entry for entry in logged if entry[0] != "images_per_second"]
 
     weight, logged = trained()
-    monkeypatch.setattr(training, "asked_every", lambda device: every)
+    monkeypatch.setattr(loop, "sync_interval", lambda device: every)
     assert torch.equal(weight, trained()[0]) and logged == trained()[1]
 
 
 def test_a_loss_that_is_not_finite_is_found_later_too_and_named_as_it_first_was(problem, monkeypatch):
-    monkeypatch.setattr(training, "asked_every", lambda device: 3)
+    monkeypatch.setattr(loop, "sync_interval", lambda device: 3)
     weight, values = nn.Parameter(torch.zeros(2, 5)), iter([1.0, float("inf"), float("nan"), 1.0, 1.0])
 
     def loss(inputs, labels):
@@ -187,7 +178,7 @@ def test_a_loss_that_is_not_finite_is_found_later_too_and_named_as_it_first_was(
         return logits.sum() * 0 + next(values), logits
 
     with pytest.raises(TrainingError, match="the training loss is inf"):
-        fit(loss, [Group([weight])], TensorData(*problem), Recipe(train_batch_size=16), context())
+        fit(loss, [ParamGroup([weight])], TensorData(*problem), Recipe(train_batch_size=16), context())
     assert next(values) == 1.0  # asked after the third step, not at the epoch's end
 
 
@@ -232,7 +223,7 @@ def test_stage_costs_by_hand(script, tmp_path, capsys):
         folder = tmp_path / name / "order1993-seed0"
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(run), encoding="utf-8")
-    bench = script("stage_costs", tmp_path)
+    bench = script("publish.stage_costs", tmp_path)
     assert bench.logged(run, "condition_number") == [1e4] * 20
     bench.main()
     head, _, *rows = capsys.readouterr().out.strip().splitlines()

@@ -15,9 +15,9 @@ import pytest
 from comparisons import falling, header, rows
 from test_cli import cil  # noqa: F401 - a fixture
 
-from cil.board import log_folder
 from cil.errors import RunError
-from cil.tracking import Tracker
+from cil.report.tensorboard import log_folder
+from cil.runner.tensorboard import Tracker
 
 
 def track(folder):

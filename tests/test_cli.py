@@ -51,6 +51,7 @@ import sys
 from typer.testing import CliRunner
 from cil.cli import app
 assert "check-learner" in CliRunner().invoke(app, ["--help"]).output
+assert "learners, tuners, rules" in CliRunner().invoke(app, ["list", "--help"]).output
 print([name for name in ("torch", "timm", "avalanche", "peft", "numpy") if name in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -111,6 +112,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(cil, tmp_path, mistake):
         (["compare", "nowhere"], "nowhere: no such folder"),
         (["predict", "nowhere", "a.png"], "no metrics.json there"),
         (["list", "learner"], "did you mean 'learners'"),
+        (["list", "learners", "nmc"], "no name matches 'nmc'; nearest: ncm"),
+        (["list", "datasets", "CFAR100"], "no name matches 'CFAR100'; nearest: torch/cifar100"),
+        (["list", "backbones", "xyz*"], "no name matches 'xyz*'; `cil list backbones` lists them"),
         (["check-learner", "nowhere.py:Mine"], "no such file nowhere.py"),
     ],
 )
@@ -160,13 +164,36 @@ def test_predict_gives_what_the_evaluator_counted(tmp_path):
     assert [v for _, v in ranked] == sorted((v for _, v in ranked), reverse=True)
 
 
-def test_lists(cil, tmp_path):
-    assert all(name in cil("list", "learners").stdout for name in ("ncm", "finetune", "linear_probe", "joint"))
+LISTED = {
+    ("learners", ""): ["ncm", "linear_probe", "finetune", "joint", "aper", "merge_oracle"],
+    ("learners", "merge"): ["merge", "merge_lca", "merge_oracle"],
+    ("learners", "MERGE_*"): ["merge_lca", "merge_oracle"],
+    ("tuners", "vpt"): ["vpt_shallow", "vpt_deep"],
+    ("rules", "*ties"): ["ties", "continual_ties", "dare_ties"],
+    ("rules", "lin"): ["lines"],
+    ("datasets", "cifar"): ["torch/cifar10", "torch/cifar100"],
+    ("backbones", "tinyimagenet"): ["vit_tiny_patch8_64.tinyimagenet100"],
+    ("backbones", "ResNet50.a1_in1k*"): ["resnet50.a1_in1k"],
+    ("configs", "quick*"): ["quickstart"],
+}
+
+
+@pytest.mark.parametrize(("kind", "pattern"), LISTED)
+def test_a_list_holds_the_names_that_match(cil, kind, pattern):
+    found = cil("list", kind, *([pattern] if pattern else []))
+    assert found.returncode == 0, found.stderr
+    names = [line.split()[0] for line in found.stdout.splitlines()[1:] if not line.startswith(" ")]
+    assert names == LISTED[kind, pattern] or (not pattern and set(names) > set(LISTED[kind, pattern]))
+
+
+def test_lists_say_what_a_name_is(cil):
+    assert "kept" in cil("list", "learners", "joint").stdout
+    assert "one adapter per task" in cil("list", "learners", "ease").stdout
     listed = cil("list", "tuners").stdout
     assert all(name in listed for name in ("adapter", "vpt_deep", "prefix", "osf")) and "bottleneck: 64" in listed
-    assert "torch/cifar100" in cil("list", "datasets").stdout
-    assert "vit_base_patch16_224.augreg_in21k" in cil("list", "backbones", "vit_base_patch16_224*").stdout
-    assert "quickstart" in cil("list", "configs").stdout
+    assert "cil[hf]" in cil("list", "datasets").stdout
+    backbones = cil("list", "backbones").stdout
+    assert "vit_base_patch16_224.augreg_in21k" in backbones and "resnet" not in backbones
 
 
 MINE = '''

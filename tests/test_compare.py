@@ -17,8 +17,9 @@ from comparisons import falling, write
 from rich.console import Console
 from test_cli import cil  # noqa: F401 - a fixture
 
-from cil import figures, report
+from cil import report
 from cil.errors import RunError
+from cil.report import figures
 
 
 def row_of(compared, title):
@@ -53,7 +54,7 @@ def test_nothing_heavy_is_imported():
 
 
 def test_a_cell_is_mean_and_sample_deviation(bench):
-    [compared] = report.load([bench])
+    [compared] = report.compare_runs([bench])
     counts = [last(falling(n)) for n in (70, 61, 64)]
     assert report.NAMED["accuracy_last"].cell(row_of(compared, "good")) == (
         f"{np.mean(counts):.1f} ± {np.std(counts, ddof=1):.1f}"
@@ -69,7 +70,7 @@ def test_a_cell_is_mean_and_sample_deviation(bench):
 
 
 def test_differences_pair_identical_orders_and_seeds_only(bench):
-    [compared] = report.load([bench], baseline="base")
+    [compared] = report.compare_runs([bench], baseline="base")
     # `good` and `base` share (1, 0) and (3, 0); (2, 0) and (3, 1) have no partner
     by_hand = [(last(falling(a)) - last(falling(b))) for a, b in ((70, 50), (64, 47))]
     cell = report.NAMED["difference"].cell
@@ -78,7 +79,7 @@ def test_differences_pair_identical_orders_and_seeds_only(bench):
     )
     assert cell(row_of(compared, "kept"), compared.baseline) == "+20.0 (1)"
     assert cell(row_of(compared, "base"), compared.baseline) == "baseline"
-    [other] = report.load([bench], baseline="kept")
+    [other] = report.compare_runs([bench], baseline="kept")
     assert cell(row_of(other, "base"), other.baseline) == "-20.0 (1)"
 
 
@@ -86,7 +87,7 @@ def test_an_order_is_what_it_is_not_what_it_is_called(tmp_path):
     write(tmp_path, "a", falling(60), order="natural")
     write(tmp_path, "b", falling(50), order=[0, 1, 2, 3, 4, 5])
     write(tmp_path, "c", falling(50), order=7)
-    [compared] = report.load([tmp_path], baseline="a")
+    [compared] = report.compare_runs([tmp_path], baseline="a")
     assert report.paired(row_of(compared, "b"), compared.baseline) == pytest.approx([-20 / 300])
     assert report.paired(row_of(compared, "c"), compared.baseline) == []
     assert report.NAMED["difference"].cell(row_of(compared, "c"), compared.baseline) == "–"
@@ -96,18 +97,18 @@ def test_where_nothing_can_be_subtracted_that_is_said(tmp_path):
     write(tmp_path / "a", "one", falling(60))
     write(tmp_path / "a", "two", falling(50), order=2)
     write(tmp_path / "b", "three", falling(50), tested_on="validation")
-    first, second = report.load([tmp_path], baseline="one")
+    first, second = report.compare_runs([tmp_path], baseline="one")
     assert "no differences: no other finished run shares a class order and seed with one" in shown(first, None)
-    assert "no differences: no run of one is here" in shown(second, None)
+    assert "no differences: there is no run of one" in shown(second, None)
     assert "Δ" not in shown(first, None) + shown(second, None)
 
 
 def test_the_baseline_is_the_best_that_keeps_no_images_unless_one_says(bench):
-    assert [row.title for row in report.load([bench])[0].rows] == ["kept", "good", "base"]
-    assert report.load([bench])[0].baseline.title == "good"
-    none = report.load([bench], baseline="none")[0]
+    assert [row.title for row in report.compare_runs([bench])[0].rows] == ["kept", "good", "base"]
+    assert report.compare_runs([bench])[0].baseline.title == "good"
+    none = report.compare_runs([bench], baseline="none")[0]
     assert none.baseline is None and "Δ" not in report.markdown(none)
-    [filtered] = report.load([bench], report.Filters(learner=["good"]), baseline="base")
+    [filtered] = report.compare_runs([bench], report.Filters(learner=["good"]), baseline="base")
     assert [row.title for row in filtered.rows] == ["good"] and "(2)" in report.markdown(filtered)
 
 
@@ -116,14 +117,14 @@ def test_unfinished_runs_are_not_ranked(tmp_path):
     write(tmp_path, "done", falling(80, stages=1), order=2)
     write(tmp_path, "begun", falling(80, stages=2))
     write(tmp_path, "begun", falling(80, stages=1), order=2)
-    [compared] = report.load([tmp_path])
+    [compared] = report.compare_runs([tmp_path])
     assert [row.title for row in compared.rows] == ["done", "begun"]  # though 85 % after two stages is more
     done, begun = compared.rows
     assert report.NAMED["accuracy_last"].cell(done) == f"{last(falling(50)):.1f}"
     assert done.note() == "1 unfinished left out"
     assert begun.note() == "not ranked: stage 2 of 3, 1 unfinished left out"
     assert report.paired(begun, done) == []
-    assert [row.title for row in report.load([tmp_path], report.Filters(complete=True))[0].rows] == ["done"]
+    assert [row.title for row in report.compare_runs([tmp_path], report.Filters(complete=True))[0].rows] == ["done"]
     assert [line["stages"] for line in csv.DictReader(io.StringIO(report.as_csv(compared)))] == ["3", "1", "2", "1"]
 
 
@@ -131,9 +132,9 @@ def test_settings_of_one_learner_are_rows_of_their_own(tmp_path):
     for place, lr, count in (("a", 0.1, 60), ("b", 0.01, 70)):
         write(tmp_path / place, "l", falling(count), parameters={"lr": lr, "epochs": 1})
     write(tmp_path / "c", "l", falling(65), order=2, parameters={"lr": 0.1, "epochs": 1})
-    [compared] = report.load([tmp_path])
+    [compared] = report.compare_runs([tmp_path])
     assert [(row.title, len(row.runs)) for row in compared.rows] == [("l (lr=0.01)", 1), ("l (lr=0.1)", 2)]
-    assert [row.title for row in report.load([tmp_path], report.Filters(learner=["l (lr=0.1)"]))[0].rows] == [
+    assert [row.title for row in report.compare_runs([tmp_path], report.Filters(learner=["l (lr=0.1)"]))[0].rows] == [
         "l (lr=0.1)"
     ]
 
@@ -142,7 +143,7 @@ def test_the_same_run_twice_is_told_by_its_folder_and_never_counted_twice(tmp_pa
     for place, count in (("before", 60), ("after", 70)):
         write(tmp_path / place, "l", falling(count))
     monkeypatch.chdir(tmp_path)
-    [compared] = report.load([Path("before"), Path("after"), tmp_path / "before"])
+    [compared] = report.compare_runs([Path("before"), Path("after"), tmp_path / "before"])
     assert [(row.title, len(row.runs)) for row in compared.rows] == [("l (after/bench)", 1), ("l (before/bench)", 1)]
 
 
@@ -150,14 +151,14 @@ def test_different_protocols_are_apart_and_say_why(tmp_path):
     write(tmp_path / "a", "l", falling(60))
     write(tmp_path / "b", "l", falling(70), stream={"validation": 0.1})
     write(tmp_path / "c", "l", falling(80), backbone={"name": "vit", "sha256": "12" * 32, "feature_dim": 8})
-    compared = report.load([tmp_path])
+    compared = report.compare_runs([tmp_path])
     assert [one.number for one in compared] == [1, 2, 3]
     assert [one.differs["backbone"] for one in compared] == ["vit (abababab)", "vit (abababab)", "vit (12121212)"]
     assert [one.differs["stream.validation"] for one in compared] == ["–", "0.1", "–"]
-    [one] = report.load([tmp_path], report.Filters(protocol=2))
+    [one] = report.compare_runs([tmp_path], report.Filters(protocol=2))
     assert one.number == 2 and np.mean(one.rows[0].values("accuracy_last")) == pytest.approx(last(falling(70)) / 100)
     with pytest.raises(
-        RunError, match=r"f.pdf: runs of 3 protocols .* differ in backbone, stream.validation; pick one"
+        RunError, match=r"f.pdf: runs of 3 protocols .* differ in backbone, stream.validation; select one"
     ):
         report.only(compared, "--figure f.pdf")
 
@@ -177,8 +178,8 @@ def test_different_protocols_are_apart_and_say_why(tmp_path):
             "--baseline bas: no such row (did you mean 'base'?); there are: base, good, kept, none",
         ),
         (["--protocol", "2"], "--protocol 2: no such protocol; allowed: 1 to 1"),
-        (["--export", "t.xlsx"], "--export t.xlsx: the suffix says what to write; allowed: .csv, .md, .tex"),
-        (["--figure", "f.eps"], "--figure f.eps: the suffix says what to write; allowed: .pdf, .svg, .png"),
+        (["--export", "t.xlsx"], "--export t.xlsx: the suffix selects the format; allowed: .csv, .md, .tex"),
+        (["--figure", "f.eps"], "--figure f.eps: the suffix selects the format; allowed: .pdf, .svg, .png"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(cil, bench, arguments, message):  # noqa: F811
@@ -195,7 +196,7 @@ def test_mixed_protocols_have_tables_but_no_common_file(cil, tmp_path):  # noqa:
     found = cil("compare", tmp_path, "--figure", tmp_path / "f.pdf", "--export", tmp_path / "t.csv")
     assert found.returncode == 2 and len(found.stderr.strip().splitlines()) == 1
     assert (
-        "t.csv: runs of 2 protocols are not ranked together, they differ in tested on; pick one with --protocol"
+        "t.csv: runs of 2 protocols are not ranked together, they differ in tested on; select one with --protocol"
         in found.stderr
     )
     assert found.stdout.count("not to be ranked with the others: tested on = ") == 2
@@ -225,11 +226,11 @@ def shown(compared, width, columns=report.COLUMNS):
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 150, None])
 def test_a_narrow_terminal_has_fewer_columns_and_says_so(bench, width):
-    [compared] = report.load([bench])
+    [compared] = report.compare_runs([bench])
     text = shown(compared, width)
     assert "…\n" not in text and max(map(len, text.splitlines())) <= (width or 500)
     head = next(line for line in text.splitlines() if line.startswith("learner"))
-    left = re.findall(r"\w+", text.partition("left out at")[2])
+    left = re.findall(r"\w+", text.partition("omitted at")[2])
     for column in report.COLUMNS:
         title = column.title(compared.baseline)
         assert (title in head) == (column.name not in left), title
@@ -241,18 +242,23 @@ def test_a_narrow_terminal_has_fewer_columns_and_says_so(bench, width):
 def test_a_long_title_wraps_and_brackets_are_no_markup(tmp_path):
     for lr in ("[bold]", "x" * 40):
         write(tmp_path / lr, "l", falling(60), parameters={"lr": lr})
-    text = shown(report.load([tmp_path])[0], 60)
+    text = shown(report.compare_runs([tmp_path])[0], 60)
     assert "l (lr=[bold])" in text and text.count("66.7") == 0 and text.count("70.0") == 2
     assert "x" * 20 in text and "x" * 40 not in text
 
 
 def test_columns_are_those_asked_for(bench):
-    [compared] = report.load([bench])
-    head = shown(compared, None, report.chosen(["forgetting_clipped, seconds", "accuracy_last"])).splitlines()[1]
+    [compared] = report.compare_runs([bench])
+    head = shown(compared, None, report.select_columns(["forgetting_clipped, seconds", "accuracy_last"])).splitlines()[
+        1
+    ]
     assert head.split("  ") and re.split(r"\s{2,}", head.strip()) == [
         "learner", "runs", "forgetting ≥ 0", "seconds", "A_last %", "note"
     ]  # fmt: skip
-    assert report.chosen([], report.NAMED["seconds"])[:2] == (report.NAMED["seconds"], report.NAMED["accuracy_last"])
+    assert report.select_columns([], report.NAMED["seconds"])[:2] == (
+        report.NAMED["seconds"],
+        report.NAMED["accuracy_last"],
+    )
 
 
 def test_numbers_an_older_version_did_not_write_are_unknown(tmp_path):
@@ -261,13 +267,13 @@ def test_numbers_an_older_version_did_not_write_are_unknown(tmp_path):
     run = json.loads(file.read_text())
     del run["summary"]["passes_per_test_image"]
     file.write_text(json.dumps(run))
-    [compared] = report.load([tmp_path])
+    [compared] = report.compare_runs([tmp_path])
     assert report.NAMED["passes_per_test_image"].cell(compared.rows[0]) == "–"
     assert report.page([compared])
 
 
 def test_csv_has_every_run_unrounded(bench):
-    [compared] = report.load([bench], baseline="base")
+    [compared] = report.compare_runs([bench], baseline="base")
     found = list(csv.DictReader(io.StringIO(report.as_csv(compared))))
     assert len(found) == 7
     runs = {run["folder"]: run for row in compared.rows for run in row.runs}
@@ -287,8 +293,8 @@ def test_markdown_and_latex_are_the_ranked_table(tmp_path):
     write(tmp_path, "a|b_50%", falling(60))
     write(tmp_path, "a|b_50%", falling(62), order=2)
     write(tmp_path, "~{x}^&#$\\<", falling(50), chosen_by="first_task")
-    [compared] = report.load([tmp_path])
-    columns = report.chosen(["accuracy_last,difference,backward_transfer"])
+    [compared] = report.compare_runs([tmp_path])
+    columns = report.select_columns(["accuracy_last,difference,backward_transfer"])
     lines = report.markdown(compared, columns).splitlines()
     assert (
         lines[0] == "| learner | runs | A_last % | Δ a\\|b_50% | BWT | note |"
@@ -317,14 +323,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RunError, match=r"t.md: cannot be written: No space left"):
+    with pytest.raises(RunError, match=r"t.md: cannot write: the disk is full"):
         report.write(target, "new")
     monkeypatch.undo()
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
 def test_a_paper_figure_has_its_fonts_and_every_name(bench, tmp_path):
-    [compared] = report.load([bench])
+    [compared] = report.compare_runs([bench])
     report.write_figure(compared, tmp_path / "f.pdf")
     pdf = (tmp_path / "f.pdf").read_bytes()
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, embedded

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from comparisons import falling, write
 
-from cil import figures, report
-from cil.report import webpage
+from cil import report
+from cil.report import figures, webpage
 
 ASSETS = Path(webpage.__file__).parent / "assets"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -69,7 +69,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(bench):
-    return report.page(report.load([bench]))
+    return report.page(report.compare_runs([bench]))
 
 
 def data_of(text):
@@ -78,7 +78,7 @@ def data_of(text):
 
 def test_the_data_are_the_runs(bench, text):
     [section] = data_of(text)
-    [compared] = report.load([bench])
+    [compared] = report.compare_runs([bench])
     assert [row["title"] for row in section["rows"]] == [row.title for row in compared.rows]
     thrice = next(row for row in section["rows"] if row["title"] == "thrice")
     runs = next(row for row in compared.rows if row.title == "thrice").runs
@@ -96,7 +96,7 @@ def test_the_data_are_the_runs(bench, text):
 
 
 def test_the_table_needs_no_script(bench, text):
-    [compared] = report.load([bench])
+    [compared] = report.compare_runs([bench])
     found = Reader(text).cells
     expected = report.cells(compared, compared.shown(report.COLUMNS))
     assert found[: sum(map(len, expected))] == [cell for row in expected for cell in row]
@@ -147,7 +147,7 @@ def test_assets_are_in_the_package():
 def test_several_protocols_are_sections_with_data_of_their_own(tmp_path):
     write(tmp_path / "a", "first", falling(60))
     write(tmp_path / "b", "second", falling(70), tested_on="validation")
-    text = report.page(report.load([tmp_path]))
+    text = report.page(report.compare_runs([tmp_path]))
     assert [[row["title"] for row in one["rows"]] for one in data_of(text)] == [["first"], ["second"]]
     assert text.count("<section") == 2 and text.count("Not to be ranked with the others: tested on") == 2
 
@@ -185,7 +185,7 @@ def in_chromium(text, place, width=1280, dark=False):
 
 def test_a_browser_draws_and_answers(bench, text, tmp_path):
     found = in_chromium(text, tmp_path)
-    [compared] = report.load([bench])
+    [compared] = report.compare_runs([bench])
     titles = [row.title for row in compared.rows]
     assert found["errors"] == [] and found["title"] != "broken"
     assert found["width"][0] <= found["width"][1]  # nothing sticks out to the right

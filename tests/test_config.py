@@ -7,16 +7,17 @@ import doctest
 import pytest
 import yaml
 
-import cil.configfile
+import cil.config.reading
 from cil.config import Config
-from cil.configfile import find, load, override, shipped
+from cil.config.reading import find, load_config, override, shipped
+from cil.config.renamed import current_keys
 from cil.errors import ConfigError, PluginError
 from cil.learners import registry
-from cil.plan import dump, plans
+from cil.runner.plan import dump, plans
 
 
 def test_doctests():
-    assert doctest.testmod(cil.configfile).failed == 0
+    assert doctest.testmod(cil.config.reading).failed == 0
 
 
 def write(tmp_path, text, name="c.yaml"):
@@ -48,13 +49,51 @@ def write(tmp_path, text, name="c.yaml"):
 )
 def test_mistakes_are_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
-        load(write(tmp_path, text))
+        load_config(write(tmp_path, text))
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
-        load(write(tmp_path, "learner: ncm\nstream: {incremnt: 2, base: -1}\nseeds: []"))
+        load_config(write(tmp_path, "learner: ncm\nstream: {incremnt: 2, initial_classes: -1}\nseeds: []"))
     assert len(str(error.value).splitlines()) == 3
+
+
+RENAMED = {
+    "batch_size=64": "the key batch_size is now called inference_batch_size",
+    "stream.base=4": "the key stream.base is now called stream.initial_classes",
+    "learners.slca.backbone_lr=0.1": "learner slca: the key backbone_lr is now called backbone_lr_factor",
+    "learners.mos.head_lr=2": "learner mos: the key head_lr is now called head_lr_factor",
+    "learners.merge.sigma=2": "learner merge: the key sigma is now called head_scale",
+    "learners.ssiat.sigma=2": "learner ssiat: the key sigma is now called drift_bandwidth",
+    "learners.rsiat.projector_lr=2": "learner rsiat: the key projector_lr is now called projector_lr_factor",
+}
+
+
+@pytest.mark.parametrize("assignment", RENAMED)
+def test_a_renamed_key_is_an_error_that_names_the_new_one(tmp_path, assignment):
+    learners = "[slca, mos, merge, ssiat, rsiat]"
+    with pytest.raises(ConfigError) as error:
+        file = write(tmp_path, f"learners: {learners}\nstream: {{increment: 2}}")
+        list(plans(load_config(file, [assignment])))
+    assert str(error.value).removeprefix("config: ") == RENAMED[assignment]
+
+
+def test_a_renamed_base_names_its_new_key(tmp_path):
+    with pytest.raises(ConfigError, match=r"c\.yaml: the key base is now called extends; write extends: below\.yaml"):
+        load_config(write(tmp_path, "base: below.yaml"))
+
+
+def test_a_stored_configuration_is_read_with_todays_keys(tmp_path):
+    """What was stored before the keys were renamed validates, and with the same values."""
+    old = {
+        "learners": [{"name": "merge", "head_lr": 3.0, "sigma": 2.0}],
+        "stream": {"base": 4, "increment": 2},
+        "batch_size": 64,
+    }
+    [plan] = plans(Config.model_validate(current_keys(old)))
+    assert plan.config.stream.initial_classes == 4 and plan.config.inference_batch_size == 64
+    assert (plan.parameters.head_lr_factor, plan.parameters.head_scale) == (3.0, 2.0)
+    assert current_keys(current_keys(old)) == current_keys(old)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +109,7 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
     ],
 )
 def test_wrong_learners_are_named_before_anything_runs(tmp_path, entry, kind, message):
-    config = load(write(tmp_path, f"learners: [{entry}]\nstream: {{increment: 2}}"))
+    config = load_config(write(tmp_path, f"learners: [{entry}]\nstream: {{increment: 2}}"))
     with pytest.raises(kind, match=message):
         list(plans(config))
 
@@ -133,25 +172,25 @@ def test_wrong_overrides_are_named(assignment, message):
         override({"name": "x", "learners": ["ncm", "finetune"], "stream": {}}, [assignment])
 
 
-def test_base_is_one_level(tmp_path):
-    write(tmp_path, "learner: ncm\nstream: {increment: 2, base: 4}\nseeds: [1]", "below.yaml")
-    config = load(write(tmp_path, "base: below.yaml\nstream: {increment: 5}\nlearners: [joint]"))
-    assert config.stream.increment == 5 and config.stream.base == 4 and config.seeds == [1]
+def test_extends_is_one_level(tmp_path):
+    write(tmp_path, "learner: ncm\nstream: {increment: 2, initial_classes: 4}\nseeds: [1]", "below.yaml")
+    config = load_config(write(tmp_path, "extends: below.yaml\nstream: {increment: 5}\nlearners: [joint]"))
+    assert config.stream.increment == 5 and config.stream.initial_classes == 4 and config.seeds == [1]
     assert [e.name for e in config.learners] == ["joint"] and config.name == "c"
-    write(tmp_path, "base: below.yaml", "middle.yaml")
+    write(tmp_path, "extends: below.yaml", "middle.yaml")
     with pytest.raises(ConfigError, match="one level"):
-        load(write(tmp_path, "base: middle.yaml"))
+        load_config(write(tmp_path, "extends: middle.yaml"))
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
-        load(write(tmp_path, "base: none.yaml"))
+        load_config(write(tmp_path, "extends: none.yaml"))
 
 
 def test_scientific_notation_is_a_number(tmp_path):
-    config = load(write(tmp_path, "learner: {name: finetune, lr: 1e-3}"))
+    config = load_config(write(tmp_path, "learner: {name: finetune, lr: 1e-3}"))
     assert next(plans(config)).parameters.lr == 0.001
 
 
 def test_resolved_config_runs_again_to_the_same(tmp_path):
-    config = load(
+    config = load_config(
         write(
             tmp_path,
             "learners: [ncm, {name: finetune, label: slow, lr: 0.001}]\norders: [1993, natural]\nseeds: [0, 1]",
@@ -162,12 +201,12 @@ def test_resolved_config_runs_again_to_the_same(tmp_path):
     assert str(todo[0].place) == "c/ncm/order1993-seed0" and str(todo[-1].place) == "c/slow/ordernatural-seed1"
     for plan in todo:
         text = yaml.safe_dump(dump(plan.config))
-        again = load(write(tmp_path, text, "again.yaml"))
+        again = load_config(write(tmp_path, text, "again.yaml"))
         assert dump(next(plans(again)).config) == dump(plan.config)
 
 
 def test_learners_may_have_orders_of_their_own(tmp_path):
-    config = load(write(tmp_path, "learners: [ncm, {name: joint, orders: [1], seeds: [5]}]\norders: [1, 2, 3]"))
+    config = load_config(write(tmp_path, "learners: [ncm, {name: joint, orders: [1], seeds: [5]}]\norders: [1, 2, 3]"))
     assert [p.place.as_posix() for p in plans(config)] == [
         "c/ncm/order1-seed0", "c/ncm/order2-seed0", "c/ncm/order3-seed0", "c/joint/order1-seed5",
     ]  # fmt: skip
@@ -175,24 +214,24 @@ def test_learners_may_have_orders_of_their_own(tmp_path):
 
 def test_learners_may_say_how_their_own_settings_were_chosen(tmp_path):
     text = "learners: [ncm, {name: joint, chosen_by: paper}, {name: slda, chosen_by: default}]\nchosen_by: first_task"
-    found = list(plans(load(write(tmp_path, text))))
+    found = list(plans(load_config(write(tmp_path, text))))
     assert [plan.config.chosen_by for plan in found] == ["first_task", "paper", "default"]
     assert all("chosen_by" not in dump(plan.config)["learners"][0] for plan in found)  # said once
 
 
 def test_explicit_orders_have_a_folder_of_their_own(tmp_path):
-    config = load(write(tmp_path, "learner: ncm\norders: [[2, 0, 1], [0, 1, 2]]"))
+    config = load_config(write(tmp_path, "learner: ncm\norders: [[2, 0, 1], [0, 1, 2]]"))
     names = [p.place.name for p in plans(config)]
     assert len(set(names)) == 2 and all(n.startswith("orderlist") for n in names)
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_configs_are_valid(name):
-    config = load(name)
+    config = load_config(name)
     assert isinstance(config, Config) and list(plans(config))
     assert find(f"configs/{name}.yaml").samefile(find(name))
 
 
 def test_unknown_config_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
-        load("quickstrat")
+        load_config("quickstrat")

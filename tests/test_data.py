@@ -17,7 +17,7 @@ from cil.data import sources
 from cil.data.images import ImageSet, LoadedSplit, read_image
 from cil.data.transforms import Transforms
 from cil.errors import ConfigError, DataError
-from cil.randomness import generator, isolated
+from cil.utils.randomness import generator, isolated
 
 HARDWARE = HardwareConfig(workers=2)
 STREAMING = HardwareConfig(workers=2, memory_gib=0)

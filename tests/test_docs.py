@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from marks import slow_beyond
 from PIL import Image
 from safetensors.torch import save_file
 from typer.main import get_command
@@ -39,7 +40,6 @@ PROGRAMS = ("cil", "python", "accelerate", "tensorboard", ".venv/bin/cil", ".ven
 REPLACED = {
     r"^\.venv/bin/": "",
     r"^git clone ADDRESS ": f"git clone --quiet --depth 1 file://{ROOT} ",
-    r"^python scripts/": f"python {ROOT}/scripts/",
     r"results/reference/(<name>|split_\S+)": "results/reference/quickstart",
     r"^tensorboard ": "tensorboard --inspect ",  # a server that ends by itself
 }
@@ -51,7 +51,8 @@ SHORTENED = {
     r"^cil run quickstart$": "'orders=[1993]'",
     r"^cil run quickstart .*\branpac\b": "learners.ranpac.projection=64",
     r"^cil run my_benchmark.yaml": "learners.ranpac.projection=64 'orders=[1993]'",
-    r"^cil run my\.yaml": f"{FEW_DIGITS} {EMBEDDED} 'seeds=[0]' learners.finetune.epochs=1 learners.joint.epochs=1",
+    r"^cil run my\.yaml": f"{FEW_DIGITS} {EMBEDDED} 'orders=[1993]' 'seeds=[0]' "
+    "learners.finetune.epochs=1 learners.joint.epochs=1",
     r"^cil run cifar100/ranpac_b0_inc10": f"{FEW_DIGITS} {EMBEDDED} 'learners=[{{name: ranpac, projection: 64}}]'",
     r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64 learners.loranpac.projection=64",
@@ -66,21 +67,24 @@ SHORTENED = {
     r"^cil run (cifar10|digits)/chosen": "'learners=[{name: slda, label: slda_chosen, shrinkage: 0.01}]'",
     r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",
     r"^cil sweep ": "data.per_class=3 backbone.weights=random 'backbone.options={depth: 1}'",
-    r"^python \S*/bench_l2p.py": "--rounds 1 --per-class 2",
-    r"^python \S*/bench.py": "--quick --sizes tiny --images 4 --tuners adapter --out bench",
-    r"^python \S*/bench_growth.py": "--quick --heads ncm --out bench",
-    r"^python \S*/bench_long.py": "--train pictures/train --test pictures/val --classes 1 --projection 16 --out bench",
-    r"^python \S*/bench_merge.py": "--small --tasks 2 --repeats 1 --out bench",
-    r"^python \S*/reproduce.py": "--streams quickstart --render",
-    r"^python \S*/study_backbones.py": f"{FEW_DIGITS} --variants --per-class 3 --projection 9 --work w --out b.json",
-    r"^python \S*/ablate_merging.py": f"{FEW_DIGITS} learners.merge.epochs=1 --orders 1993 --rules average opcm",
+    r"^python -m \S+bench\.l2p": "--rounds 1 --per-class 2",
+    r"^python -m \S+bench\.throughput": "--quick --sizes tiny --images 4 --tuners adapter --out bench",
+    r"^python -m \S+bench\.growth": "--quick --heads ncm --out bench",
+    r"^python -m \S+bench\.long": "--train pictures/train --test pictures/val --classes 1 --projection 16 --out bench",
+    r"^python -m \S+bench\.merge": "--small --tasks 2 --repeats 1 --out bench",
+    r"^python -m \S+\.reproduce": "--streams quickstart --render",
+    r"^python -m \S+\.study_backbones": f"{FEW_DIGITS} --variants --per-class 3 --projection 9 --work w --out b.json",
+    r"^python -m \S+\.ablate_merging": f"{FEW_DIGITS} learners.merge.epochs=1 --orders 1993 --rules average opcm",
 }
 """Pattern → arguments that are added; every pattern that matches counts."""
 
 ELSEWHERE = {
     r"^python3 -m venv \.venv$": (".ci/run", "python3 -m venv"),
     r"^(\.venv/bin/)?pip install": (".ci/run", ".venv/bin/pip install"),
-    r"^(\.venv/bin/)?python -m pytest -q -n 2 --dist loadfile$": (".ci/run", "README.md holds no test line"),
+    r"^(\.venv/bin/)?python -m pytest -q -n 2 --dist loadfile -m 'not slow'$": (
+        ".ci/run",
+        "README.md holds no test line",
+    ),
     r"^\. \.venv/bin/activate$": (".ci/run", ".venv/bin/cil"),
     r"^(\.venv/bin/)?cil tensorboard ": ("tests/test_board.py", "def test_it_serves_and_stops"),
     r"^cil prepare-data ": ("tests/test_prepare.py", 'app, ["prepare-data"'),
@@ -226,9 +230,9 @@ def run(command: str, monkeypatch) -> None:
             main()
         assert not ended.value.code, command
     elif program == "python":
-        monkeypatch.setattr(sys, "argv", arguments)
-        monkeypatch.syspath_prepend(str(Path(arguments[0]).parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+        assert arguments[0] == "-m", command
+        monkeypatch.setattr(sys, "argv", arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         start = [sys.executable, "-m", "tensorboard.main"] if program == "tensorboard" else [program]
         subprocess.run([*start, *arguments], check=True, timeout=300)
@@ -238,8 +242,9 @@ def with_commands() -> list[Path]:
     return [page for page in PAGES if any(command.page == page and executed(command.text) for command in EVERY)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", with_commands(), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", slow_beyond([ROOT / "README.md"], with_commands()), ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_every_command_runs(page, place, monkeypatch):
     for _, title, _ in blocks(page):
         if title:  # what this page makes is not there before it does
@@ -266,10 +271,10 @@ def test_the_lists_of_exceptions_are_not_stale():
 def test_commands_are_found_where_they_stand():
     """The collector itself: blocks, chains, comments, inline code over two lines, and names that are no commands."""
     pages = {page: [command.text for command in EVERY if command.page == page] for page in PAGES}
-    readme = pages[ROOT / "README.md"]
-    assert ".venv/bin/cil run quickstart" in readme and "cil run cifar100/ranpac_b0_inc10" in readme
-    assert "cil predict results/quickstart/ncm/order1993-seed0 photo.png" in readme
-    assert "cil run" not in readme and "cil merge" not in readme
+    readme, benchmark = pages[ROOT / "README.md"], pages[ROOT / "docs" / "benchmark.md"]
+    assert ".venv/bin/cil run quickstart" in readme and "cil run cifar100/ranpac_b0_inc10" in benchmark
+    assert "cil predict results/quickstart/ncm/order1993-seed0 photo.png" in benchmark
+    assert "cil run" not in benchmark and "cil sweep" not in benchmark
     assert any("orders=[1993, natural]" in text for text in pages[ROOT / "results" / "README.md"])
     assert len(EVERY) > 40
 
@@ -283,7 +288,11 @@ def test_names_of_commands_exist():
                     assert name in known, f"{page.name}: cil {name}"
 
 
-PYTHON = [page for page in PAGES if page.parent == ROOT / "docs" and any(b[:2] == ("python", "") for b in blocks(page))]
+PYTHON = [
+    page
+    for page in PAGES
+    if page.parent in (ROOT, ROOT / "docs") and any(b[:2] == ("python", "") for b in blocks(page))
+]
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)

@@ -17,20 +17,21 @@ from safetensors.torch import load_file, save_file
 from test_runner import settings
 
 from cil import build_rule, build_tuner, learners
-from cil.configfile import validated
+from cil.config import Section
+from cil.config.plugins import load_object
+from cil.config.reading import validated
 from cil.data.images import load_images
 from cil.errors import CilError, ConfigError, PluginError
 from cil.features import FeatureCache
 from cil.learner import Context
 from cil.learners import registry
-from cil.plan import dump, plans
-from cil.plugins import load
-from cil.protocol import ClassIncremental
 from cil.runner import run, run_stages
+from cil.runner.plan import dump, plans
 from cil.stream import Stream
+from cil.stream.protocol import ClassIncremental
 from cil.testing import parametrize_learner
 from cil.testing.setting import Case, accelerator
-from cil.tuning.table import _Choice
+from cil.tuning.configs import TunerConfig
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -103,7 +104,7 @@ def test_the_classifier_is_gaussian_naive_bayes():
     rng = np.random.RandomState(1)
     labels = np.arange(80) % 4
     features = rng.normal(size=(80, 6)) * (1 + labels[:, None]) + labels[:, None]
-    ours = load(f"{EXAMPLES}/my_classifier.py:NaiveBayes", "classifier")(6, smoothing=1e-2)
+    ours = load_object(f"{EXAMPLES}/my_classifier.py:NaiveBayes", "classifier")(6, smoothing=1e-2)
     for part in (slice(0, 30), slice(30, 80)):
         ours.partial_fit(features[part], labels[part])
     theirs = GaussianNB(priors=[0.25] * 4, var_smoothing=1e-2).fit(features, labels)
@@ -135,7 +136,7 @@ def test_the_rule_by_hand():
 
 
 def test_the_dataset_has_its_classes_in_both_splits():
-    make = load(DATASET, "dataset")
+    make = load_object(DATASET, "dataset")
     train, test = make("train", per_class=3), make("test", per_class=3)
     assert train.class_names == test.class_names and len(train) == 24
     assert train.fingerprint == make("train", per_class=3).fingerprint != test.fingerprint
@@ -168,7 +169,7 @@ def test_all_of_them_in_one_benchmark_and_again_from_its_resolved_configuration(
 
 
 def test_a_rule_of_ones_own_on_checkpoints_goes_on_from_its_state(tmp_path, monkeypatch):
-    from cil.merging.stream import merge_files
+    from cil.merging.on_disk import merge_files
 
     base = {"w": torch.zeros(3, 3)}
     tasks = [{"w": torch.randn(3, 3, generator=torch.Generator().manual_seed(t))} for t in range(2)]
@@ -271,7 +272,7 @@ def test_mistakes_are_one_line_each_and_name_the_key(file, tuner, message):
 @pytest.mark.parametrize(
     ("data", "kind", "message"),
     [
-        ({"dataset": "{file}:nothing"}, PluginError, "gave list for train; it must give an ImageSource"),
+        ({"dataset": "{file}:nothing"}, PluginError, "returned list for train; it must return an ImageSource"),
         ({"dataset": "{file}:nothin"}, PluginError, "dataset '{file}:nothin': .* has no 'nothin' .did you mean"),
         (
             {"dataset": "{file}:takes_nothing"},
@@ -297,18 +298,22 @@ def test_further_arguments_reach_a_class_that_takes_any(file, backbone):
 def test_a_file_is_run_once_and_anew_when_it_changed(tmp_path):
     (tmp_path / "json.py").write_text("from beside import VALUE\nclass Mine: value = VALUE\n")
     (tmp_path / "beside.py").write_text("VALUE = 1\n")
-    first = load(f"{tmp_path}/json.py:Mine", "learner")
-    assert first is load(f"{tmp_path}/json.py:Mine", "learner") and first.value == 1
+    first = load_object(f"{tmp_path}/json.py:Mine", "learner")
+    assert first is load_object(f"{tmp_path}/json.py:Mine", "learner") and first.value == 1
     import json
 
     assert json.loads("[1]") == [1] and sys.modules["json"] is json  # the file's name takes nobody's place
     (tmp_path / "json.py").write_text("class Mine: value = 'changed'\n")
-    assert load(f"{tmp_path}/json.py:Mine", "learner").value == "changed"
+    assert load_object(f"{tmp_path}/json.py:Mine", "learner").value == "changed"
+
+
+class Choice(Section):
+    tuner: TunerConfig
 
 
 def test_a_choice_survives_a_round_trip(file):
-    choice = validated(_Choice, {"tuner": {"class": f"{file}:Fits", "width": 5}})
-    assert validated(_Choice, choice.model_dump(mode="json")) == choice
+    choice = validated(Choice, {"tuner": {"class": f"{file}:Fits", "width": 5}})
+    assert validated(Choice, choice.model_dump(mode="json")) == choice
     assert choice.model_dump()["tuner"] == {"class": f"{file}:Fits", "width": 5, "kind": "a"}
 
 
@@ -317,7 +322,7 @@ def test_a_choice_survives_a_round_trip(file):
 
 def test_a_loop_of_ones_own_gives_what_the_runner_gives(backbone):
     def fresh():
-        sources = {split: load(DATASET, "dataset")(split, per_class=4, size=32) for split in ("train", "test")}
+        sources = {split: load_object(DATASET, "dataset")(split, per_class=4, size=32) for split in ("train", "test")}
         images = [load_images(source, split, backbone) for split, source in sources.items()]
         return Stream(*images, ClassIncremental(1993, increment=4))
 
@@ -350,7 +355,7 @@ except AttributeError as error:
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert found.stdout == "module 'cil' has no attribute 'nonsense'\n"
+    assert found.stdout == "No cil attribute nonsense\n"
 
 
 def test_a_learner_that_cannot_be_built_says_why(backbone):

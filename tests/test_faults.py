@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -11,16 +10,28 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import write
+from test_cli import cil, write  # noqa: F401 - a fixture
 from test_runner import stable
 
 from cil import results
-from cil.checkpoint import RunFolder
+from cil.runner.checkpoint import RunFolder
 
 LEARNERS = [{"name": "finetune", "epochs": 4, "train_batch_size": 128}]
 RUN = "order1993-seed0"
-LINK = "import os, signal, sys\nimport cil.checkpoint as c\nfrom cil.cli import main\n"
+LINK = "import os, signal, sys\nimport cil.runner.checkpoint as c\nfrom cil.cli import main\n"
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
+
+# Another process that holds a folder until its input ends.
+HOLD = """
+import sys
+from pathlib import Path
+from filelock import FileLock
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True)
+with FileLock(folder / "run.lock"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 # Where the process dies: patches that kill their own process, for real, in the second stage.
 MOMENTS = {
@@ -97,7 +108,7 @@ def uninterrupted(tmp_path_factory):
 
 def compare(place: Path, whole: Path):
     one, two = (p / "results" / "t" / "finetune" / RUN for p in (place, whole))
-    assert stable(results.load(one)) == stable(results.load(two))
+    assert stable(results.read_run(one)) == stable(results.read_run(two))
     for i in range(3):
         for name in ("learner.safetensors", "predictions.safetensors"):
             assert (one / f"stage-{i:02d}" / name).read_bytes() == (two / f"stage-{i:02d}" / name).read_bytes()
@@ -110,7 +121,7 @@ def test_killed_and_started_again_ends_the_same_to_the_bit(tmp_path, uninterrupt
     config = write(tmp_path / "c.yaml", learners=LEARNERS)
     code, _, err = finish(start(config, tmp_path, MOMENTS[moment]))
     assert code == -signal.SIGKILL, f"the process was to be killed {moment}, but ended with {code}: {err}"
-    assert not results.load(tmp_path / "results" / "t" / "finetune" / RUN)["complete"]
+    assert not results.read_run(tmp_path / "results" / "t" / "finetune" / RUN)["complete"]
     code, _, err = finish(start(config, tmp_path))
     assert code == 0, err
     compare(tmp_path, uninterrupted)
@@ -134,14 +145,17 @@ def test_killed_from_outside_again_and_again(tmp_path, uninterrupted):
     compare(tmp_path, uninterrupted)
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_a_folder_in_use_is_refused(cil, tmp_path):  # noqa: F811
     config = write(tmp_path / "c.yaml")
     folder = tmp_path / "results" / "t" / "ncm" / RUN
-    with RunFolder(folder).locked():
-        code, _, err = finish(start(config, tmp_path))
-    assert code == 2 and "another process is running in this folder" in err
-    code, _, err = finish(start(config, tmp_path))
-    assert code == 0, err
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    try:
+        holder.stdout.read(1)
+        ended = cil("run", config, cwd=tmp_path)
+    finally:
+        holder.communicate(b"enough")
+    assert ended.returncode == 2 and "another process is running in this folder" in ended.stderr
+    assert cil("run", config).returncode == 0
 
 
 def _small_files():
@@ -151,7 +165,7 @@ def _small_files():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
-def test_a_full_disk_leaves_earlier_stages_loadable(tmp_path):
+def test_a_full_disk_leaves_earlier_stages_loadable(cil, tmp_path, monkeypatch):  # noqa: F811
     """The first stages fit; a learner that grows past the limit does not."""
     (tmp_path / "grows.py").write_text(
         "import torch\nfrom cil.learners.ncm import NCMLearner\nclass Grows(NCMLearner):\n"
@@ -164,23 +178,18 @@ def test_a_full_disk_leaves_earlier_stages_loadable(tmp_path):
     assert code == 2 and "the disk is full. Finished stages are kept" in err, (code, out, err)
     assert len(err.strip().splitlines()) == 1
     assert RunFolder(folder).finished() == 2 and not list(folder.glob(".stage-*"))
-    found = results.load(folder)
+    found = results.read_run(folder)
     assert not found["complete"] and len(found["stages"]) == 2
     from cil.prediction import restore
     from cil.testing.setting import accelerator
 
-    here = Path.cwd()
-    os.chdir(tmp_path)
-    try:
-        assert restore(folder, accelerator())[0].seen == 8
-    finally:
-        os.chdir(here)
-    code, _, err = finish(start(config, tmp_path))
-    assert code == 0, err
+    monkeypatch.chdir(tmp_path)
+    assert restore(folder, accelerator())[0].seen == 8
+    assert cil("run", config).returncode == 0
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
-    config = write(tmp_path / "c.yaml", learners=[{**LEARNERS[0], "epochs": 30}])
+    config = write(tmp_path / "c.yaml", learners=[{**LEARNERS[0], "epochs": 10}])
     # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
     process = start(config, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = tmp_path / "results" / "t" / "finetune" / RUN
@@ -190,5 +199,5 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert code == 130, (code, err)
-    assert "same command to go on" in out and "Traceback" not in err
-    assert RunFolder(folder).finished() >= 1 and not results.load(folder)["complete"]
+    assert "same command to resume" in out and "Traceback" not in err
+    assert RunFolder(folder).finished() >= 1 and not results.read_run(folder)["complete"]

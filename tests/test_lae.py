@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from cil.errors import BackboneError
 from cil.learners import lae
 from cil.learners.lae import LAE
-from cil.randomness import isolated
 from cil.runner import run_stages
 from cil.stream import Task
 from cil.testing import Case, parametrize_learner
 from cil.testing.setting import SIZES, backbone, context, probe_images, stream
 from cil.tuning import build_tuner
+from cil.utils.randomness import isolated
 
 ADAPTER = {
     "name": "adapter",
@@ -40,12 +40,21 @@ LEARNS = {**QUICK, "epochs": 8}
 @parametrize_learner(
     [
         ("lae", {**LEARNS, "tuner": {**ADAPTER, "dropout": 0.2}}),
+    ]
+)
+def test_common_checks(case, check):
+    check(case)
+
+
+@pytest.mark.slow
+@parametrize_learner(
+    [
         ("lae", {**LEARNS, "tuner": LORA}),
         ("lae", {**LEARNS, "tuner": PREFIX, "predict": "offline"}),
         ("lae", {**LEARNS, "tuner": {"name": "lora", "rank": 2}, "predict": "online"}),
     ]
 )
-def test_common_checks(case, check):
+def test_common_checks_of_variants(case, check):
     check(case)
 
 
@@ -253,7 +262,7 @@ def test_a_backbone_with_fewer_blocks_is_told_so():
 
 
 def test_it_runs_in_mixed_precision():
-    from cil import hardware
+    from cil.utils import hardware
 
     vit = backbone()
     learner = LAE(LAE.Config.model_validate({**LEARNS, "train_batch_size": 4}), vit)

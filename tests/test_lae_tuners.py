@@ -10,13 +10,13 @@ import timm
 import torch
 
 from cil.backbone import Backbone
-from cil.configfile import load
+from cil.config.reading import load_config
 from cil.learners.lae import LAE
-from cil.plan import plans
-from cil.randomness import isolated
+from cil.runner.plan import plans
 from cil.tuning import Adapter, KeyValueLora, Prefix, build_tuner
+from cil.utils.randomness import isolated
 
-PUBLISHED = {plan.parameters.tuner.name: plan.parameters.tuner for plan in plans(load("cifar100/lae_b0_inc10"))}
+PUBLISHED = {plan.parameters.tuner.name: plan.parameters.tuner for plan in plans(load_config("cifar100/lae_b0_inc10"))}
 
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}

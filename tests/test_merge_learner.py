@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import slow_beyond
 from pydantic import ValidationError
 
 from cil.classifiers import LDA, CosineHead
 from cil.classifiers.drift import ridge_map, translation
 from cil.errors import BackboneError, ConfigError
+from cil.learners.bases.merged_space import Parameters, mergeable
 from cil.learners.merge import Merge
 from cil.learners.merge_lca import MergeLCA
 from cil.learners.merge_oracle import MergeOracle
-from cil.learners.mergeable import Parameters, mergeable
 from cil.testing import Case, parametrize_learner
 from cil.testing.setting import backbone, context, probe_images, stream
-from cil.training import Group, fit, local_cross_entropy
-from cil.tuning import GivenWeights, build_tuner
+from cil.training import ParamGroup, fit, local_cross_entropy
+from cil.tuning import ExternalWeights, build_tuner
 
 LORA = {"name": "lora", "rank": 4, "targets": ["qkv", "fc1"]}
 ADAPTER = {"name": "adapter", "bottleneck": 4}
@@ -26,16 +27,25 @@ QUICK = {"tuner": LORA, "epochs": 3, "lr": 0.01}
 
 @parametrize_learner(
     [
-        ("merge", QUICK),
         ("merge", {"tuner": "full", "rule": "regmean", "head": "ridge", "prototypes": "translate", "lr": 0.003}),
-        ("merge", {**QUICK, "rule": "ties", "head": "concat", "prototypes": "stale", "anchor": False}),
-        ("merge", {**QUICK, "tuner": ADAPTER, "rule": "ema", "start": "merged", "head": "ncm", "anchor": False}),
-        ("merge", {**QUICK, "trained": "first", "head": "ridge", "projection": 40, "prototypes": "stale"}),
         ("merge_lca", {**QUICK, "alignment_epochs": 2, "samples": 16, "prototypes": "linear"}),
         ("merge_oracle", {**QUICK, "rule": "average", "head": "ncm"}),
     ]
 )
 def test_common_checks(case, check):
+    check(case)
+
+
+@pytest.mark.slow
+@parametrize_learner(
+    [
+        ("merge", QUICK),
+        ("merge", {**QUICK, "rule": "ties", "head": "concat", "prototypes": "stale", "anchor": False}),
+        ("merge", {**QUICK, "tuner": ADAPTER, "rule": "ema", "start": "merged", "head": "ncm", "anchor": False}),
+        ("merge", {**QUICK, "trained": "first", "head": "ridge", "projection": 40, "prototypes": "stale"}),
+    ]
+)
+def test_common_checks_of_variants(case, check):
     check(case)
 
 
@@ -56,7 +66,11 @@ def merged_update(learner) -> dict[str, torch.Tensor]:
     return {k: v - start[k] for k, v in learner.rule.merged().items() if k in learner.vectors[0]}
 
 
-@pytest.mark.parametrize("tuner", [LORA, "full", "bitfit", {"name": "lora_kv", "rank": 2}, ADAPTER, "prefix"], ids=str)
+@pytest.mark.parametrize(
+    "tuner",
+    slow_beyond([LORA, "full", ADAPTER], [LORA, "full", "bitfit", {"name": "lora_kv", "rank": 2}, ADAPTER, "prefix"]),
+    ids=str,
+)
 def test_every_task_starts_from_the_same_point(tuner):
     """A task's update is the same whether other tasks were merged before or not."""
     learner = Case(Followed, {**QUICK, "tuner": tuner, "rule": "average"}).run().learner
@@ -78,7 +92,7 @@ def test_every_task_starts_from_the_same_point(tuner):
 def test_the_first_task_is_taken_as_it_is_and_seen_through():
     learner = Case(Followed, {**QUICK, "rule": "opcm"}).run(stop_after=1).learner
     frozen = dict(learner.backbone.model.named_parameters())
-    own = GivenWeights({k: frozen[k] + v for k, v in learner.vectors[0].items()})
+    own = ExternalWeights({k: frozen[k] + v for k, v in learner.vectors[0].items()})
     images = probe_images()
     with torch.no_grad():
         expected = torch.cat([learner.backbone(images), learner.backbone(images, own)], dim=1)
@@ -115,9 +129,9 @@ def test_old_classes_are_carried_by_the_map_the_current_images_give(prototypes, 
     pairs = []
 
     class Recorded(Merge):
-        def carry(self, before, after):
+        def correct_drift(self, before, after):
             pairs.append((before, after))
-            super().carry(before, after)
+            super().correct_drift(before, after)
 
     one, two = (Case(Recorded, {**QUICK, "prototypes": prototypes}).run(stop_after=n).learner for n in (1, 2))
     [(before, after)] = pairs
@@ -183,10 +197,10 @@ def by_hand(tuner: str | dict, tasks: int) -> torch.nn.Module:
         ctx = context(task.index)
         if task.index == 0:
             trained.reset(ctx.generator)
-        head = CosineHead(vit.feature_dim, config.sigma)
+        head = CosineHead(vit.feature_dim, config.head_scale)
         head.grow(len(task.classes), ctx.generator)
         loss = local_cross_entropy(lambda x, head=head: head(vit(x, trained)), config, task.classes[0])
-        groups = [Group(trained.parameters()), Group(head.parameters(), lr=config.head_lr)]
+        groups = [ParamGroup(trained.parameters()), ParamGroup(head.parameters(), lr_factor=config.head_lr_factor)]
         fit(loss, groups, task.train, config, ctx)
     return trained.eval()
 
@@ -197,16 +211,22 @@ def test_keeping_the_newest_and_going_on_from_it_is_sequential_training(tuner):
     trained, images = by_hand(tuner, 3), probe_images()
     with torch.no_grad():
         expected = learner.backbone(images, trained)
-        torch.testing.assert_close(learner.merged(images), expected, atol=1e-4, rtol=1e-3)
-        assert float((expected - seen_at_the_start(learner, images)).abs().max()) > 0.1  # it went somewhere
+        moved = float((expected - seen_at_the_start(learner, images)).abs().max())
+        off = float((learner.merged(images) - expected).abs().max())
+    assert moved > 0.1 and off < 0.01 * moved  # θ_0 + (θ − θ_0) rounds, and training enlarges that
 
 
 def seen_at_the_start(learner, images):
-    return learner.backbone(images, learner.models.given(learner.models.initial))
+    return learner.backbone(images, learner.models.tuner_at(learner.models.initial))
 
 
 @pytest.mark.parametrize(
-    "tuner", [LORA, {"name": "lora_kv", "rank": 2}, "ssf", "bitfit", ADAPTER, "prefix", "vpt_deep"], ids=str
+    "tuner",
+    slow_beyond(
+        [LORA, "ssf", ADAPTER, "prefix"],
+        [LORA, {"name": "lora_kv", "rank": 2}, "ssf", "bitfit", ADAPTER, "prefix", "vpt_deep"],
+    ),
+    ids=str,
 )
 def test_a_task_starts_where_merging_has_come_to(tuner):
     """What sees through θ^(t) sees what the trained tuner sees if nothing of it is averaged away."""
@@ -279,7 +299,7 @@ def test_rules_for_matrices_want_some(tuner, rule):
 
 @pytest.mark.parametrize("rule", ["fisher", "gram_merge"])
 def test_statistics_are_of_the_backbones_own_weights(rule):
-    with pytest.raises(ConfigError, match=r"adapter adds to the network, and .* needs statistics"):
+    with pytest.raises(ConfigError, match=r"adapter adds modules to the network, and .* needs statistics"):
         Merge(Merge.Config(tuner="adapter", rule=rule), backbone())
 
 
@@ -310,7 +330,7 @@ def test_lca_without_alignment_is_the_tasks_own_heads():
     own = Case(Merge, {**QUICK, "rule": rule, "head": "concat", "prototypes": "stale", "anchor": False}).run().learner
     images = probe_images()
     with torch.inference_mode():
-        sigma = bare.config.sigma  # a concatenated head has one of 1: the argmax is the same
+        sigma = bare.config.head_scale  # a concatenated head has one of 1: the argmax is the same
         torch.testing.assert_close(bare.logits(bare.features(images)), sigma * own.logits(own.features(images)))
 
 

@@ -16,8 +16,8 @@ from cil.backbone import Backbone
 from cil.errors import BackboneError, ConfigError, DataError
 from cil.merging import OPCM, Fisher, RegMean
 from cil.merging.statistics import Statistics, diagonal_fisher, input_grams
-from cil.randomness import isolated
 from cil.tuning.peft import PeftTuner
+from cil.utils.randomness import isolated
 
 TINY = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
@@ -154,7 +154,7 @@ def test_statistics_go_through_a_file(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match="holds no statistics"):
+    with pytest.raises(DataError, match="has no statistics"):
         Statistics.load(tmp_path / "model.safetensors")
     with pytest.raises(BackboneError, match="no such file"):
         Statistics.load(tmp_path / "none.safetensors")

@@ -37,12 +37,11 @@ from cil.merging import (
     build_rule,
     layout,
 )
-from cil.merging.numerics import kth_largest_magnitude
+from cil.merging.configs import RULES
+from cil.merging.numerics import kth_largest_magnitude, rank, thin_svd
 from cil.merging.opcm import project, split
-from cil.merging.spectral import rank, thin_svd
 from cil.merging.statistics import Statistics
-from cil.merging.table import RULES
-from cil.randomness import derived_seed, isolated
+from cil.utils.randomness import derived_seed, isolated
 
 D = 6
 SHAPES = {
@@ -619,7 +618,7 @@ def test_statistics_that_do_not_fit_are_refused_and_change_nothing():
     name = LINEAR[0]
     wrong = {
         "needs grams": (RegMean(), None),
-        "hold no Gram matrix of": (RegMean(), Statistics(grams={LINEAR[1]: stats[0].grams[LINEAR[1]]})),
+        "have no Gram matrix of": (RegMean(), Statistics(grams={LINEAR[1]: stats[0].grams[LINEAR[1]]})),
         "has shape": (RegMean(), Statistics(grams={**stats[0].grams, name: torch.eye(D + 1)})),
         "Gram matrix of .* NaN": (RegMean(), Statistics(grams={**stats[0].grams, name: torch.full((D, D), math.nan)})),
         "needs fisher": (Fisher(), Statistics(grams=stats[0].grams)),
@@ -1003,12 +1002,12 @@ def test_arguments_out_of_range(make):
 
 def test_merging_needs_neither_backbones_nor_learners():
     code = (
-        "import sys, cil.merging, cil.merging.stream, cil.merging.statistics\n"
+        "import sys, cil.merging, cil.merging.on_disk, cil.merging.statistics\n"
         "print(sorted({n.split('.')[1] for n in sys.modules if n.startswith('cil.')}))\n"
         "print([n for n in ('timm', 'peft', 'avalanche', 'accelerate') if n in sys.modules])\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines() == [
-        "['config', 'configfile', 'errors', 'files', 'linalg', 'merging', 'plugins', 'precision', 'randomness']",
+        "['config', 'errors', 'merging', 'utils']",
         "[]",
     ]

@@ -13,12 +13,11 @@ from PIL import Image
 from test_cli import cil  # noqa: F401 - a fixture
 from test_runner import settings
 
-from cil import prediction
 from cil.data.sources import digits
 from cil.errors import DataError, ExportError
 from cil.export import export
-from cil.prediction import find_images, open_run, predict
-from cil.predictions import written
+from cil.prediction import find_images, model, open_run, predict
+from cil.prediction.output import open_writer
 from cil.runner import run
 
 
@@ -93,9 +92,7 @@ def test_predictions_are_the_learners_whatever_the_batch(trained, pictures):
 
 def test_pictures_are_read_a_batch_at_a_time(trained, pictures, monkeypatch):
     read = []
-    monkeypatch.setattr(
-        prediction, "read_image", lambda path, t, real=prediction.read_image: read.append(path) or real(path, t)
-    )
+    monkeypatch.setattr(model, "read_image", lambda path, t, real=model.read_image: read.append(path) or real(path, t))
     paths = find_images([pictures])
     going = predict(open_run(trained), paths, batch_size=2)
     assert read == []
@@ -152,7 +149,7 @@ def test_predictions_as_a_file(suffix, cil, trained, pictures, tmp_path):  # noq
 def test_names_with_quotes_and_scores_without_end(tmp_path):
     rows = [(Path('a "b", c\n.png'), [("x, y", 0.5), ("ü", float("-inf"))])]
     for name in ("f.csv", "f.json", "f.jsonl"):
-        with written(tmp_path / name, 2) as add:
+        with open_writer(tmp_path / name, 2) as add:
             for row in rows:
                 add(*row)
     with (tmp_path / "f.csv").open(newline="", encoding="utf-8") as file:
@@ -163,7 +160,7 @@ def test_names_with_quotes_and_scores_without_end(tmp_path):
         "classes": [{"class": "x, y", "score": 0.5}, {"class": "ü", "score": None}],
     }
     assert [json.loads((tmp_path / "f.jsonl").read_text(encoding="utf-8"))] == [item]
-    with written(tmp_path / "none.json", 2):
+    with open_writer(tmp_path / "none.json", 2):
         pass
     assert json.loads((tmp_path / "none.json").read_text()) == []
 

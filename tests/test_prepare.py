@@ -19,7 +19,7 @@ import cil.data.prepare as prepare_module
 from cil import results, run
 from cil.cli import app
 from cil.config import DataConfig
-from cil.configfile import load
+from cil.config.reading import load_config
 from cil.data.opening import open_source
 from cil.data.prepare import known, prepare, split
 from cil.data.prepare.known import BENCHMARKS
@@ -98,7 +98,7 @@ def test_cifar_pixels_and_fine_labels_arrive_exactly(tmp_path, sizes):
     sizes("cifar100", 2, 6, 2)
     archive, pixels = cifar(tmp_path / "cifar-100-binary.tar.gz")
     said = command("cifar100", archive, tmp_path / "out")
-    assert "2 classes, 6 training and 2 test pictures; the download's own split" in said
+    assert "2 classes, 6 training and 2 test images; the download's own split" in said
     for part in ("train", "test"):
         source = open_source(DataConfig(dataset="folder", root=tmp_path / "out"), part)
         assert source.class_names == ("apple", "bee")
@@ -109,14 +109,14 @@ def test_cifar_pixels_and_fine_labels_arrive_exactly(tmp_path, sizes):
 
 def test_wrong_cifars_are_named(tmp_path):
     python = tar(tmp_path / "p.tar.gz", {f"cifar-100-python/{n}": b"x" for n in ("train", "test", "meta")}, "w:gz")
-    with pytest.raises(DataError, match=r"Python version, which is pickles; give cifar-100-binary\.tar\.gz"):
+    with pytest.raises(DataError, match=r"Python version, which is pickled; give cifar-100-binary\.tar\.gz"):
         command("cifar100", python, tmp_path / "a")
     archive, _ = cifar(tmp_path / "c.tar.gz")
-    with pytest.raises(DataError, match="2 classes, 6 training and 2 test pictures; the published split has 100"):
+    with pytest.raises(DataError, match="2 classes, 6 training and 2 test images; the published split has 100"):
         command("cifar100", archive, tmp_path / "b")
     assert json.loads(json.dumps(prepare("cifar100", archive, tmp_path / "b", allow_counts=True)))["train"] == 6
     cut = tar(tmp_path / "cut.tar", {"train.bin": b"x" * 5000, "test.bin": b"", "fine_label_names.txt": b"a\nb"})
-    with pytest.raises(DataError, match=r"train\.bin: 5000 bytes are not pictures of 3074 bytes"):
+    with pytest.raises(DataError, match=r"train\.bin: 5000 bytes are not images of 3074 bytes"):
         command("cifar100", cut, tmp_path / "c")
     bad, _ = cifar(tmp_path / "d.tar.gz", names=("apple",))
     with pytest.raises(DataError, match=r"label 1, but there are 1 names"):
@@ -143,13 +143,13 @@ def test_imagenet_r_is_drawn_at_the_published_sizes_and_runs(tmp_path, sizes):
     assert record["split"] == "seeded" and record["seed"] == 1993 and record["published_sizes"] is True
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]  # nothing unpacked is left
 
-    config = load(
+    config = load_config(
         "imagenet_r/ncm_b0_inc20",
         [f"data.root={out}", "stream.increment=2", "backbone={name: vit_tiny_patch8_64.tinyimagenet100}",
          "transform={resize: 64}", "hardware.workers=0", "name=tiny"],
     )  # fmt: skip
     (done,) = run(config, tmp_path / "results")
-    assert results.load(done)["complete"]
+    assert results.read_run(done)["complete"]
 
 
 def test_the_same_seed_draws_the_same_from_archive_and_folder(tmp_path, sizes):
@@ -206,7 +206,7 @@ def test_cub_has_the_published_sizes_or_its_official_split(tmp_path, sizes, monk
     assert official["split"] == "official" and official["published_sizes"] is False
     assert set(read(tmp_path / "official")["train"]) == {n for i, n in enumerate(names, 1) if i % 2}
     broken, _ = cub(tmp_path / "broken.tgz", ["Bird_2_3.jpg"])
-    with pytest.raises(DataError, match=r"Bird_2_3\.jpg is missing \(1 of 10 pictures\)"):
+    with pytest.raises(DataError, match=r"Bird_2_3\.jpg is missing \(1 of 10 images\)"):
         prepare("cub", broken, tmp_path / "x")
     without, _ = cub(tmp_path / "without.tgz", ["train_test_split.txt"])
     with pytest.raises(DataError, match=r"no folder with images\.txt, images, train_test_split\.txt"):
@@ -255,7 +255,7 @@ def test_lists_may_name_classes_and_test_pictures(tmp_path, sizes):
     with pytest.raises(DataError, match=r"no train/ and test/ there.*list of files is not published"):
         prepare("omnibenchmark", archive, tmp_path / "x")
     for text, message in (
-        ("nowhere.jpg\n", r"train\.txt: line 1: 'nowhere\.jpg' is no picture below"),
+        ("nowhere.jpg\n", r"train\.txt: line 1: 'nowhere\.jpg' is not an image below"),
         ("\n../secret.jpg 1\n", r"line 2: '\.\./secret\.jpg 1' leads outside"),
         ("omni/bird/bird.train/images/a b0.jpg\t../../up\n", r"'\.\./\.\./up' cannot be a class"),
         ("", "this list is empty"),
@@ -299,8 +299,8 @@ def test_an_encrypted_zip_says_what_to_do(tmp_path):
         (["imagenet_r", "none.tar", "out"], r"none\.tar: no such file or folder"),
         (["imagenet_r", "text.tar", "out"], "neither a tar nor a zip file"),
         (["imagenet_r", "cut.tar.gz", "out"], "damaged or incomplete"),
-        (["imagenet_r", "empty", "out"], "no class folders with pictures there"),
-        (["imagenet_r", "few", "out"], "fewer than two pictures"),
+        (["imagenet_r", "empty", "out"], "no class folders with images there"),
+        (["imagenet_r", "few", "out"], "fewer than two images"),
         (["imagenet_r", "few", "empty_not"], "not empty and without a split.json"),
         (["imagenet_r", "few", "out", "--split", "official"], "only cub has"),
         (["cifar100", "few", "out", "--split", "seeded"], "cifar100 comes with its split"),
@@ -350,7 +350,7 @@ def test_interrupted_and_repeated(tmp_path, sizes, monkeypatch):
     with pytest.raises(DataError, match=r"asked for .*; give another folder"):
         prepare("imagenet_r", archive, out, seed=5)
     next((out / "train").glob("*/*")).unlink()
-    with pytest.raises(DataError, match="7 training and 2 test pictures there, not the files that"):
+    with pytest.raises(DataError, match="7 training and 2 test images there, not the files that"):
         prepare("imagenet_r", archive, out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,14 +18,13 @@ import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def part(monkeypatch):
+def part():
     """Modules of scripts/pretraining by name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return lambda name: importlib.import_module(f"pretraining.{name}")
+    return lambda name: importlib.import_module(f"scripts.pretraining.{name}")
 
 
 def images(n: int, side: int = 64, seed: int = 0) -> torch.Tensor:
@@ -118,8 +118,11 @@ def script(tmp_path):
     torch.save({key: split for key in ("pre_train", "pre_val", "str_train", "str_val")}, tmp_path / "data.pt")
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, str(SCRIPTS / "pretrain_backbone.py"), *arguments, "--data", "data.pt"]
-        done = subprocess.run([*command, "--depth", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-m", "scripts.pretraining.pretrain_backbone", *arguments, "--data", "data.pt"]
+        found = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*command, "--depth", "1"], cwd=tmp_path, env=found, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -155,12 +158,12 @@ def test_probes_beside_numpy(part):
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(90) % 3
     x = torch.randn(90, 5, generator=generator) + 1.5 * torch.nn.functional.one_hot(y, 5)
-    scores = probes._ridge(x, y, 0.01)(x)
+    scores = probes.ridge(x, y, 0.01)(x)
     z = np.c_[(x - x.mean(0)) / (x.std(0) + 1e-6), np.ones(90)].astype(float)
     weights = np.linalg.solve(z.T @ z + 0.01 * 90 * np.eye(6), z.T @ np.eye(3)[y])
     assert scores.numpy() == pytest.approx(z @ weights, abs=1e-5)
     penalty = 0.001
-    own = probes._logistic(x, y, penalty)(x).softmax(1).detach()
+    own = probes.logistic(x, y, penalty)(x).softmax(1).detach()
     # cross-entropy + w ‖W‖² is sklearn's Σ cross-entropy · C + ‖W‖² / 2 at C = 1 / (2 w N)
     theirs = LogisticRegression(C=1 / (2 * penalty * 90), max_iter=1000, tol=1e-8).fit(z[:, :5], y)
     assert own.numpy() == pytest.approx(theirs.predict_proba(z[:, :5]), abs=0.01)

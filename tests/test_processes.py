@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_cli import cil  # noqa: F401 - a fixture
 
 NO_DROPOUT = {"tuner": {"name": "adapter", "dropout": 0, "bottleneck": 8}}
 """Each process draws its own dropout."""
@@ -68,16 +70,20 @@ def same_hits(learner: str, one: list[int], two: list[int]) -> bool:
     return np.abs(np.subtract(one, two)).max() <= (learner not in FROZEN)
 
 
-def launch(results: Path, processes: int, *more: str, learners=tuple(LEARNERS)) -> subprocess.CompletedProcess[str]:
+def command(results: Path, learners: Sequence[str]) -> list[str]:
     entries = [{**LEARNERS[label], "label": label} for label in learners]
-    command = ["run", "quickstart", "data.per_class=9", f"learners={json.dumps(entries)}", "orders=[1993]"]
-    command += ["stream.sizes=[2, 8]", "stream.increment=null", "batch_size=16", "hardware.device=cpu", *more]
+    changes = ["data.per_class=9", f"learners={json.dumps(entries)}", "orders=[1993]", "stream.sizes=[2, 8]"]
+    changes += ["stream.increment=null", "inference_batch_size=16", "hardware.device=cpu"]
+    return ["run", "quickstart", *changes, "--results", str(results)]
+
+
+def launch(results: Path, processes: int, *more: str, learners=tuple(LEARNERS)) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m"]  # accelerate launch --cpu would start one process, whatever the number asked for
     if processes > 1:
         start += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
         start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
     return subprocess.run(
-        [*start, "cil", *command, "--results", str(results)],
+        [*start, "cil", *command(results, learners), *more],
         capture_output=True,
         text=True,
         timeout=550,
@@ -105,9 +111,7 @@ def run_of(place: Path, learner: str) -> Path:
     return place / "quickstart" / learner / "order1993-seed0"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_two_processes_give_the_metrics_of_one(places, learner):
+def check_metrics(places: dict[int, Path], learner: str) -> None:
     one, two = (json.loads((run_of(places[n], learner) / "metrics.json").read_text()) for n in (1, 2))
     assert one["machine"]["processes"] == 1 and two["machine"]["processes"] == 2
     assert one["complete"] and two["complete"]
@@ -121,9 +125,7 @@ def test_two_processes_give_the_metrics_of_one(places, learner):
         np.testing.assert_allclose(*logged, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_two_processes_end_with_the_state_of_one(places, learner):
+def check_state(places: dict[int, Path], learner: str) -> None:
     for stage in ("stage-00", "stage-01"):
         one, two = (load_file(run_of(places[n], learner) / stage / "learner.safetensors") for n in (1, 2))
         assert one.keys() == two.keys()
@@ -132,6 +134,29 @@ def test_two_processes_end_with_the_state_of_one(places, learner):
                 assert torch.equal(one[key], two[key]), key
             else:
                 torch.testing.assert_close(one[key], two[key], rtol=2e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_two_processes_give_what_one_gives(cil, tmp_path):  # noqa: F811
+    """One learner that trains nothing and one that trains; the one process is this one."""
+    places, chosen = {1: tmp_path / "one", 2: tmp_path / "two"}, ("ncm", "aper")
+    assert cil(*command(places[1], chosen)).returncode == 0
+    done = launch(places[2], 2, learners=chosen)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for learner in chosen:
+        check_metrics(places, learner)
+        check_state(places, learner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_two_processes_give_the_metrics_of_one(places, learner):
+    check_metrics(places, learner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_two_processes_end_with_the_state_of_one(places, learner):
+    check_state(places, learner)
 
 
 @pytest.mark.slow

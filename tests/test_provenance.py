@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cil.provenance import checkout
+from cil.runner.provenance import checkout
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -18,9 +18,9 @@ def git(root: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "cil" / "learners").mkdir(parents=True)
-    (tmp_path / "results").mkdir()
-    for name in ("cil/runner.py", "cil/learners/ncm.py", "pyproject.toml", "results/README.md", ".gitignore"):
+    for folder in ("cil/learners", "cil/runner", "results"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("cil/runner/benchmark.py", "cil/learners/ncm.py", "pyproject.toml", "results/README.md", ".gitignore"):
         (tmp_path / name).write_text("__pycache__/\n")
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
@@ -42,7 +42,9 @@ def test_pages_and_figures_do_not_mark_a_run(root: Path, page: str) -> None:
     assert checkout(root) == git(root, "rev-parse", "HEAD")
 
 
-@pytest.mark.parametrize("source", ["cil/runner.py", "cil/learners/ncm.py", "cil/learners/mine.py", "pyproject.toml"])
+@pytest.mark.parametrize(
+    "source", ["cil/runner/benchmark.py", "cil/learners/ncm.py", "cil/learners/mine.py", "pyproject.toml"]
+)
 @pytest.mark.parametrize("staged", [False, True])
 def test_code_in_no_commit_marks_a_run(root: Path, source: str, staged: bool) -> None:
     (root / source).write_text("other")

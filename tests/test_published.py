@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from cil.config import Config
-from cil.configfile import load
-from cil.plan import plans
+from cil.config.reading import load_config
+from cil.runner.plan import plans
+from scripts.publish import published
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "scripts"))
-import published  # noqa: E402
 
 FILE = ROOT / "results" / "published.json"
 FOUND = published.read(FILE)
@@ -39,7 +37,7 @@ def test_every_row_is_of_its_configuration(configs):
             assert config.data.dataset == "torch/cifar100"
         else:
             assert config.data.dataset == "folder" and config.data.root == Path("data", FOLDERS.get(dataset, dataset))
-        assert config.stream.base == 0 and config.stream.increment == row["increment"], named(row)
+        assert config.stream.initial_classes == 0 and config.stream.increment == row["increment"], named(row)
         assert config.backbone.name == f"vit_base_patch16_224.{row['checkpoint']}", named(row)
         natural = dataset == "vtab" and row["method"] != "RSIAT"
         assert config.orders == (["natural"] if natural else [1993]), named(row)
@@ -90,6 +88,7 @@ def run_folder(tree: Path, config: Config, learner: str, name: str, complete=Tru
         "config": config.model_dump(mode="json"),
         "complete": complete,
         "stages": [{}],
+        "curves": {},
         "summary": {"accuracy_average": 0.9, "accuracy_last": 0.8, **summary},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -106,9 +105,9 @@ def test_ours_stands_beside_them_once_there_are_runs(tmp_path):
 
     assert "81.73 / 76.17<br>83.87 / 77.75 | EASE<br>E2 | not run here |" in line()
     assert "<code>cil run imagenet_r/ease_b0_inc20</code>: ease |" in line()
-    config = load("imagenet_r/ease_b0_inc20")
-    other = load("imagenet_r/ease_b0_inc20", ["backbone.name=vit_base_patch16_224.augreg_in21k_ft_in1k"])
-    natural, inc10 = (load("imagenet_r/ease_b0_inc20", [o]) for o in ("orders=[natural]", "stream.increment=10"))
+    config = load_config("imagenet_r/ease_b0_inc20")
+    other = load_config("imagenet_r/ease_b0_inc20", ["backbone.name=vit_base_patch16_224.augreg_in21k_ft_in1k"])
+    natural, inc10 = (load_config("imagenet_r/ease_b0_inc20", [o]) for o in ("orders=[natural]", "stream.increment=10"))
     for i, wrong in enumerate((other, natural, inc10)):
         run_folder(tmp_path, wrong, "ease", f"wrong{i}", accuracy_last=0.1)
     run_folder(tmp_path, config, "ease", "half", complete=False)

@@ -21,7 +21,7 @@ from cil.classifiers import NCM, Ridge
 from cil.classifiers.ridge import STRENGTHS
 from cil.config import BackboneConfig
 from cil.errors import BackboneError, ConfigError, DataError
-from cil.transferability import (
+from cil.selection.transferability import (
     agreement,
     effective_rank,
     fixed_point,
@@ -217,8 +217,8 @@ def test_pretrained_weights_rank_before_random_ones(cil, place):  # noqa: F811
 
 def test_the_score_that_ranks_can_be_chosen(cil, place, monkeypatch):  # noqa: F811
     """Scores that disagree; of equals the one given first comes first."""
-    from cil.sweep import backbones
-    from cil.transferability import Scores
+    from cil.selection import backbones
+    from cil.selection.transferability import Scores
 
     pretended = iter([Scores(0.5, 0.5, -1.0, 2.0, 1.0), Scores(0.6, 0.4, -1.0, 3.0, 1.0)] * 4)
     monkeypatch.setattr(backbones, "scores", lambda *_: next(pretended))
@@ -265,12 +265,12 @@ def test_no_test_image_and_no_later_image_is_opened(place, memory):
     data = {"dataset": "watched.py:load", "per_class": 6}
     file = config(place, data=data, hardware=hardware)
     rank_backbones(load_config(str(file)), [EMBEDDED, RANDOM])
+    from cil.config.plugins import load_object
     from cil.data.sources import digits
-    from cil.plugins import load as plugin
 
     labels = digits("train").labels
     order = np.random.RandomState(1993).permutation(10)
-    read = np.array(plugin("watched.py:load", "dataset").__globals__["read"])
+    read = np.array(load_object("watched.py:load", "dataset").__globals__["read"])
     assert set(labels[read]) == set(order[:4]) and len(set(read)) == 4 * 6
 
 

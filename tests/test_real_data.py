@@ -10,7 +10,7 @@ from timm.data import create_dataset, create_transform
 
 from cil import results
 from cil.backbone import embedded_card, load_backbone
-from cil.configfile import load
+from cil.config.reading import load_config
 from cil.runner import run
 
 PER_CLASS = 10
@@ -58,17 +58,16 @@ def test_ncm_is_ten_lines_of_numpy_for_any_order_and_split(real_data, reference,
             f"name=n{len(lasts)}",
         ]
         overrides += ["hardware.device=cpu", "stream.increment=null", f"stream.{split}"]
-        [folder] = run(load("split_tiny_imagenet100/ncm", overrides), tmp_path)
-        found = results.load(folder)
+        [folder] = run(load_config("split_tiny_imagenet100/ncm", overrides), tmp_path)
+        found = results.read_run(folder)
         assert found["summary"]["passes_per_train_image"] == found["summary"]["passes_per_test_image"] == 1.0
         lasts.append(found["summary"]["accuracy_last"])
     assert lasts == pytest.approx([reference] * 2, abs=2.5 / 5000)  # a near tie may fall the other way in float32
 
 
-@pytest.mark.slow
 def test_cifar10_tars_run(real_data, tmp_path):
-    config = load("cifar10/ncm", [f"data.root={real_data}", "data.per_class=50", "hardware.device=cpu"])
-    found = results.load(run(config, tmp_path)[0])
+    config = load_config("cifar10/ncm", [f"data.root={real_data}", "data.per_class=50", "hardware.device=cpu"])
+    found = results.read_run(run(config, tmp_path)[0])
     assert found["complete"] and 0.35 < found["summary"]["accuracy_last"] < 0.6
     assert found["class_names"][0] in (
         "airplane",

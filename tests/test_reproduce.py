@@ -1,8 +1,7 @@
-"""scripts/reproduce.py: what it runs, what it skips, how it stops, and the figure of all learners."""
+"""scripts/publish/reproduce.py: what it runs, what it skips, how it stops, and the figure of all learners."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -16,32 +15,18 @@ import pytest
 from comparisons import header, rows
 
 from cil import results
-from cil.configfile import load
+from cil.config.reading import load_config
 from cil.errors import RunError
 from cil.learners import registry
+from scripts.publish import campaigns, curves, reproduce
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-
-
-@pytest.fixture
-def reproduce(scripts):
-    return importlib.import_module("reproduce")
-
-
-@pytest.fixture
-def curves(scripts):
-    return importlib.import_module("curves")
-
-
-@pytest.fixture
-def campaigns(scripts):
-    return importlib.import_module("campaigns")
+def handlers(monkeypatch):
+    """Pytest keeps its own."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
 
 def finished(folder: Path, name: str, last: int, order: int = 1, label: str | None = None, **changes) -> None:
@@ -58,7 +43,7 @@ def finished(folder: Path, name: str, last: int, order: int = 1, label: str | No
 
 def test_default_configurations_hold_every_learner_as_it_is():
     for name in ("cifar10/defaults", "digits/defaults", "split_tiny_imagenet100/defaults"):
-        entries = load(name).learners
+        entries = load_config(name).learners
         assert {entry.name for entry in entries} == set(registry.BUILTIN)
         assert [entry.label for entry in entries if entry.parameters] == ["fecam_shrunk"]
 
@@ -68,24 +53,24 @@ def test_chosen_settings_are_those_of_the_first_tasks():
     there = [
         (entry.name, registry.configure(entry)[1].model_dump())
         for name in ("bounds", "adapted", "prompts", "avalanche", "ewc", "merging", "records")
-        for entry in load(f"split_tiny_imagenet100/{name}").learners
+        for entry in load_config(f"split_tiny_imagenet100/{name}").learners
     ]
     tiny = "split_tiny_imagenet100"
     for name in ("cifar10/chosen", "digits/chosen", f"{tiny}/long_chosen", f"{tiny}/orders"):
-        for entry in load(name).learners:
+        for entry in load_config(name).learners:
             assert (entry.name, registry.configure(entry)[1].model_dump()) in there, entry.title
 
 
 def test_two_configurations_take_every_learner_through_the_same_streams():
-    orders, records = (load(f"split_tiny_imagenet100/{name}") for name in ("orders", "records"))
+    orders, records = (load_config(f"split_tiny_imagenet100/{name}") for name in ("orders", "records"))
     assert {entry.name for entry in (*orders.learners, *records.learners)} == set(registry.BUILTIN)
     own = {"name", "learners", "chosen_by"}
     assert orders.model_dump(exclude=own) == records.model_dump(exclude=own)
-    defaults = load("split_tiny_imagenet100/defaults")
+    defaults = load_config("split_tiny_imagenet100/defaults")
     assert defaults.model_dump(exclude={*own, "orders"}) == records.model_dump(exclude={*own, "orders"})
 
 
-def test_published_runs_are_done_and_budgets_have_folders_of_their_own(campaigns):
+def test_published_runs_are_done_and_budgets_have_folders_of_their_own():
     picked = campaigns.pick(["quickstart"])
     found = campaigns.jobs(campaigns.runs(picked), ROOT / "results" / "reference")
     assert len(found) == 8 and all(job.complete for job in found)
@@ -96,7 +81,7 @@ def test_published_runs_are_done_and_budgets_have_folders_of_their_own(campaigns
     assert {trial.plan.entry.title for trial in own} == {"ncm", "linear_probe"}
 
 
-def test_a_run_of_other_settings_is_not_taken_for_done(campaigns, tmp_path):
+def test_a_run_of_other_settings_is_not_taken_for_done(tmp_path):
     [wanted] = campaigns.runs(campaigns.pick(["quickstart"]), ["ncm"], ["1993"])
     published = ROOT / "results" / "reference" / wanted.plan.place / "metrics.json"
     place = tmp_path / wanted.plan.place
@@ -116,13 +101,13 @@ def test_a_run_of_other_settings_is_not_taken_for_done(campaigns, tmp_path):
         (["--streams", "cifar10_50", "--data-root", "nowhere"], "does not exist; say where with --data-root"),
     ],
 )
-def test_a_users_mistake_is_one_line(reproduce, capsys, tmp_path, given, said):
+def test_a_users_mistake_is_one_line(capsys, tmp_path, given, said):
     assert reproduce.main([*given, "--results", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("reproduce: ") and said in line
 
 
-def test_longest_first_and_a_failure_stops_nobody(reproduce, campaigns, monkeypatch, tmp_path):
+def test_longest_first_and_a_failure_stops_nobody(monkeypatch, tmp_path):
     """The processes are a shell script that notes what it was asked for; the times are another class order's."""
     for learner, seconds in (("ncm", 5.0), ("slda", 50.0), ("fecam", 20.0)):
         place = tmp_path / "digits_50" / learner / "order1-seed0"
@@ -149,31 +134,31 @@ def test_longest_first_and_a_failure_stops_nobody(reproduce, campaigns, monkeypa
 
 
 def begun(folder: Path) -> bool:
-    return (folder / "metrics.json").exists() and bool(results.load(folder)["stages"])
+    return (folder / "metrics.json").exists() and bool(results.read_run(folder)["stages"])
 
 
 @pytest.mark.slow
-def test_stopped_resumed_and_drawn_again(reproduce, tmp_path, capsys):
+def test_stopped_resumed_and_drawn_again(tmp_path, capsys):
     """Real runs: stopped after a stage, gone on with beside another learner, then nothing left to do."""
     few = ["--streams", "digits_50", "--orders", "1993", "--per-class", "6", "--results", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *few, "--learners", "finetune"]
+    command = [sys.executable, "-m", "scripts.publish.reproduce", *few, "--learners", "finetune"]
     first = tmp_path / "digits_50_at_6" / "finetune" / "order1993-seed0"
     driver = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 400
     while not begun(first) and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     driver.send_signal(signal.SIGTERM)
-    assert b"give the same command to go on" in driver.communicate(timeout=60)[1]
-    assert driver.returncode == 130 and not results.load(first)["complete"]
-    kept = results.load(first)["stages"]
+    assert b"run the same command to resume" in driver.communicate(timeout=60)[1]
+    assert driver.returncode == 130 and not results.read_run(first)["complete"]
+    kept = results.read_run(first)["stages"]
 
     more = [*few, "--learners", "finetune", "ncm"]
     assert reproduce.main([*more, "--list"]) == 0
     listed = capsys.readouterr().out
-    assert f"order1993-seed0 {len(results.load(first)['stages'])} stages done" in listed and "2 to do" in listed
+    assert f"order1993-seed0 {len(results.read_run(first)['stages'])} stages done" in listed and "2 to do" in listed
     assert reproduce.main([*more, "--jobs", "2"]) == 0
     assert "[2/2]" in capsys.readouterr().out
-    assert results.load(first)["complete"] and results.load(first)["stages"][: len(kept)] == kept
+    assert results.read_run(first)["complete"] and results.read_run(first)["stages"][: len(kept)] == kept
     files = [first / "metrics.json", tmp_path / "digits_50_at_6" / "compare.png"]
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     assert reproduce.main(more) == 0
@@ -187,7 +172,7 @@ def test_stopped_resumed_and_drawn_again(reproduce, tmp_path, capsys):
 # --- what is drawn and written ----------------------------------------------------------------------------------------
 
 
-def test_a_curve_is_a_learners_best_setting_on_the_orders_all_share(curves, tmp_path):
+def test_a_curve_is_a_learners_best_setting_on_the_orders_all_share(tmp_path):
     for order in (1, 2):
         finished(tmp_path, "ncm", 60, order)
         finished(tmp_path, "aper", 50 + 20 * order, order, label="aper_a")
@@ -205,14 +190,14 @@ def test_a_curve_is_a_learners_best_setting_on_the_orders_all_share(curves, tmp_
     assert found[0].last == pytest.approx(0.8) and found[1].last == pytest.approx(0.6)
 
 
-def test_curves_of_several_protocols_are_refused(curves, tmp_path):
+def test_curves_of_several_protocols_are_refused(tmp_path):
     finished(tmp_path / "a", "ncm", 60)
     finished(tmp_path / "b", "aper", 60, backbone={"name": "vit", "sha256": "00" * 32, "feature_dim": 8})
     with pytest.raises(RunError, match="2 protocols"):
         curves.curves([tmp_path / "a", tmp_path / "b"])
 
 
-def test_the_figure_is_the_same_bytes_and_holds_colours(curves, tmp_path):
+def test_the_figure_is_the_same_bytes_and_holds_colours(tmp_path):
     for learner, last in (("ncm", 60), ("finetune", 5), ("ranpac", 70), ("slda", 50), ("ease", 40)):
         finished(tmp_path, learner, last)
     drawn = curves.draw(curves.curves([tmp_path]))
@@ -223,20 +208,20 @@ def test_the_figure_is_the_same_bytes_and_holds_colours(curves, tmp_path):
     assert (abs(pixels - leader).max(-1) < 0.01).sum() > 100  # the best one's curve and name
 
 
-def test_names_stand_apart(curves):
-    assert curves.apart([1.0, 1.0, 9.0], 2.0) == [0.0, 2.0, 9.0]
-    assert curves.apart([5.0, 1.0], 2.0) == [5.0, 1.0]
-    placed = curves.apart([3.0, 2.9, 3.1, 2.0], 1.0)
+def test_names_stand_apart():
+    assert curves.spread_out([1.0, 1.0, 9.0], 2.0) == [0.0, 2.0, 9.0]
+    assert curves.spread_out([5.0, 1.0], 2.0) == [5.0, 1.0]
+    placed = curves.spread_out([3.0, 2.9, 3.1, 2.0], 1.0)
     assert sorted(placed) == pytest.approx([1.25, 2.25, 3.25, 4.25]) and placed[3] < placed[1] < placed[0] < placed[2]
 
 
-def test_a_campaign_gets_its_section_once(campaigns, tmp_path):
-    page = "# Results\n\n## Make it again\n\nend\n"
+def test_a_campaign_gets_its_section_once(tmp_path):
+    page = "# Results\n\n## Reproduce the results\n\nend\n"
     assert campaigns.sections(page, tmp_path) == page
     finished(tmp_path / "digits_50", "ncm", 60)
     once = campaigns.sections(page, tmp_path)
     assert once.count("<!-- settings: results/reference/digits_50 -->\n<!-- /table -->") == 1
-    assert once.index("digits_50") < once.index("## Make it again") and once.endswith("\n\nend\n")
+    assert once.index("digits_50") < once.index("## Reproduce the results") and once.endswith("\n\nend\n")
     assert campaigns.sections(once, tmp_path) == once
     finished(tmp_path / "split_tiny_imagenet100_defaults", "ncm", 60)
     both = campaigns.sections(once, tmp_path)
@@ -244,7 +229,7 @@ def test_a_campaign_gets_its_section_once(campaigns, tmp_path):
     assert campaigns.sections(both, tmp_path) == both
 
 
-def test_costs_are_sums_over_finished_runs(campaigns, tmp_path):
+def test_costs_are_sums_over_finished_runs(tmp_path):
     finished(tmp_path / "digits_50", "ncm", 60)
     finished(tmp_path / "digits_50", "ncm", 60, 2)
     *_, row, last = campaigns.costs(tmp_path).splitlines()

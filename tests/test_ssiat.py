@@ -10,19 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cil import hardware
-from cil.classifiers import Gaussians, SampledFeatures, mean_scales, normalized_cross_entropy, with_variation
+from cil.classifiers import Gaussians
 from cil.classifiers.drift import local_shifts
-from cil.classifiers.steering import Projector, pairwise_loss, projected_distance
 from cil.errors import DataError
 from cil.learners import rsiat
+from cil.learners.bases.alignment import SampledFeatures, mean_scales, normalized_cross_entropy, with_variation
+from cil.learners.bases.steering import Projector, pairwise_loss, projected_distance
 from cil.learners.rsiat import RSIAT
 from cil.learners.slca import SLCA
 from cil.learners.ssiat import SSIAT
 from cil.runner import run_stages
 from cil.testing import Case, parametrize_learner
-from cil.testing.setting import SIZES, backbone, context, pictures, probe_images, stream
-from cil.training import Group, Recipe, fit
+from cil.testing.setting import SIZES, backbone, context, draw_images, probe_images, stream
+from cil.training import ParamGroup, Recipe, fit
+from cil.utils import hardware
 
 QUICK = {
     "tuner": {"name": "adapter", "bottleneck": 8},
@@ -32,7 +33,7 @@ QUICK = {
     "alignment_epochs": 2,
     "alignment_lr": 0.1,
 }
-LEARNS = {**QUICK, "first_epochs": 20, "epochs": 20, "lr": 0.001}
+LEARNS = {**QUICK, "first_epochs": 8, "epochs": 8, "lr": 0.001}
 """At higher rates training on a dozen images a class is near divergence, and another rounding ends elsewhere."""
 
 
@@ -88,7 +89,7 @@ def test_near_images_decide_and_far_away_all_count_alike():
     after = before + torch.tensor([[0.0, 1.0], [0.0, -1.0]])
     shifts = local_shifts(torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 1e4]]), before, after, sigma=1.0)
     torch.testing.assert_close(shifts[:, 1], torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64), atol=3e-5, rtol=0)
-    with pytest.raises(DataError, match="the same images seen before and after"):
+    with pytest.raises(DataError, match="the same images before and after"):
         local_shifts(before, before, after[:1])
 
 
@@ -138,12 +139,12 @@ def test_old_means_follow_the_current_images_and_covariances_stay(cls):
 
 
 def pictures_of(c: int) -> np.ndarray:
-    images, labels = pictures("train")
+    images, labels = draw_images("train")
     return images[labels == c]
 
 
 def test_without_sigma_means_stay():
-    one, two = (shared(SSIAT, sigma=None).after(n).learner for n in (1, 3))
+    one, two = (shared(SSIAT, drift_bandwidth=None).after(n).learner for n in (1, 3))
     assert torch.equal(two.gaussians.sums[:4], one.gaussians.sums)
 
 
@@ -172,10 +173,10 @@ def test_the_tuner_stays_in_the_alignment_and_training_goes_on_from_aligned_rows
             assert torch.equal(vector(self.tuner), before)
             seen.append(self.head.weight.detach().clone())
 
-        def carry(self, before, after, ctx):
+        def correct_drift(self, before, after, ctx):
             if seen:
                 assert torch.equal(self.head.weight[: len(seen[-1])], seen[-1])
-            super().carry(before, after, ctx)
+            super().correct_drift(before, after, ctx)
 
     Case(Followed, QUICK).run()
     assert [len(rows) for rows in seen] == [5, 8]
@@ -236,7 +237,7 @@ def test_the_metric_loss_rises_over_the_epochs(monkeypatch):
     learner.begin(task, ctx)
     monkeypatch.setattr(rsiat, "pairwise_loss", lambda features, labels, alpha, margin: torch.ones(()))
 
-    def six_epochs(loss, groups, data, recipe, ctx, after_step, together):
+    def six_epochs(loss, groups, data, recipe, ctx, after_step, batch_loss):
         for _ in range(6 * 3):  # 48 images, 20 at once
             found.append(float(loss(torch.zeros(1, 3, 32, 32), torch.zeros(1))[0]))
             after_step()
@@ -255,7 +256,9 @@ def test_without_the_metric_loss_cosface_is_alone_and_takes_micro_batches():
     alone = tuner(metric_weight=0)
     assert torch.equal(alone, tuner(metric_weight=1e-30)), "that weight is lost in rounding"
     assert not torch.equal(alone, tuner(metric_weight=1, metric_warmup=0))
-    torch.testing.assert_close(tuner(metric_weight=0, micro_batch_size=4), alone, rtol=1e-3, atol=1e-4)
+    off = (tuner(metric_weight=0, micro_batch_size=4) - alone).abs().max()
+    moved = (tuner(metric_weight=0, lr=1e-12) - alone).abs().max()
+    assert off < 0.01 * moved, "sums over micro-batches round otherwise, and training enlarges that"
     with pytest.raises(ValueError, match="micro_batch_size: 4; metric_weight compares"):
         RSIAT.Config(micro_batch_size=4)
 
@@ -272,7 +275,7 @@ def test_the_projector_starts_as_the_identity_and_draws_from_its_generator():
     assert torch.equal(torch.get_rng_state(), state)
     fit(
         lambda x, y: ((one(x) - 2 * x).square().mean(), x),
-        [Group(one.parameters())],
+        [ParamGroup(one.parameters())],
         SampledFeatures(Gaussians(10).partial_fit(x, torch.zeros(5, dtype=torch.int64)), 32),
         Recipe(epochs=3, lr=0.1),
         context(),

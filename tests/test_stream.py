@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import cil.errors
-import cil.protocol
+import cil.stream.protocol
+from cil import avalanche
 from cil.errors import StreamError
-from cil.protocol import ClassIncremental, DomainIncremental, class_order, task_sizes, validation_split
-from cil.stream import Stream, concatenate
+from cil.stream import Stream, TestData, concatenate
+from cil.stream.protocol import ClassIncremental, DomainIncremental, class_order, task_sizes, validation_split
 
 
-@pytest.mark.parametrize("module", [cil.protocol, cil.errors])
+@pytest.mark.parametrize("module", [cil.stream.protocol, cil.errors])
 def test_doctests(module):
     assert doctest.testmod(module).failed == 0
 
@@ -27,16 +28,16 @@ def test_the_fields_seed_is_the_fields_order():
 
 
 @pytest.mark.parametrize("count", [1, 7, 10, 100, 101])
-@pytest.mark.parametrize("base", [0, 1, 5])
+@pytest.mark.parametrize("initial", [0, 1, 5])
 @pytest.mark.parametrize("increment", [1, 3, 10])
-def test_sizes_drop_no_class(count, base, increment):
-    if max(base or increment, 1) > count:
+def test_sizes_drop_no_class(count, initial, increment):
+    if max(initial or increment, 1) > count:
         with pytest.raises(StreamError, match=f"allowed: 1 to {count}"):
-            task_sizes(count, base=base, increment=increment)
+            task_sizes(count, initial_classes=initial, increment=increment)
         return
-    sizes = task_sizes(count, base=base, increment=increment)
+    sizes = task_sizes(count, initial_classes=initial, increment=increment)
     assert sum(sizes) == count and min(sizes) >= 1
-    assert sizes[0] == (base or increment)
+    assert sizes[0] == (initial or increment)
     assert all(s == increment for s in sizes[1:-1])
 
 
@@ -67,7 +68,7 @@ def test_every_image_lands_in_exactly_one_task(image_set):
     labels = np.random.RandomState(0).randint(0, 7, 100)
     labels[:7] = range(7)
     train, test = image_set(labels), image_set(np.arange(7).repeat(3))
-    stream = Stream(train, test, ClassIncremental(1993, base=2, increment=3))
+    stream = Stream(train, test, ClassIncremental(1993, initial_classes=2, increment=3))
     assert [len(t.classes) for t in stream.tasks] == [2, 3, 2]
     indices = np.concatenate([t.train.source[1] for t in stream.tasks])
     assert sorted(indices) == list(range(100))
@@ -103,13 +104,13 @@ def test_different_classes_are_refused(image_set):
 
 def test_test_split_opens_for_the_evaluator_only(image_set):
     stream = Stream(image_set([0, 1]), image_set([0, 1]), ClassIncremental("natural", increment=1))
-    for read in (lambda t: t.images, lambda t: t.labels, lambda t: t.task(0)):
-        with pytest.raises(StreamError, match="evaluator only"):
-            read(stream._test)
     with stream.open_test() as opened:
         assert opened.labels.tolist() == [0, 1]
-    with pytest.raises(StreamError, match="evaluator only"):
-        opened.labels
+    never = TestData(image_set([0, 1]), np.array([0, 1]), [np.array([0]), np.array([1])])
+    for data in (never, opened):
+        for read in (lambda t: t.images, lambda t: t.labels, lambda t: t.task(0)):
+            with pytest.raises(StreamError, match="evaluator only"):
+                read(data)
 
 
 def test_closed_tasks_give_nothing(image_set):
@@ -171,7 +172,7 @@ def test_domains_bring_the_same_classes_again(image_set):
 def test_avalanche_sees_the_same_tasks(image_set):
     labels = np.arange(5).repeat(4)
     stream = Stream(image_set(labels), image_set(np.arange(5).repeat(2), seed=1), ClassIncremental(1993, increment=2))
-    benchmark = stream.to_avalanche()
+    benchmark = avalanche.benchmark(stream)
     assert len(benchmark.train_stream) == len(benchmark.test_stream) == 3
     for task, train, test in zip(stream.tasks, benchmark.train_stream, benchmark.test_stream, strict=True):
         assert set(train.classes_in_this_experience) == set(test.classes_in_this_experience) == set(task.classes)

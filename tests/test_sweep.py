@@ -19,11 +19,11 @@ from test_runner import settings as configured
 from test_runner import stable
 
 from cil import results
-from cil.checkpoint import RunFolder
-from cil.configfile import load
-from cil.plan import dump, plans
+from cil.config.reading import load_config
 from cil.runner import run
-from cil.sweep.grid import settings, trials
+from cil.runner.checkpoint import RunFolder
+from cil.runner.plan import dump, plans
+from cil.sweep.grid import expand_grid, trials
 
 PROBE = {"name": "linear_probe", "epochs": 1}
 RUN = "order1993-seed0"
@@ -93,7 +93,7 @@ def no_ray(monkeypatch):
 
 
 def same_run(one: Path, two: Path) -> None:
-    assert stable(results.load(one)) == stable(results.load(two))
+    assert stable(results.read_run(one)) == stable(results.read_run(two))
     for stage in range(3):
         a, b = (load_file(folder / f"stage-{stage:02d}" / "learner.safetensors") for folder in (one, two))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -104,18 +104,18 @@ def same_run(one: Path, two: Path) -> None:
 
 def test_every_point_is_a_learner_with_a_label(place):
     file = write(place / "c.yaml", learners=[PROBE, "ncm"])
-    found = settings(str(file), [], ["learners.linear_probe.lr=0.1,1e-3", "batch_size=64,32"])
+    found = expand_grid(str(file), [], ["learners.linear_probe.lr=0.1,1e-3", "inference_batch_size=64,32"])
     assert [s.config.learners[0].title for s in found] == [
-        "linear_probe_lr=0.1_batch_size=64",
-        "linear_probe_lr=0.1_batch_size=32",
-        "linear_probe_lr=1e-3_batch_size=64",
-        "linear_probe_lr=1e-3_batch_size=32",
-        "ncm_batch_size=64",
-        "ncm_batch_size=32",
+        "linear_probe_lr=0.1_inference_batch_size=64",
+        "linear_probe_lr=0.1_inference_batch_size=32",
+        "linear_probe_lr=1e-3_inference_batch_size=64",
+        "linear_probe_lr=1e-3_inference_batch_size=32",
+        "ncm_inference_batch_size=64",
+        "ncm_inference_batch_size=32",
     ]
-    assert [s.config.batch_size for s in found] == [64, 32] * 3
-    assert found[0].values == {"learners.linear_probe.lr": 0.1, "batch_size": 64}
-    assert found[4].values == {"batch_size": 64}  # an axis of another learner is none of its business
+    assert [s.config.inference_batch_size for s in found] == [64, 32] * 3
+    assert found[0].values == {"learners.linear_probe.lr": 0.1, "inference_batch_size": 64}
+    assert found[4].values == {"inference_batch_size": 64}  # an axis of another learner is none of its business
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,15 @@ def test_every_point_is_a_learner_with_a_label(place):
 )
 def test_labels_are_folder_names(place, grid, label):
     file = write(place / "c.yaml", learners=[{"name": "ranpac", "tuner": {"name": "adapter"}}])
-    assert [s.config.learners[0].label for s in settings(str(file), [], [grid])][1] == label
+    assert [s.config.learners[0].label for s in expand_grid(str(file), [], [grid])][1] == label
 
 
 def test_long_labels_stay_apart(place):
     file = write(place / "c.yaml", learners=["ranpac"])
     values = [f"{'a' * 200}{end}" for end in "xy"]
-    one, two = (s.config.learners[0].title for s in settings(str(file), [], [f"backbone.weights={','.join(values)}"]))
+    one, two = (
+        s.config.learners[0].title for s in expand_grid(str(file), [], [f"backbone.weights={','.join(values)}"])
+    )
     assert one != two and max(len(one), len(two)) < 140
 
 
@@ -143,12 +145,12 @@ def test_printed_commands_plan_the_same_runs(place):
     """Each line, as a shell takes it apart, is a configuration of one run: the very run the sweep would do."""
     file = write(place / "c.yaml", learners=[{**PROBE, "orders": [5]}, {"class": "strange.py:Breaks"}])
     given = ["learners.linear_probe.label=it's a probe", "orders=[1993, natural]", "seeds=[0, 1]"]
-    found = trials(str(file), given, ["learners.it's a probe.lr=1.0e-5,0.1", "batch_size=64"])
+    found = trials(str(file), given, ["learners.it's a probe.lr=1.0e-5,0.1", "inference_batch_size=64"])
     assert len(found) == 2 * 2 + 2 * 2  # the probe has an order of its own, as in cil run
     for trial in found:
         program, verb, name, *rest, flag, place_of_results = shlex.split(trial.line(Path("my results")))
         assert (program, verb, flag, place_of_results) == ("cil", "run", "--results", "my results")
-        [plan] = plans(load(name, rest))
+        [plan] = plans(load_config(name, rest))
         assert dump(plan.config) == dump(trial.plan.config) and plan.place == trial.plan.place
 
 
@@ -158,13 +160,16 @@ MISTAKES = {
     "unknown key": (["--grid", "stream.incremnt=2,5"], "unknown key stream.incremnt (did you mean 'increment'?)"),
     "which learner": (["--grid", "learner.lr=1,2"], "the configuration has 2 learners; write learners.<name>.lr"),
     "no such learner": (["--grid", "learners.nmc.metric=cosine"], "no learner 'nmc' (did you mean 'ncm'?)"),
-    "twice a value": (["--grid", "batch_size=64,64"], "64 is given twice"),
-    "twice a key": (["--grid", "batch_size=64", "--grid", "batch_size=32"], "batch_size is given twice"),
-    "no value": (["--grid", "batch_size"], "write KEY=VALUE,VALUE"),
-    "no YAML": (["--grid", "batch_size=[1"], "not valid YAML"),
-    "orders": (["--grid", "orders=1,2"], "orders is no axis of a grid; give --orders"),
-    "hardware": (["--grid", "hardware.workers=1,2"], "hardware is no axis of a grid"),
-    "a learner's name": (["--grid", "learners.ncm.name=ncm,slda"], "name is no axis of a grid"),
+    "twice a value": (["--grid", "inference_batch_size=64,64"], "64 is given twice"),
+    "twice a key": (
+        ["--grid", "inference_batch_size=64", "--grid", "inference_batch_size=32"],
+        "inference_batch_size is given twice",
+    ),
+    "no value": (["--grid", "inference_batch_size"], "write KEY=VALUE,VALUE"),
+    "no YAML": (["--grid", "inference_batch_size=[1"], "not valid YAML"),
+    "orders": (["--grid", "orders=1,2"], "orders cannot be an axis of a grid; give --orders"),
+    "hardware": (["--grid", "hardware.workers=1,2"], "hardware cannot be an axis of a grid"),
+    "a learner's name": (["--grid", "learners.ncm.name=ncm,slda"], "name cannot be an axis of a grid"),
     "wrong order": (["--orders", "1993,[0.5]"], "orders"),
     "wrong override": (["stream.increment=two"], "stream.increment: should be a valid integer"),
 }
@@ -215,7 +220,7 @@ def test_a_worker_loads_data_and_backbone_once(place, monkeypatch):
 
     loaded, original = [], runner.Inputs
     monkeypatch.setattr(runner, "Inputs", lambda *given: loaded.append(1) or original(*given))
-    monkeypatch.setattr(worker, "_last", None)
+    monkeypatch.setattr(worker, "last", None)
     file = write(place / "c.yaml", learners=[PROBE])
     for trial in trials(str(file), [], ["learner.lr=0.1,0.01"]):
         assert worker.attempt(dump(trial.plan.config), "results", str(place), 1).state == "ran"
@@ -246,7 +251,7 @@ def test_a_worker_waits_for_a_folder_that_is_about_to_be_free(place, monkeypatch
     held.wait(60)
     monkeypatch.setattr(worker, "PATIENCE", 0.2)
     refused = worker.attempt(config, "results", str(place), 1)
-    assert refused.state == "failed" and "another process is running" in refused.reason and not refused.again
+    assert refused.state == "failed" and "another process is running" in refused.reason and not refused.retry
     monkeypatch.setattr(worker, "PATIENCE", 60)
     threading.Timer(0.3, release.set).start()
     assert worker.attempt(config, "results", str(place), 1).state == "ran"
@@ -288,13 +293,13 @@ def test_a_sweep_runs_retries_reports_and_goes_on(cil, place, workers):  # noqa:
 
     again = cil(*command)
     assert again.returncode == 1 and "10 runs: 0 ran, 6 finished, 4 failed" in again.stdout
-    alone = run(load("c.yaml", ["orders=[1993, 7]", "learners.linear_probe.label=linear_probe_lr=0.1",
+    alone = run(load_config("c.yaml", ["orders=[1993, 7]", "learners.linear_probe.label=linear_probe_lr=0.1",
                                 "learners=[{class: strange.py:Dies}, ncm, {name: linear_probe, epochs: 1, "
                                 "lr: 0.1, label: linear_probe_lr=0.1}]"]), "alone")  # fmt: skip
     assert len(alone) == 6
     for folder in alone:
         same_run(Path("results") / folder.relative_to("alone"), folder)
-    machine = results.load(place / "results/t/ncm" / RUN)["machine"]
+    machine = results.read_run(place / "results/t/ncm" / RUN)["machine"]
     assert machine["threads"] == 1
 
 
@@ -305,15 +310,14 @@ def test_no_cluster_at_the_address_is_one_line(cil, place, monkeypatch):  # noqa
     assert found.returncode == 2 and found.stderr.startswith("cil: Ray 127.0.0.1:1: ConnectionRefusedError")
 
 
-@pytest.mark.slow
 def test_a_failed_run_that_can_go_on_loses_its_log(cil, place, workers):  # noqa: F811
     file = write(place / "c.yaml", learners=[{"class": "strange.py:Dies"}])
     first = cil("sweep", file, "--retries", "0")
     log = place / "results/t/Dies" / RUN / "failed.log"
     assert first.returncode == 1 and "WorkerCrashedError" in log.read_text()
-    assert not results.load(log.parent)["complete"] and RunFolder(log.parent).finished() == 1
+    assert not results.read_run(log.parent)["complete"] and RunFolder(log.parent).finished() == 1
     assert cil("sweep", file, "--retries", "0").returncode == 0 and not log.exists()
-    assert results.load(log.parent)["complete"]
+    assert results.read_run(log.parent)["complete"]
 
 
 @pytest.mark.slow
@@ -384,7 +388,7 @@ def test_a_driver_that_is_stopped_or_killed_loses_nothing(place):
     out, err = last.communicate(timeout=200)
     assert last.returncode == 0 and "1 runs: 1 ran" in out, err
     assert (place / "trace").read_text().replace("waits ", "").split() == ["0", "1", "1", "1", "2"]
-    [alone] = run(load("c.yaml"), "alone")
+    [alone] = run(load_config("c.yaml"), "alone")
     same_run(folder, alone)
 
 

@@ -10,11 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from test_runner import settings
 
-import cil.runner as runner
+import cil.runner.benchmark as runner
 from cil import results
 from cil.errors import RunError
 from cil.runner import run
-from cil.tracking import Tracker
+from cil.runner.tensorboard import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def read(folder):
 
 def test_steps_are_stages_and_values_are_the_metrics(runs):
     _, folders = runs
-    events, found = read(folders[0]), results.load(folders[0])
+    events, found = read(folders[0]), results.read_run(folders[0])
     for tag in ("accuracy/seen", "accuracy/new", "task_id_accuracy", "within_task_accuracy"):
         assert [e.step for e in events.Scalars(tag)] == [1, 2, 3]
         np.testing.assert_allclose([e.value for e in events.Scalars(tag)], found["curves"][tag], rtol=1e-6)
@@ -97,7 +97,7 @@ def test_undefined_numbers_are_null(runs):
 
 
 def test_thirty_learners_are_told_apart_and_the_bounds_keep_their_look():
-    from cil.figures import BOUNDS, comparison, styles
+    from cil.report.figures import BOUNDS, comparison, styles
 
     names = [f"learner{i:02d}" for i in range(28)] + ["finetune", "joint"]
     looks = styles(names)

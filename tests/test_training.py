@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from cil.batches import TensorData, WithRows
 from cil.errors import ConfigError, TrainingError
 from cil.testing.setting import backbone, context, stream
-from cil.training import Group, Recipe, cosface, fit, rate_factor
+from cil.training import ParamGroup, Recipe, cosface, fit, rate_factor
+from cil.training.batches import TensorData, WithRows
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def make(weight):
 
 def test_only_the_given_parameters_change_and_nothing_is_left_behind(problem):
     weight, other = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.ones(3))
-    fit(make(weight), [Group([weight])], TensorData(*problem), Recipe(epochs=3, lr=0.5), context())
+    fit(make(weight), [ParamGroup([weight])], TensorData(*problem), Recipe(epochs=3, lr=0.5), context())
     assert not torch.equal(weight, torch.zeros(2, 5)) and torch.equal(other, torch.ones(3))
     assert weight.grad is None and not weight.requires_grad
     logits = problem[0] @ weight.T
@@ -45,7 +45,7 @@ def test_equals_a_plain_torch_loop(problem, optimizer):
         epochs=2, train_batch_size=64, lr=0.1, optimizer=optimizer, weight_decay=0.01, clip=0.5, schedule="constant"
     )
     ours, theirs = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.zeros(2, 5))
-    fit(make(ours), [Group([ours])], TensorData(*problem), recipe, context())
+    fit(make(ours), [ParamGroup([ours])], TensorData(*problem), recipe, context())
     kinds = {
         "sgd": lambda: torch.optim.SGD([theirs], 0.1, momentum=0.9, weight_decay=0.01),
         "adam": lambda: torch.optim.Adam([theirs], 0.1, weight_decay=0.01),
@@ -120,8 +120,8 @@ def test_micro_batches_take_the_same_steps(problem, micro):
         return make(parts)(inputs, labels)
 
     recipe = {"epochs": 2, "train_batch_size": 24, "lr": 0.5}  # 64 = 24 + 24 + 16
-    fit(make(whole), [Group([whole])], TensorData(*problem), Recipe(**recipe), context())
-    fit(watched, [Group([parts])], TensorData(*problem), Recipe(**recipe, micro_batch_size=micro), context())
+    fit(make(whole), [ParamGroup([whole])], TensorData(*problem), Recipe(**recipe), context())
+    fit(watched, [ParamGroup([parts])], TensorData(*problem), Recipe(**recipe, micro_batch_size=micro), context())
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
     assert max(seen) <= micro and sum(seen) == 128
 
@@ -130,7 +130,14 @@ def test_a_loss_that_compares_images_refuses_micro_batches(problem):
     """Before any step: what it learns must not depend on how much is in memory at once."""
     weight = nn.Parameter(torch.zeros(2, 5))
     with pytest.raises(ConfigError, match=r"micro_batch_size is 8.*train_batch_size"):
-        fit(make(weight), [Group([weight])], TensorData(*problem), Recipe(micro_batch_size=8), context(), together=True)
+        fit(
+            make(weight),
+            [ParamGroup([weight])],
+            TensorData(*problem),
+            Recipe(micro_batch_size=8),
+            context(),
+            batch_loss=True,
+        )
     assert not weight.any()
 
 
@@ -138,8 +145,8 @@ def test_groups_have_rates_of_their_own(problem):
     """Plain SGD: an update is the gradient times the group's rate."""
     recipe = Recipe(epochs=1, train_batch_size=64, lr=0.1, momentum=0, schedule="constant")
     fast, slow = nn.Parameter(torch.zeros(2, 5)), nn.Parameter(torch.zeros(2, 5))
-    fit(make(fast), [Group([fast])], TensorData(*problem), recipe, context())
-    fit(make(slow), [Group([slow], lr=0.01)], TensorData(*problem), recipe, context())
+    fit(make(fast), [ParamGroup([fast])], TensorData(*problem), recipe, context())
+    fit(make(slow), [ParamGroup([slow], lr_factor=0.01)], TensorData(*problem), recipe, context())
     torch.testing.assert_close(slow * 100, fast.detach())
 
 
@@ -155,7 +162,7 @@ def test_a_group_that_starts_later_is_frozen_until_then(problem):
         return nn.functional.cross_entropy(logits, y), logits
 
     recipe = Recipe(epochs=3, train_batch_size=64, lr=0.1, optimizer="adam", schedule="constant")
-    fit(loss, [Group([head]), Group([late], start=2)], TensorData(inputs, labels), recipe, context())
+    fit(loss, [ParamGroup([head]), ParamGroup([late], start=2)], TensorData(inputs, labels), recipe, context())
     assert [grad for grad, _ in seen] == [False, False, True]
     assert all(torch.equal(value, torch.ones(5)) for _, value in seen)
     torch.testing.assert_close((late - 1).abs(), torch.full((5,), 0.1), rtol=1e-4, atol=0)  # Adam's first step is lr
@@ -168,7 +175,7 @@ def test_after_step_comes_after_every_step(problem):
     data = TensorData(*problem)
     fit(
         make(weight),
-        [Group([weight])],
+        [ParamGroup([weight])],
         data,
         recipe,
         context(),
@@ -205,7 +212,7 @@ def test_dropout_is_seeded_by_the_stage_and_leaves_the_global_state_alone(proble
             logits = nn.functional.dropout(inputs, 0.5) @ weight.T
             return nn.functional.cross_entropy(logits, labels), logits
 
-        fit(loss, [Group([weight])], TensorData(*problem), Recipe(epochs=1), context(seed=seed))
+        fit(loss, [ParamGroup([weight])], TensorData(*problem), Recipe(epochs=1), context(seed=seed))
         return weight.detach()
 
     torch.rand(3)  # where the global state stands must not matter
@@ -244,16 +251,15 @@ def test_a_loss_that_is_not_finite_stops(problem, bad):
     with pytest.raises(
         TrainingError, match=r"stage 3, epoch 0: the training loss is (nan|inf); lower the learner's lr \(0\.01\)"
     ):
-        fit(loss, [Group([weight])], TensorData(*problem), Recipe(), context(stage=3))
+        fit(loss, [ParamGroup([weight])], TensorData(*problem), Recipe(), context(stage=3))
     assert torch.isfinite(weight).all()
 
 
 def test_what_is_logged(problem):
     logged = []
-    ctx = context()
-    ctx._log = lambda name, value: logged.append((name, value))
+    ctx = context(log=lambda name, value: logged.append((name, value)))
     weight = nn.Parameter(torch.zeros(2, 5))
-    fit(make(weight), [Group([weight])], TensorData(*problem), Recipe(epochs=2), ctx)
+    fit(make(weight), [ParamGroup([weight])], TensorData(*problem), Recipe(epochs=2), ctx)
     names = [name for name, _ in logged]
     assert names == ["loss", "accuracy", "learning_rate", "images_per_second"] * 2
     assert ctx.trainable_parameters == 10

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cil.classifiers import Ridge, TruncatedSVD
-from cil.randomness import generator
+from cil.utils.randomness import generator
 
 
 def samples(n=120, width=12, classes=6, seed=0):

@@ -12,9 +12,9 @@ from test_cli import cil, write  # noqa: F401 (a fixture)
 from test_runner import settings as configured
 
 from cil import results
-from cil.configfile import load
+from cil.config.reading import load_config
 from cil.runner import run
-from cil.sweep.tune import tune
+from cil.selection.tune import tune
 
 PROBE = {"name": "linear_probe", "epochs": 2}
 GRID = ["learner.lr=0.001,0.1", "learner.epochs=1,3"]
@@ -63,7 +63,7 @@ def test_it_finds_what_ordinary_runs_on_held_out_images_find(place):
                 ),
                 "whole",
             )
-            curves = [results.load(folder)["curves"]["accuracy/seen"] for folder in whole]
+            curves = [results.read_run(folder)["curves"]["accuracy/seen"] for folder in whole]
             assert accuracies == tuple(curve[first_tasks - 1] for curve in curves)
         best = max(np.mean(accuracies) for accuracies in found.values())
         assert choice.ranked[0].accuracy == best > min(one.accuracy for one in choice.ranked)
@@ -88,7 +88,7 @@ def test_what_it_writes_can_be_run_and_says_how_it_was_chosen(cil, place):  # no
     assert written["transform"] == {"augment": "none"} and written["orders"] == [7, 1993]  # overrides are kept
     ran = cil("run", "results/t/tuned.yaml", "orders=[1993]")
     assert ran.returncode == 0, ran.stderr
-    run_of = results.load(place / "results/t/linear_probe_tuned/order1993-seed0")
+    run_of = results.read_run(place / "results/t/linear_probe_tuned/order1993-seed0")
     assert run_of["chosen_by"] == "first_two_tasks" and run_of["tested_on"] == "test"
     assert run_of["config"]["learners"][0]["lr"] == chosen["learners.linear_probe.lr"]
     assert run_of["config"]["learners"][0]["epochs"] == chosen["learners.linear_probe.epochs"]
@@ -105,12 +105,12 @@ def test_no_test_image_and_no_later_image_is_opened(place, first_tasks, memory):
         hardware={"device": "cpu", "memory_gib": memory, "workers": 0},
     )
     tuned = tune(str(file), [], ["learner.lr=0.001,0.01"], first_tasks=first_tasks)
+    from cil.config.plugins import load_object
     from cil.data.sources import digits
-    from cil.plugins import load as plugin
 
     source = digits("train")
     order = np.random.RandomState(1993).permutation(10)
-    read = np.array(plugin("watched.py:load", "dataset").__globals__["read"])
+    read = np.array(load_object("watched.py:load", "dataset").__globals__["read"])
     assert set(source.labels[read]) == set(order[: 4 * first_tasks])
     assert len(set(read)) == np.isin(source.labels, order[: 4 * first_tasks]).sum()
     assert tuned.choices[0].ranked[0].accuracy > 0
@@ -118,10 +118,10 @@ def test_no_test_image_and_no_later_image_is_opened(place, first_tasks, memory):
 
 def test_a_learner_that_reaches_further_is_stopped(place):
     from cil.errors import StreamError
-    from cil.plan import plans
-    from cil.sweep.first_tasks import FirstTasks
+    from cil.runner.plan import plans
+    from cil.selection.first_tasks import FirstTasks
 
-    [plan] = plans(load(str(write(place / "c.yaml"))))
+    [plan] = plans(load_config(str(write(place / "c.yaml"))))
     held_out = plan.config.stream.model_copy(update={"validation": 0.2, "test_on": "validation"})
     stream, _ = FirstTasks(1).stream(plan, held_out, torch.device("cpu"))
     list(stream.tasks[0].train.batches(64))
@@ -133,7 +133,7 @@ def test_of_equals_the_first_is_kept_and_it_is_said(cil, place):  # noqa: F811
     """On the first task the softmax over all classes seen is the one over the task's own."""
     file = write(place / "c.yaml", learners=[PROBE])
     found = cil("tune", file, "--grid", "learner.loss=local,global", "--grid", "learner.lr=0.001,0.1")
-    assert found.returncode == 0 and "learner.loss: all values do the same here" in found.stdout
+    assert found.returncode == 0 and "learner.loss: all values give the same accuracies" in found.stdout
     record = json.loads((place / "results/t/tuned.json").read_text())["learners"]["linear_probe"]
     assert record["undecided"] == ["learner.loss"] and record["chosen"]["learner.loss"] == "local"
     more = cil("tune", file, "--grid", "learner.loss=local,global", "--grid", "learner.lr=0.001,0.1", "--first-tasks=2")
@@ -154,10 +154,10 @@ def test_a_setting_that_fails_is_ranked_last(cil, place):  # noqa: F811
 
 
 MISTAKES = {
-    "no grid": ([], "needs a grid to choose from"),
+    "no grid": ([], "needs a grid to select from"),
     "another stream": (["--grid", "stream.increment=2,5"], "its values have different first tasks"),
     "all tasks": (["--grid", "learners.ncm.metric=cosine,euclidean", "--first-tasks", "3"], "allowed: 1 to 2"),
-    "for two learners": (["--grid", "precision=fp32,bf16"], "may be chosen for one learner at a time"),
+    "for two learners": (["--grid", "precision=fp32,bf16"], "this key is shared by all learners"),
     "wrong value": (["--grid", "learners.ncm.metric=cosine,cosin"], "metric"),
 }
 

@@ -18,12 +18,11 @@ from torch.func import functional_call
 
 from cil.backbone import Backbone, fingerprint
 from cil.config import Section
-from cil.configfile import explain
+from cil.config.reading import explain
 from cil.errors import BackboneError, ConfigError
-from cil.randomness import isolated
 from cil.tuning import (
     Adapter,
-    GivenPrefix,
+    ExternalPrefix,
     KeyValueLora,
     Prefix,
     Tuner,
@@ -33,6 +32,7 @@ from cil.tuning import (
     build_tuner,
 )
 from cil.tuning.peft import PeftTuner
+from cil.utils.randomness import isolated
 
 D, DEPTH = 48, 2
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": DEPTH, "num_heads": 3, "num_classes": 0}
@@ -256,9 +256,8 @@ def test_bf16_autocast(kind):
     assert all(p.grad is not None and p.grad.dtype == p.dtype == torch.float32 for p in tuner.parameters())
 
 
-@pytest.mark.parametrize(
-    "kind", [k if k in ("adapter", "ssf", "lora") else pytest.param(k, marks=pytest.mark.slow) for k in TUNERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TUNERS)
 def test_compiled_equals_eager_and_compiles_once(kind):
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -423,18 +422,18 @@ def test_prefix_is_further_keys_and_values(variant, fused):
 def test_prefixes_of_its_own_for_every_image(compensate):
     backbone = make()
     keys = draw(3, 4, D).requires_grad_()
-    given = backbone(IMAGES, GivenPrefix({1: (keys, 2 * keys)}, compensate=compensate))
+    given = backbone(IMAGES, ExternalPrefix({1: (keys, 2 * keys)}, compensate=compensate))
     plain = Prefix(backbone, 4, blocks=[1], compensate=compensate)
     for image, own, features in zip(IMAGES, keys, given, strict=True):
         with torch.no_grad():
             plain.keys.copy_(own), plain.values.copy_(2 * own)
         torch.testing.assert_close(backbone(image[None], plain)[0], features, atol=1e-5, rtol=1e-5)
-    one_for_all = backbone(IMAGES, GivenPrefix({1: (keys[0], 2 * keys[0])}, compensate=compensate))
+    one_for_all = backbone(IMAGES, ExternalPrefix({1: (keys[0], 2 * keys[0])}, compensate=compensate))
     torch.testing.assert_close(one_for_all[0], given[0], atol=1e-5, rtol=1e-5)
-    assert not list(GivenPrefix({1: (keys, keys)}).parameters())
+    assert not list(ExternalPrefix({1: (keys, keys)}).parameters())
     loss(given).backward()
     assert (keys.grad.flatten(1).norm(dim=1) > 0).all()
-    assert torch.equal(backbone(IMAGES, GivenPrefix({})), backbone(IMAGES))
+    assert torch.equal(backbone(IMAGES, ExternalPrefix({})), backbone(IMAGES))
 
 
 @every_variant
@@ -637,7 +636,7 @@ def gives(config):
         (lambda: PeftTuner(make(), "lorra"), BackboneError, "did you mean 'lora'"),
         (lambda: PeftTuner(make(), "ia3", rank=3), BackboneError, "ia3 has no rank, got 3"),
         (lambda: PeftTuner(make(), "oft", dropout=0.1), BackboneError, "oft has no dropout, got 0.1"),
-        (lambda: PeftTuner(make(), name="task.0"), BackboneError, "'task.0' is taken, empty or holds a dot"),
+        (lambda: PeftTuner(make(), name="task.0"), BackboneError, "'task.0' is taken, empty or has a dot"),
         (lambda: PeftTuner(make()).add("default", torch.Generator()), BackboneError, "'default' is taken"),
         (lambda: PeftTuner(make()).activate("defaut"), BackboneError, "no adapter 'defaut'.*'default'"),
         (lambda: PeftTuner(make(), "dora").delta(), BackboneError, "only lora and osf add"),
@@ -645,10 +644,10 @@ def gives(config):
         (lambda: make()(IMAGES, PeftTuner(make())), BackboneError, "built on another backbone"),
         (lambda: Adapter(make(), 0), BackboneError, "bottleneck must be at least 1, got 0"),
         (gives({"name": "adapter", "blocks": [0, 2]}), BackboneError, "blocks: got 2, this backbone has 2 blocks"),
-        (gives({"name": "prefix", "blocks": [1, 0, 1]}), BackboneError, "blocks: 1 is named twice"),
+        (gives({"name": "prefix", "blocks": [1, 0, 1]}), BackboneError, "blocks: 1 is listed twice"),
         (gives({"name": "lora_kv", "blocks": []}), ConfigError, r"tuner\.blocks: .*at least 1 item"),
         (gives({"name": "lora_kv", "blocks": [-1]}), ConfigError, r"tuner\.blocks.*greater than or equal to 0"),
-        (lambda: Prefix(make(), blocks=[]), BackboneError, "blocks: names none; give some of 0 to 1"),
+        (lambda: Prefix(make(), blocks=[]), BackboneError, "blocks: the list is empty; give some of 0 to 1"),
         (lambda: KeyValueLora(make(), 0), BackboneError, "rank must be at least 1, got 0"),
         (lambda: VisualPrompts(make(), -1), BackboneError, "length must be at least 0, got -1"),
     ],

@@ -1,18 +1,16 @@
-"""The marks of ``scripts/values.py``, on runs and benches written by hand."""
+"""The marks of ``scripts/publish/values.py``, on runs and benches written by hand."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from cil.errors import CilError
+from scripts.publish import values
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "scripts"))
-import values  # noqa: E402
 
 RUNS = {
     "a/order1-seed0": [[0.5, None], [0.25, 0.75]],
@@ -109,7 +107,7 @@ def test_value(root, expression, number):
 )
 def test_errors_are_one_line(root, expression, says):
     with pytest.raises(CilError) as error:
-        values.rendered(f"<!-- from runs -->\nIt has <!-- = {expression} -->1.0 %.", root)
+        values.render(f"<!-- from runs -->\nIt has <!-- = {expression} -->1.0 %.", root)
     assert says in str(error.value)
     assert str(error.value).startswith("line 2: ") and "\n" not in str(error.value)
 
@@ -130,13 +128,13 @@ def test_a_page_is_written_and_stays(root):
         "<!-- from bench/b.json -->\n\n"
         "| <!-- = sum seconds ,.0f -->1,234.5e-10 | <!-- = max bench/b.json seconds .0f --> |.\n"
     )
-    written = values.rendered(page, root)
+    written = values.render(page, root)
     assert written == (
         "<!-- from runs -->\n\nIt has <!-- = c accuracy_last -->50.0 % against <!-- = a accuracy_last -->60.0%.\n\n"
         "<!-- from bench/b.json -->\n\n"
         "| <!-- = sum seconds ,.0f -->51 | <!-- = max bench/b.json seconds .0f -->30 |.\n"
     )
-    assert values.rendered(written, root) == written
+    assert values.render(written, root) == written
     assert [file.parent.name for mark in values.marks(page) for file in values.files(mark, root)] == [
         "order1-seed0",
         "order1-seed0",
@@ -148,14 +146,14 @@ def test_a_page_is_written_and_stays(root):
 
 def test_text_without_marks_is_left_alone(root):
     text = "67.9 % <!-- a word --> and\n<!-- table: results/runs -->\n| 1.0 |\n<!-- /table -->\n"
-    assert values.rendered(text, root) == text
+    assert values.render(text, root) == text
 
 
 @pytest.mark.parametrize("before", ["", "  ", "- ", "  - ", "> ", "1. "])
 def test_a_mark_may_not_begin_a_line(root, before):
     """Markdown takes a line that begins with a comment for HTML."""
     with pytest.raises(CilError, match=r"line 3: .* begins its line"):
-        values.rendered(f"First\nof\n{before}<!-- = runs/c accuracy_last -->1", root)
+        values.render(f"First\nof\n{before}<!-- = runs/c accuracy_last -->1", root)
 
 
 def test_marks_are_invisible_on_the_site():
