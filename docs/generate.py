@@ -1,7 +1,8 @@
-"""A mkdocs hook that makes the pages which repeat the code: learners, configuration, commands, results.
+"""A mkdocs hook that generates the pages which repeat the code: learners, configuration, commands, results.
 
-Nothing it makes is committed. What cannot be read off the code stands in ``docs/learners/<name>.md`` (equation, cost,
-departures from other implementations) and becomes part of that learner's page.
+What it generates is not committed. The stored pages are written so that they also read in the repository: learners'
+pages hold what the code does not say (equation, cost, departures from other implementations), and links to results lead
+to files outside ``docs/``, which :func:`on_page_markdown` replaces by their places on the site.
 """
 
 from __future__ import annotations
@@ -20,30 +21,48 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
 from cil import report, results
-from cil.avalanche.table import StrategySection
+from cil.avalanche.configs import StrategySection
 from cil.config import Config, LearnerEntry
-from cil.configfile import read, shipped
+from cil.config.reading import read, shipped
 from cil.learner import Learner
 from cil.learners import registry
-from cil.merging.table import FinaliserSection, RuleSection
+from cil.merging.configs import FinaliserSection, RuleSection
 from cil.training import Recipe
-from cil.tuning.table import TunerSection
+from cil.tuning.configs import TunerSection
+from scripts.publish import tables
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "scripts"))
-import tables  # noqa: E402
 
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):(<code>|`)~?(.*?)(</code>|`)")
 """A reStructuredText role, in a docstring or in what mkdocstrings made of one."""
 RESULT_LINK = re.compile(r"\]\(((?:reference|bench)/[^)#]+)\)")
-"""A file below results/ that its README leads to."""
+"""A link in results/README.md to a file below results/."""
+OUTSIDE = re.compile(r"\]\(((?:\.\./)+)results/([^)]*)\)")
+"""A link from a page below docs/ to a file in results/."""
+TO_README = "To install it and to run a first benchmark, see the [README](../README.md).\n"
+"""In the stored start page; on the site the quickstart stands in its place."""
+QUICKSTART = """In a checkout, with Python 3.10 or newer:
+
+--8<-- "README.md:one-line"
+
+It installs the package and runs four learners on real handwritten digits, with a small ViT that ships with it.
+At the end it prints this table (%, mean ± standard deviation over class orders) and writes `compare.html`:
+
+--8<-- "README.md:quickstart"
+
+![accuracy and forgetting over stages](quickstart.png)
+
+`finetune` forgets: all weights are overwritten. `linear_probe` forgets too: its features are frozen, but its head is
+not. `ncm`, class means of frozen features, keeps most of its accuracy. `joint`, retrained on all images so far, is the
+upper bound.
+"""
 
 
 # --- what mkdocs calls ------------------------------------------------------------------------------------------------
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Every learner's page below "Learners"."""
+    """Add every learner's page below "Learners"."""
     for entry in config.nav or []:
         if "Learners" in entry:
             entry["Learners"] += [{name: f"learners/{name}.md"} for name in registry.BUILTIN]
@@ -51,8 +70,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """The generated pages, in place of the texts they include; and the pictures that lie beside the results."""
+    """Add the generated pages, in place of the stored ones, and the figures and files that belong to the results."""
     made = {
+        "index.md": start_page(),
         "learners/index.md": learners_page(),
         "configuration.md": configuration_page(),
         "cli.md": commands_page(),
@@ -74,9 +94,21 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **more: Any) -> str:
+    """Turn links to results/ into links to the places on the site that hold the same."""
+    return OUTSIDE.sub(lambda link: f"]({link[1][3:]}{link[2].replace('README.md', 'results.md')})", markdown)
+
+
 def on_page_content(html: str, **more: Any) -> str:
-    """mkdocstrings takes docstrings for Markdown; the roles in them are reStructuredText."""
+    """Replace reStructuredText roles in docstrings, which mkdocstrings reads as Markdown."""
     return ROLE.sub(lambda found: found[1] + found[2].rsplit("cil.", 1)[-1] + found[3], html)
+
+
+def start_page() -> str:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    if TO_README not in text:
+        raise ValueError("docs/index.md: no sentence that the quickstart can replace")
+    return text.replace(TO_README, QUICKSTART)
 
 
 # --- learners ---------------------------------------------------------------------------------------------------------
@@ -87,39 +119,41 @@ def builtin() -> dict[str, type[Learner]]:
 
 
 def learners_page() -> str:
-    rows = [[f"[`{name}`]({name}.md)", summary(cls), *facts(cls)] for name, cls in builtin().items()]
+    rows = [[f"[`{name}`]({name}.md)", cls.summary, *facts(cls)] for name, cls in builtin().items()]
     return (
-        "# Learners\n\nEach page gives the method as its docstring has it, its equation, its cost, where it departs "
-        "from other implementations, its hyper-parameters, and its results.\n\n"
-        + table(["learner", "what", "old images", "backbone's weights", "streams"], rows)
-        + "\n[Your own learner](../your_own_learner.md) stands beside these in every table and figure.\n"
+        "# Learners\n\nEach page gives a method's description, equation and cost, where it departs from other "
+        "implementations, its hyper-parameters, and its results.\n\n"
+        + table(["learner", "what it does", "trains", "old images", "streams"], rows)
+        + "\n[Your own learner](../your_own_learner.md) appears beside these in every table and figure.\n"
     )
 
 
 def facts(cls: type[Learner]) -> list[str]:
     return [
-        "keeps them" if cls.stores_images else "never kept",
-        "trained" if cls.trains_backbone else "frozen",
-        "new classes in every task" if cls.needs_new_classes else "any",
+        cls.trains,
+        "kept" if cls.stores_images else "not kept",
+        "class-incremental" if cls.needs_new_classes else "any",
     ]
 
 
 def learner_page(name: str, cls: type[Learner], text: str) -> str:
     """Docstring, facts, the written part, hyper-parameters, shipped configurations, results."""
-    images, weights, streams = facts(cls)
+    trains, images, streams = facts(cls)
     about = [
         ["class", f"`{registry.BUILTIN[name].replace(':', '.')}`"],
+        ["what it does", cls.summary],
+        ["trains", trains],
         ["old images", images],
-        ["backbone's weights", weights],
         ["streams", streams],
     ]
-    parts = [f"# {name}", prose(cls), table(["source", cls.paper], about), text.strip()]
+    written = text[text.index("## ") :].strip()  # without the head for readers in the repository
+    parts = [f"# {name}", prose(cls), table(["source", cls.paper], about), written]
     parts += ["## Hyper-parameters", section_table(cls.Config) or "None."]
     configs = [config for config, learners in shipped_learners().items() if name in learners]
     if configs:
         parts += [
             "## Shipped configurations",
-            "Run with `cil run`, changed with `key=value`.",
+            "Run one with `cil run`, and change it with `key=value`.",
             "\n".join(f"- `{config}`" for config in configs),
         ]
     found = reference_results(name, cls)
@@ -138,18 +172,18 @@ def shipped_learners() -> dict[str, set[str]]:
 
 
 def reference_results(name: str, cls: type[Learner]) -> str:
-    """The rows of the reference results that a learner made, a table a benchmark, and the settings they belong to."""
+    """A learner's rows of the reference results, one table per benchmark, and the settings they belong to."""
     parts = []
     for folder in sorted({file.parents[2] for file in (ROOT / "results" / "reference").glob("*/*/*/metrics.json")}):
         runs = [run for run in results.find([folder]) if entry_of(run).name == name]
         for group in report.by_protocol(runs):
-            parts += [f"{report.describe(group[0])}:", tables.ranked(group)]
+            parts += [f"{report.describe_protocol(group[0])}:", tables.ranked(group)]
             for run in {run["learner"]: run for run in group}.values():
                 values = changed(cls.Config.model_validate(entry_of(run).parameters))
                 settings = flow(values) if values else "the defaults"
                 parts += [f"- `{run['learner']}`: {settings}"]
     if parts:
-        parts.append("What they mean beside the other learners': [results](../results.md).")
+        parts.append("Results of all learners: [results](../results.md).")
     return "\n\n".join(parts)
 
 
@@ -158,7 +192,7 @@ def entry_of(run: dict[str, Any]) -> LearnerEntry:
 
 
 def changed(section: BaseModel) -> dict[str, Any]:
-    """What differs from the section's own defaults; of a tuner or rule also its name."""
+    """The values that differ from the section's defaults, and the name of a tuner or rule."""
     found = {}
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
@@ -177,7 +211,7 @@ def configuration_page() -> str:
         parts += [f"## {key}", prose(model), section_table(model, f"{key}.")]
     parts += [
         "## Training",
-        "Keys of every learner that trains; its page has its own defaults.",
+        "Keys of every learner that trains. Its page has its own defaults.",
         prose(Recipe),
         section_table(Recipe),
     ]
@@ -191,18 +225,18 @@ def configuration_page() -> str:
 
 KINDS = {"Tuners": TunerSection, "Rules": RuleSection, "Finalisers": FinaliserSection, "Strategies": StrategySection}
 INTRODUCTIONS = {
-    "Tuners": "What a learner's `tuner` may be: a name, `{name: …}` with hyper-parameters, or "
-    "[one of your own](your_own_tuner.md), `{class: file.py:Class}`.",
-    "Rules": "What the learner `merge` takes as its `rule`, and `cil merge` as `--rule`: a name, `{name: …}` with "
-    "hyper-parameters and `finalisers`, or [one of your own](your_own_rule.md), `{class: file.py:Class}`.",
-    "Finalisers": "What a rule's `finalisers` may hold, applied in order to the merged update when it is read out.",
-    "Strategies": "What the learners `avalanche` and `avalanche_replay` take as their `strategy`: Avalanche's own, by "
-    "name or as `{name: …}` with hyper-parameters.",
+    "Tuners": "Values of a learner's `tuner`: a name, `{name: …}` with hyper-parameters, or "
+    "[your own](your_own_tuner.md), `{class: file.py:Class}`.",
+    "Rules": "Values of `rule` of the learner `merge`, and of `--rule` of `cil merge`: a name, `{name: …}` with "
+    "hyper-parameters and `finalisers`, or [your own](your_own_rule.md), `{class: file.py:Class}`.",
+    "Finalisers": "Entries of a rule's `finalisers`. They are applied in order to the merged update when it is read.",
+    "Strategies": "Values of `strategy` of the learners `avalanche` and `avalanche_replay`: one of Avalanche's "
+    "strategies, by name or as `{name: …}` with hyper-parameters.",
 }
 
 
 def nested(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Sections inside a section, with their dotted keys."""
+    """The sections inside a section, with their dotted keys."""
     for key, field in model.model_fields.items():
         for inner in models_in(field.annotation):
             yield f"{prefix}{key}", inner
@@ -216,7 +250,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def section_table(model: type[BaseModel], prefix: str = "", skip: Iterable[str] = ()) -> str:
-    """Key, type with its range, default and meaning of every field; empty for a model without fields.
+    """A table of key, type with range, default and meaning of every field; empty for a model without fields.
 
     ``prefix`` is the dotted key of the section on the configuration page, where sections inside it have headings.
     """
@@ -264,14 +298,14 @@ def kind(schema: dict[str, Any], defs: dict[str, Any]) -> str:
 
 
 def commands_page() -> str:
-    """The commands as typer describes them."""
+    """The help texts of all commands, from typer."""
     command = [sys.executable, "-m", "typer", "cil.cli", "utils", "docs", "--name", "cil"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return found.stdout.replace("# `cil`", "# Commands", 1).replace("```console\n$ ", "```text\n")
 
 
 def results_page() -> str:
-    """``results/README.md``; what its links lead to stands or is copied beside it."""
+    """``results/README.md``, with links to pages of the site; the files it links to are copied beside it."""
     return (ROOT / "results" / "README.md").read_text(encoding="utf-8").replace("](../docs/", "](")
 
 
@@ -286,12 +320,8 @@ def prose(cls: type) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in which Markdown finds nothing to do."""
+    """The text with characters escaped that have a meaning in Markdown."""
     return text.replace("<", "&lt;").replace("*", "\\*")
-
-
-def summary(cls: type) -> str:
-    return prose(cls).split("\n")[0]
 
 
 def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
@@ -302,7 +332,7 @@ def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def flow(value: Any) -> str:
-    """A value as it would stand in a configuration, on one line."""
+    """A value as it is written in a configuration, on one line."""
     if isinstance(value, BaseModel):
         value = changed(value)
     if isinstance(value, dict):

@@ -1,11 +1,11 @@
-"""A classifier of one's own, and a learner that decides with it."""
+"""A custom classifier, and a learner that uses it."""
 
 import torch
 from pydantic import Field
 
 from cil.classifiers.base import StatisticsClassifier
-from cil.learners.adapt_once import AdaptOnce
-from cil.precision import exact
+from cil.learners.bases.first_session import AdaptOnce
+from cil.utils.precision import exact
 
 
 class NaiveBayes(StatisticsClassifier):
@@ -27,7 +27,7 @@ class NaiveBayes(StatisticsClassifier):
 
     @exact()
     def partial_fit(self, features, labels):
-        features, labels = self.taken(features, labels)  # checked, float64, and room made for the labels
+        features, labels = self.prepare_fit(features, labels)  # checked, in float64, rows added for new labels
         self.sums.index_add_(0, labels, features)
         self.squares.index_add_(0, labels, features.square())
         self.counts += labels.bincount(minlength=self.num_classes)
@@ -41,14 +41,14 @@ class NaiveBayes(StatisticsClassifier):
         return means, (self.squares / counts - means.square()).clamp(min=0) + self.smoothing * spread
 
     def logits(self, features):
-        means, variances = self.solved("moments", self.moments)  # solved once, until new samples come
+        means, variances = self.cached("moments", self.moments)  # recomputed after new samples
         x = self.checked(features)
         distances = (x.double()[:, None] - means).square() / variances + variances.log()
         return self.only_seen(-0.5 * distances.sum(2).to(x.dtype))
 
 
 class NaiveBayesLearner(AdaptOnce):
-    """Gaussian naive Bayes on features that are frozen, or adapted on the first task if there is a tuner."""
+    """Gaussian naive Bayes on frozen features, or on features adapted on the first task if there is a tuner."""
 
     class Config(AdaptOnce.Config):
         smoothing: float = Field(1e-3, gt=0, description="share of the largest variance added to every variance")

@@ -1,4 +1,4 @@
-"""A dataset of one's own: drawn shapes, eight classes, no download."""
+"""A custom dataset: drawn shapes, eight classes, no download."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,13 +18,13 @@ SHAPES = {  # corners on the unit circle, in degrees, or an ellipse's aspect
 
 
 def load(split: str, per_class: int = 40, size: int = 64):
-    """The ``train`` or ``test`` split: ``per_class`` pictures of every shape, of random place, size and colour."""
+    """The ``train`` or ``test`` split: ``per_class`` images of every shape, with random place, size and colour."""
     random = np.random.RandomState(["train", "test"].index(split))
-    pictures, labels = [], []
+    images, labels = [], []
     for label, shape in enumerate(SHAPES.values()):
         for _ in range(per_class):
-            picture = Image.new("RGB", (size, size), tuple(random.randint(0, 100, 3)))
-            draw, colour = ImageDraw.Draw(picture), tuple(random.randint(140, 256, 3))
+            image = Image.new("RGB", (size, size), tuple(random.randint(0, 100, 3)))
+            draw, colour = ImageDraw.Draw(image), tuple(random.randint(140, 256, 3))
             radius = random.uniform(0.2, 0.4) * size
             x, y = random.uniform(radius, size - radius, 2)
             if isinstance(shape, float):
@@ -33,6 +33,6 @@ def load(split: str, per_class: int = 40, size: int = 64):
                 turned = np.deg2rad(np.array(shape) + random.uniform(-15, 15))
                 corners = zip(x + radius * np.cos(turned), y - radius * np.sin(turned), strict=True)
                 draw.polygon(list(corners), fill=colour)
-            pictures.append(np.asarray(picture))
+            images.append(np.asarray(image))
             labels.append(label)
-    return from_arrays(np.stack(pictures), labels, list(SHAPES))
+    return from_arrays(np.stack(images), labels, list(SHAPES))

@@ -10,8 +10,8 @@ class WhitenedMean(Learner):
     """Nearest class mean under the covariance within classes (Fisher's linear discriminant, equal priors).
 
     W = Σ_i (f_i − μ_{y_i})(f_i − μ_{y_i})ᵀ / n over all features so far, Σ = (1 − s) W + s tr(W)/F · I; predict
-    argmax_c fᵀ Σ⁻¹ μ_c − ½ μ_cᵀ Σ⁻¹ μ_c. Nothing is trained; one forward pass an image; F² + F numbers are kept, and
-    F + 1 a class. W is made of sums over images, so any order and cut of the stream ends with the same classifier.
+    argmax_c fᵀ Σ⁻¹ μ_c − ½ μ_cᵀ Σ⁻¹ μ_c. Nothing is trained, and each image takes one forward pass. F² + F numbers
+    are kept, and F + 1 per class. Sums over images make W, so the result is the same for any order of the tasks.
     """
 
     class Config(LearnerConfig):
@@ -30,7 +30,7 @@ class WhitenedMean(Learner):
         self.register_buffer("weight", torch.zeros(0, width))
         self.register_buffer("bias", torch.zeros(0))
 
-    def begin(self, task, ctx):  # room for the task's classes; no images here
+    def begin(self, task, ctx):  # allocate rows for the new classes, without images
         super().begin(task, ctx)
         new = len(task.seen) - len(self.counts)
         for name in ("counts", "sums", "weight", "bias"):
@@ -38,7 +38,7 @@ class WhitenedMean(Learner):
             setattr(self, name, torch.cat([old, old.new_zeros(new, *old.shape[1:])]))
 
     def learn(self, task, ctx):  # one stage, from this task's images alone
-        features, labels = ctx.features(self, task.train)  # [N, F], [N]; computed once an image
+        features, labels = ctx.features(self, task.train)  # [N, F], [N]; computed once per image
         features = features.double()
         self.counts += labels.bincount(minlength=len(self.counts))
         self.sums.index_add_(0, labels, features)

@@ -1,4 +1,4 @@
-"""A learned vector behind every block: a tuner in one file."""
+"""A learned vector after every block: a tuner in one file."""
 
 from typing import Annotated
 
@@ -10,12 +10,12 @@ from cil import Tuner
 
 
 class BlockShift(Tuner):
-    """x ← block(x) + s · v_i: one vector v_i ∈ [D] a block, added to all tokens; zero at first, as the frozen network.
+    """x ← block(x) + s · v_i: one vector v_i ∈ [D] per block is added to all tokens; it starts at zero.
 
-    D numbers a block; the forward pass costs one addition a block.
+    D trained numbers per block; the forward pass takes one more addition per block.
 
     Args:
-        backbone: The frozen backbone it rides along.
+        backbone: The frozen backbone.
         scale: s, positive.
     """
 
@@ -25,7 +25,7 @@ class BlockShift(Tuner):
         self.scale = scale
         self.shift = nn.Parameter(torch.zeros(len(vit.blocks), vit.embed_dim))
 
-    def reset(self, generator):  # a fresh start for a new run; nothing random here
+    def reset(self, generator):  # initial values for a new run; nothing random here
         nn.init.zeros_(self.shift)
 
     def block(self, i, block, tokens):  # [B, N, D] → [B, N, D]
