@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from cil.utils import hardware
 
 
 class Inputs:
-    """Data, backbone and feature store of a benchmark, loaded; what runs on them share."""
+    """Data, backbone and feature store of a benchmark, loaded once for all of its runs."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.store = open_store(config.hardware)
@@ -50,7 +50,7 @@ def run(
     display: Display | None = None,
     load: Callable[[Config, torch.device], Inputs] = Inputs,
 ) -> list[Path]:
-    """Run everything a configuration asks for, skipping what is finished and going on with what is not.
+    """Make all runs of a configuration: finished ones are skipped, and interrupted ones are resumed.
 
     Under ``accelerate launch`` every process runs this, trains on its share of each batch, and ends with the same
     learner; the first one alone writes and prints.
@@ -118,11 +118,10 @@ def _run_one(
         return
     earlier = folder.rows()
     accelerator.wait_for_everyone()  # until every process has read what the main one is about to write
-    with ExitStack() as stack:
-        observer = Observer(display)
-        if accelerator.is_main_process:
-            observer = stack.enter_context(_Recorder(folder, header, stages, title, display))
-            observer.start(earlier)
+    recorder = _Recorder(folder, header, stages, title, display) if accelerator.is_main_process else None
+    with recorder or nullcontext():
+        if recorder is not None:
+            recorder.start(earlier)
         rows = run_stages(
             registry.instantiate(plan.cls, plan.parameters, inputs.backbone),
             stream,
@@ -131,10 +130,10 @@ def _run_one(
             batch_size=plan.config.inference_batch_size,
             folder=folder,
             store=inputs.store,
-            observer=observer,
+            observer=recorder or Observer(display),
         )
-        if isinstance(observer, _Recorder):
-            observer.tracker.finish(results.assemble(header, rows, stages)["summary"])
+        if recorder is not None:
+            recorder.finish(rows)
 
 
 class _Recorder(Observer):
@@ -164,6 +163,10 @@ class _Recorder(Observer):
         self.tracker.stage(rows)
         self._write_metrics(rows)
         self.display.stage(self.title, rows, self.stages)
+
+    def finish(self, rows: Sequence[StageRow]) -> None:
+        """Add the final metrics to TensorBoard, beside the hyper-parameters."""
+        self.tracker.finish(results.assemble(self.header, rows, self.stages)["summary"])
 
     def _write_metrics(self, rows: Sequence[StageRow]) -> None:
         self.folder.write("metrics.json", to_json(results.assemble(self.header, rows, self.stages)))
