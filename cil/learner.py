@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers.base import match_saved_shapes
 from cil.config import Section
-from cil.errors import PluginError
+from cil.errors import PluginError, TrainingError
 from cil.features import FeatureCache, View, Viewer
 from cil.stream import Task, TaskData
 from cil.utils import hardware
@@ -48,6 +48,7 @@ class Context:
         generator: Source of all random numbers of the stage.
         trainable_parameters: Number of parameters trained in this stage; of several training loops the largest.
         histograms: Counts reported by :meth:`histogram`, by name.
+        learner: The learner whose stage this is; ``Learner.begin`` sets it, so that errors can name its tensors.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Context:
         self.generator = generator(seed, stage)
         self.trainable_parameters = 0
         self.histograms: dict[str, list[float]] = {}
+        self.learner: Learner | None = None
         self._log, self._track = log, track
 
     @property
@@ -165,6 +167,7 @@ class Learner(nn.Module, ABC):
         the state, so it must not look at images.
         """
         self.seen, self.stages = len(task.seen), task.index + 1
+        ctx.learner = self
 
     @abstractmethod
     def learn(self, task: Task, ctx: Context) -> None:
@@ -228,3 +231,29 @@ class RoutedLearner(Learner):
 
     def logits(self, features: Tensor) -> Tensor:
         return self.routed_logits(features, self.route(features))
+
+
+def check_trained(ctx: Context, parameters: Iterable[Tensor] | None = None, rate: str = "lr") -> None:
+    """Refuse trained parameters that are not finite, whichever loop trained them; all losses may have been finite.
+
+    Args:
+        ctx: Context of the stage.
+        parameters: The parameters to check; None: all of the stage's learner.
+        rate: The learner's key for the learning rate that trained them.
+
+    Raises:
+        TrainingError: A parameter has NaN or infinite entries; with the stage, the learner and the tensor.
+    """
+    learner = ctx.learner
+    names = {} if learner is None else {id(p): name for name, p in learner.named_parameters()}
+    tensors = list((() if learner is None else learner.parameters()) if parameters is None else parameters)
+    if not tensors or bool(torch.stack([p.detach().isfinite().all() for p in tensors]).all()):
+        return
+    bad = next(p for p in tensors if not bool(p.detach().isfinite().all()))
+    who = "" if learner is None else f"{learner.name or type(learner).__name__}: "
+    value = getattr(getattr(learner, "config", None), rate, None)
+    raise TrainingError(
+        f"stage {ctx.stage}: {who}{names.get(id(bad), 'a temporary tensor')} {list(bad.shape)} has NaN or infinite "
+        f"entries after training; lower the learner's {rate}{'' if value is None else f' ({value:g})'} or set its "
+        "clip. Earlier stages are kept"
+    )

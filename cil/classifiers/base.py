@@ -17,6 +17,9 @@ Array = Tensor | np.ndarray
 T = TypeVar("T")
 C = TypeVar("C", bound="Classifier")
 
+LARGEST_LABEL = 2**20
+"""A larger label is an identifier and not a class number; room for so many classes would exhaust the memory."""
+
 
 def match_saved_shapes(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *, rows_only: bool = True
@@ -60,9 +63,9 @@ class Classifier(nn.Module, ABC):
 
     def __init__(self, feature_dim: int) -> None:
         super().__init__()
-        if feature_dim < 1:
-            raise ConfigError(f"{type(self).__name__}: feature_dim is {feature_dim}; it must be at least 1")
-        self.feature_dim = feature_dim
+        if not isinstance(feature_dim, int | np.integer) or feature_dim < 1:
+            raise ConfigError(f"{type(self).__name__}: feature_dim is {feature_dim!r}; it must be an integer ≥ 1")
+        self.feature_dim = int(feature_dim)
         self._solved: dict[Any, Any] = {}
 
     @property
@@ -112,6 +115,31 @@ class Classifier(nn.Module, ABC):
             raise DataError(f"{name}: some features are NaN or infinite")
         return x
 
+    def checked_labels(self, labels: Array, count: int) -> Tensor:
+        """Check the labels of ``count`` samples and return them as int64 [count] on the classifier's device.
+
+        Raises:
+            DataError: The shape or type is wrong, or a label is negative or too large.
+        """
+        name = type(self).__name__
+        y = labels if isinstance(labels, Tensor) else torch.from_numpy(_numeric(labels, f"{name}: labels"))
+        if y.ndim != 1 or len(y) != count:
+            raise DataError(
+                f"{name}: labels have shape {list(y.shape)} for {count} features; expected [{count}], one class number "
+                "per row"
+            )
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise DataError(f"{name}: labels are {y.dtype}; expected integers")
+        y = y.to(self.device, torch.int64)
+        if count and int(y.min()) < 0:
+            raise DataError(f"{name}: the smallest label is {int(y.min())}; labels count from 0")
+        if count and int(y.max()) > LARGEST_LABEL:
+            raise DataError(
+                f"{name}: the largest label is {int(y.max())}; labels are class numbers up to {LARGEST_LABEL}, so "
+                "number the classes from 0"
+            )
+        return y
+
     def prepare_fit(self, features: Array, labels: Array) -> tuple[Tensor, Tensor]:
         """Check training data, grow to the largest label, and drop the cached solutions that the data changes.
 
@@ -123,16 +151,9 @@ class Classifier(nn.Module, ABC):
         """
         name = type(self).__name__
         x = self.checked(features).double()
-        y = labels if isinstance(labels, Tensor) else torch.from_numpy(_numeric(labels, f"{name}: labels"))
-        if y.ndim != 1 or len(y) != len(x):
-            raise DataError(f"{name}: labels have shape {list(y.shape)} for {len(x)} features; expected [{len(x)}]")
-        if not len(y):
+        if not len(x):
             raise DataError(f"{name}: there are no samples to learn from")
-        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise DataError(f"{name}: labels are {y.dtype}; expected integers")
-        y = y.to(x.device, torch.int64)
-        if int(y.min()) < 0:
-            raise DataError(f"{name}: the smallest label is {int(y.min())}; labels count from 0")
+        y = self.checked_labels(labels, len(x))
         self.grow(int(y.max()) + 1)
         self._forget(y)
         return _ordinary(x), _ordinary(y)
@@ -231,7 +252,12 @@ def _ordinary(x: Tensor) -> Tensor:
 
 
 def _numeric(values: Any, what: str) -> np.ndarray:
-    array = np.array(values)
+    try:
+        array = np.array(values)
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"{what} are not an array: {error}") from None
     if array.dtype.kind not in "fiu":
         raise DataError(f"{what} are of type {array.dtype}; expected numbers")
-    return array
+    # torch knows neither more than 64 bits nor the other byte order
+    known = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    return array.astype(known, copy=False)

@@ -35,11 +35,23 @@ class AffineMap:
         return features @ self.matrix.T.to(features) + self.offset.to(features)
 
     def sums(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """Return Σ x of each class [C, F] after mapping every sample, given Σ x before it and sample counts [C]."""
+        """Return Σ x of each class [C, F] after mapping every sample, given Σ x before it and sample counts [C].
+
+        Raises:
+            DataError: The map is for features of another width.
+        """
+        if sums.shape[1] != self.matrix.shape[1]:
+            raise DataError(f"a map of features of width {self.matrix.shape[1]} cannot map width {sums.shape[1]}")
         return sums @ self.matrix.T + torch.outer(counts.double(), self.offset)
 
     def outer(self, outer: Tensor, total: Tensor, count: Tensor) -> Tensor:
-        """Return Σ x xᵀ [F, F] after mapping all ``count`` samples, given Σ x xᵀ and Σ x = ``total`` [F] before it."""
+        """Return Σ x xᵀ [F, F] after mapping all ``count`` samples, given Σ x xᵀ and Σ x = ``total`` [F] before it.
+
+        Raises:
+            DataError: As :meth:`sums`.
+        """
+        if len(total) != self.matrix.shape[1]:
+            raise DataError(f"a map of features of width {self.matrix.shape[1]} cannot map width {len(total)}")
         moved = self.matrix @ total
         mapped = self.matrix @ outer @ self.matrix.T
         cross = torch.outer(moved, self.offset)

@@ -11,17 +11,25 @@ from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.moments import ClassMoments
 from cil.errors import ConfigError, DataError
+from cil.utils.linalg import shifted_cholesky
 from cil.utils.precision import exact, without_autocast
 
 
 class Gaussians(ClassMoments):
     """N(μ_c, Σ_c) per class, Σ_c = unbiased covariance + ridge · I; logits are log densities.
 
-    A class with one sample has covariance ridge · I.
+    A class of equal samples, e.g. a single one, has the pooled covariance of all others, and ridge · I if there is
+    none. With fewer samples than features, the variance in directions that they do not span is the ridge: log densities
+    of such a class are not comparable with those of a class with many samples. Heads are trained on :meth:`sample`.
 
     Args:
         feature_dim: Feature width F.
-        ridge: Number > 0 added to every variance; 10⁻⁴ in the authors' code.
+        ridge: Number > 0 added to every variance; 10⁻⁴ in the authors' code. It is meant for features whose squares
+            are about 1: if their mean square is below ``ridge``, the ridge is multiplied by this mean square. If Σ_c is
+            not numerically positive definite with it (features of norm 10⁶ and more), it is raised tenfold until it is.
+
+    Attributes:
+        raised: The largest factor by which the ridge was raised, 1 if it never was; not saved.
 
     Buffers:
         sums: float64 [C, F]; outers: float64 [C, F, F], Σ x xᵀ (4.7 MB per class for F = 768); counts: int64 [C].
@@ -34,7 +42,7 @@ class Gaussians(ClassMoments):
         super().__init__(feature_dim)
         if not 0 < ridge < math.inf:
             raise ConfigError(f"Gaussians: ridge is {ridge}; it must be positive and finite")
-        self.ridge = ridge
+        self.ridge, self.raised = ridge, 1.0
 
     @exact()
     def sample(self, labels: Tensor, generator: torch.Generator, scale: Tensor | None = None) -> Tensor:
@@ -49,9 +57,11 @@ class Gaussians(ClassMoments):
             Features, float32 [n, F].
 
         Raises:
-            DataError: A label has no samples.
+            DataError: A label has no samples, or the labels or ``scale`` have the wrong shape or type.
         """
-        labels = labels.to(self.device)
+        labels = self.checked_labels(labels, len(labels))
+        if scale is not None and scale.shape != labels.shape:
+            raise DataError(f"Gaussians.sample: scale has shape {list(scale.shape)} for {len(labels)} labels")
         known = self.counts.nonzero().flatten()
         if not bool(torch.isin(labels, known).all()):
             missing = sorted(set(labels.tolist()) - set(known.tolist()))
@@ -113,8 +123,18 @@ class Gaussians(ClassMoments):
         """Lower Cholesky factor of Σ_c, float64 [F, F]."""
 
         def solve() -> Tensor:
-            covariance = self.covariance(c)
-            covariance.diagonal().add_(self.ridge)
-            return torch.linalg.cholesky(covariance)
+            ridge = self.ridge * self.cached("unit", self._unit)
+            factor, used = shifted_cholesky(self.own_or_pooled(c), ridge)
+            self.raised = max(self.raised, used / ridge)
+            return factor
 
         return self.cached((c,), solve)
+
+    def _unit(self) -> float:
+        """1, or the mean square of all features if it is below the ridge, which would then hide them."""
+        square = float(self.outers.diagonal(dim1=1, dim2=2).sum()) / max(1, int(self.counts.sum()) * self.feature_dim)
+        return square if 0 < square < self.ridge else 1.0
+
+    def _forget(self, labels: Tensor | None = None) -> None:
+        unit = self._solved.pop("unit", 1.0)
+        super()._forget(labels if unit == 1 else None)

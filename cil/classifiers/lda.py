@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
+from cil.classifiers.moments import CONSTANT
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, symmetric_inverse
 from cil.utils.precision import exact, without_autocast
@@ -22,7 +23,8 @@ class LDA(StatisticsClassifier):
     Σ = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N, shrunk to (1 − s) Σ + s · tr(Σ)/F · I. This is scikit-learn's
     ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)``, and with frozen features the batch form of Deep SLDA
     (Hayes and Kanan, arXiv 1909.01520). Its s = 10⁻⁴ is the default: it is enough to invert Σ when there are fewer
-    samples than features, and hardly changes a well-estimated Σ. If Σ is still singular, its pseudo-inverse is used.
+    samples than features, and hardly changes a well-estimated Σ. Without shrinkage, directions without variance get the
+    mean variance. If no direction has variance (equal images, or one image per class), the nearest mean wins.
 
     Args:
         feature_dim: Feature width F.
@@ -86,17 +88,22 @@ class LDA(StatisticsClassifier):
     def covariance(self) -> Tensor:
         """Within-class covariance Σ before shrinkage, float64 [F, F]."""
         between = (self.counts[:, None] * self.means).T @ self.means
-        return (self.outer - (between + between.T) / 2) / self.counts.sum().clamp(min=1)
+        within = self.outer - (between + between.T) / 2
+        constant = within.diagonal() <= CONSTANT * self.outer.diagonal()
+        within[constant] = 0
+        within[:, constant] = 0
+        return within / self.counts.sum().clamp(min=1)
 
     def _solve(self) -> tuple[Tensor, Tensor]:
         covariance, means = self.covariance, self.means
+        unit = float(covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
         parts = []
         for part in torch.arange(self.feature_dim, device=means.device).chunk(self.blocks):
             block = covariance[part][:, part]
-            scale = block.diagonal().mean()
+            scale = float(block.diagonal().mean()) or unit
             block = (1 - self.shrinkage) * block
             block.diagonal().add_(self.shrinkage * scale)
-            parts.append(means[:, part] @ symmetric_inverse(block))
+            parts.append(means[:, part] @ symmetric_inverse(block, scale))
         weights = torch.cat(parts, dim=1)
         bias = -(weights * self.means).sum(1) / 2
         if self.priors == "counts":
@@ -105,3 +112,11 @@ class LDA(StatisticsClassifier):
         else:
             bias = bias - float((self.counts > 0).sum().clamp(min=1).double().log())
         return weights, bias
+
+    def _spread(self) -> float:
+        """Mean variance of the means of classes with samples; the metric if no class has variance.
+
+        A share of it is small enough that distances, and not the priors, decide.
+        """
+        means = self.means[self.counts > 0]
+        return float((means - means.mean(0)).square().mean()) if len(means) else 0.0

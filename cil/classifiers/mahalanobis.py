@@ -21,11 +21,13 @@ class Mahalanobis(ClassMoments):
     3. shrinkage Σ_s = Σ + α₁ v₁ I + α₂ v₂ (1 − I), v₁ = mean of the diagonal of Σ, v₂ = mean of its off-diagonal
        entries that are not zero;
     4. correlation normalisation Σ̂_ij = Σ_s,ij / √(Σ_s,ii Σ_s,jj);
-    5. the squared Mahalanobis distance under the inverse of Σ̂, or its pseudo-inverse if Σ̂ is singular.
+    5. the squared Mahalanobis distance under the inverse of Σ̂.
 
-    A class with one sample has no covariance of its own and uses the pooled covariance of all others. With a metric
-    without correlations its distances would not be comparable with theirs, and it would win every image. A direction
-    without variance after shrinkage gets variance 1.
+    A class of equal samples, e.g. a single one, has no covariance of its own and uses the pooled covariance of all
+    others. With a metric without correlations its distances would not be comparable with theirs, and it would win every
+    image. A feature without variance after shrinkage gets variance 1 and no correlations. If Σ̂ is singular, e.g. for
+    fewer samples than features without shrinkage, directions without variance get the mean variance; the authors'
+    pseudo-inverse ignores them.
 
     Args:
         feature_dim: Feature width F.
@@ -91,27 +93,16 @@ class Mahalanobis(ClassMoments):
 
     def shrunk(self, c: int) -> Tensor:
         """Σ̂ of class c, float64 [F, F]."""
-        covariance = self.covariance(c) if self.counts[c] > 1 else self.pooled()
+        covariance = self.own_or_pooled(c)
+        varied = covariance.diagonal() > 0
         off = covariance - covariance.diagonal().diag()
         diagonal_mean = covariance.diagonal().mean()
         off_mean = off.sum() / off.count_nonzero().clamp(min=1)
-        covariance = covariance + self.shrinkage[1] * off_mean
-        covariance.diagonal().add_(self.shrinkage[0] * diagonal_mean - self.shrinkage[1] * off_mean)
+        covariance = covariance + self.shrinkage[1] * off_mean * torch.outer(varied, varied)
+        covariance.diagonal().add_(self.shrinkage[0] * diagonal_mean - self.shrinkage[1] * off_mean * varied)
         variance = covariance.diagonal()
         variance[variance <= 0] = 1
         if self.correlation:
             deviation = variance.sqrt()
             covariance = covariance / deviation[:, None] / deviation
         return covariance
-
-    def pooled(self) -> Tensor:
-        """Σ_c (n_c − 1) Σ_c / Σ_c (n_c − 1) over classes with two or more samples, float64 [F, F]; zero without any."""
-        total = torch.zeros_like(self.outers[0])
-        for c in (self.counts > 1).nonzero().flatten().tolist():
-            total += (self.counts[c] - 1) * self.covariance(c)
-        return total / (self.counts - 1).clamp(min=0).sum().clamp(min=1)
-
-    def _forget(self, labels: Tensor | None = None) -> None:
-        if labels is not None:  # classes with one sample use the covariance of all others
-            labels = torch.cat([labels, (self.counts < 2).nonzero().flatten()])
-        super()._forget(labels)

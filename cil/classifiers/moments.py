@@ -58,10 +58,30 @@ class ClassMoments(StatisticsClassifier):
         centred[:, constant] = 0
         return centred / max(1, n - 1)
 
+    @property
+    def flat(self) -> Tensor:
+        """Whether a class has no variance: a single sample, equal samples, or no sample; bool [C]."""
+        second = self.outers.diagonal(dim1=1, dim2=2)
+        centred = second - self.sums.square() / self.counts.clamp(min=1)[:, None]
+        return (centred <= CONSTANT * second).all(1)
+
+    def own_or_pooled(self, c: int) -> Tensor:
+        """Covariance of class c, or the pooled one of all others if it has no variance; float64 [F, F]."""
+        covariance = self.covariance(c)
+        return covariance if bool(covariance.any()) else self.pooled()
+
+    def pooled(self) -> Tensor:
+        """Σ_c (n_c − 1) Σ_c / Σ_c (n_c − 1) over the classes with variance, float64 [F, F]; zero without any."""
+        total = torch.zeros_like(self.outers[0])
+        varied = (~self.flat).nonzero().flatten().tolist()
+        for c in varied:
+            total += (self.counts[c] - 1) * self.covariance(c)
+        return total / max(1, sum(int(self.counts[c]) - 1 for c in varied))
+
     def _forget(self, labels: Tensor | None = None) -> None:
         if labels is None:
             self._solved.clear()
             return
-        changed = set(labels.tolist())
+        changed = {*labels.tolist(), *self.flat.nonzero().flatten().tolist()}  # these borrow from all others
         for key in [key for key in self._solved if key[0] in changed]:
             del self._solved[key]

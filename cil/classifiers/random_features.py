@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cil.classifiers.base import StatisticsClassifier
@@ -63,3 +64,10 @@ class RandomFeatures(StatisticsClassifier):
     def expand(self, features: Tensor) -> Tensor:
         """Compute H [N, M] of features [N, F], in their dtype."""
         return features if self.projection is None else (features @ self.projection.to(features.dtype)).relu_()
+
+    def nearest_mean(self) -> Tensor:
+        """Class sums of H at length 1, float64 [M, C]: weights for classes of one sample each.
+
+        Regression would interpolate the samples, and classes whose features are short would win.
+        """
+        return F.normalize(self.targets, dim=1).T

@@ -24,6 +24,8 @@ STRENGTHS = tuple(10.0**exponent for exponent in range(-8, 9))
 """Candidates for λ."""
 RESOLVED = 1e-8
 """A leave-one-out denominator 1 − h_ii below this is mostly rounding error."""
+UNSCALED = (1e-6, 1e10)
+"""Mean squares of the random features for which the candidates are taken as they are."""
 FREE = 1e-4
 """If the share of free directions 1 − tr S / n is below this, the residual sum of squares is mostly rounding error."""
 
@@ -45,8 +47,10 @@ class Ridge(RandomFeatures):
       joint training, whatever the split over calls. It needs one eigendecomposition of G per call. A λ that leaves no
       direction free is not a candidate.
 
-    λ keeps its value (1 at the start) if there are fewer than two samples to choose by: in the call, or for ``gcv`` in
-    all calls.
+    λ keeps its value (1 at the start) if there is nothing to choose by: fewer than two samples, or no class with two, in
+    the call, or for ``gcv`` in all calls. The only sample of a class does not count, since no λ can predict it. The
+    candidates are meant for random features whose mean square m is between 10^-6 and 10^10; otherwise they, and the
+    initial λ, are multiplied by m. As long as no class has two samples, W is the nearest mean by cosine.
 
     Peak memory, in units of G (800 MB for M = 10,000), is 3 while W is solved; below 2 for ``holdout`` on n < M/2
     samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo``, for ``gcv``, and for ``holdout`` on more than M
@@ -125,8 +129,20 @@ class Ridge(RandomFeatures):
         if isinstance(self.strength, str) and scored > 1:
             errors = self._errors(features, labels, generator)
             if math.isfinite(min(errors)):
-                self.strength_.fill_(STRENGTHS[errors.index(min(errors))])
+                self.strength_.fill_(self.candidates[errors.index(min(errors))])
+        if isinstance(self.strength, str) and float(self.strength_) == 1:  # not chosen yet, or 1 was chosen in unit 1
+            self.strength_.fill_(self._unit())
         return self
+
+    @property
+    def candidates(self) -> list[float]:
+        """The candidates for λ."""
+        unit = self._unit()
+        return [unit * strength for strength in STRENGTHS]
+
+    def _unit(self) -> float:
+        square = float(self.gram.diagonal().mean()) / max(1, int(self.counts.sum()))
+        return square if square > 0 and not UNSCALED[0] <= square <= UNSCALED[1] else 1.0
 
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
@@ -139,6 +155,8 @@ class Ridge(RandomFeatures):
         return self.cached("weights", self._solve)
 
     def _solve(self) -> Tensor:
+        if not bool((self.counts > 1).any()):
+            return self.nearest_mean()
         weights = ridge_solve(self.gram, self.targets.T, float(self.strength_))
         return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
 
@@ -174,12 +192,22 @@ class Ridge(RandomFeatures):
                 targets.addmm_(y[rows].T, h)
             s, v = eigh_(gram)
             left, right = self.expand(x[n:]) @ v, v.T @ targets.T
-        return [((left / (s + strength)) @ right - y[n:]).square().mean().item() for strength in STRENGTHS]
+        known = y[:n].any(0)[y[n:].argmax(1)]  # samples of a class that was fitted
+        if not bool(known.all()):
+            left, y = left[known], torch.cat([y[:n], y[n:][known]])
+        if len(y) == n:
+            return [math.inf] * len(STRENGTHS)
+        return [((left / (s + strength)) @ right - y[n:]).square().mean().item() for strength in self.candidates]
 
     def leave_one_out_errors(self, x: Tensor, y: Tensor) -> list[float]:
         """Mean squared PRESS residual of every candidate on (x, y), which G and Q already contain."""
+        repeated = self.counts[y.argmax(1)] > 1
+        if not bool(repeated.all()):
+            x, y = x[repeated], y[repeated]
+        if not len(y):
+            return [math.inf] * len(STRENGTHS)
         s, v = eigh_(self.gram.clone())
-        inverse = 1 / (s[:, None] + x.new_tensor(STRENGTHS))  # [M, 17]
+        inverse = 1 / (s[:, None] + x.new_tensor(self.candidates))  # [M, 17]
         right = v.T @ self.targets.T
         errors = [0.0] * len(STRENGTHS)
         for part, expected in zip(x.split(BLOCK), y.split(BLOCK), strict=True):
@@ -196,10 +224,12 @@ class Ridge(RandomFeatures):
         With G = V diag(s) Vᵀ, a_k the squared length of row k of VᵀQ and n ones in all one-hot labels,
         RSS = n − Σ_k a_k (s_k + 2λ) / (s_k + λ)² and tr S = Σ_k s_k / (s_k + λ).
         """
+        if not bool((self.counts > 1).any()):
+            return [math.inf] * len(STRENGTHS)
         s, v = eigh_(self.gram.clone())
         s, a, n = s.clamp(min=0), (self.targets @ v).square().sum(0), int(self.counts.sum())
         errors = []
-        for strength in STRENGTHS:
+        for strength in self.candidates:
             free = 1 - (s / (s + strength)).sum().item() / n
             rss = n - (a * (s + 2 * strength) / (s + strength).square()).sum().item()
             errors.append(rss / n / free**2 if free >= FREE else math.inf)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cil.classifiers.base import Array
 from cil.classifiers.random_features import RandomFeatures
 from cil.classifiers.ridge import RESOLVED
-from cil.errors import ConfigError
+from cil.errors import ConfigError, DataError
 from cil.utils.precision import exact, without_autocast
 
 
@@ -22,8 +22,9 @@ class TruncatedSVD(RandomFeatures):
     regression then depends on rounding. Therefore the left singular vectors and values (U, σ) of Hᵀ are kept instead of
     HᵀH, and updated in blocks of m samples: with B = UᵀHᵀ, QR = Hᵀ − UB and
     [[diag σ, B], [0, R]] = U' diag(σ') V'ᵀ the new ones are [U Q]U' and σ'. Of these pairs the first
-    min(round((1−τ)n), round((1−τ)M), r) are kept, with n the number of samples so far. Then
-    W = U diag(1/(σ²+λ)) UᵀHᵀY.
+    min(max(round((1−τ)n), c), round((1−τ)M), r) are kept, with n the number of samples and c that of classes so far:
+    with about one image per class, fewer directions could not separate them. Then W = U diag(1/(σ²+λ)) UᵀHᵀY, or the
+    nearest mean by cosine as long as no class has two samples.
 
     Memory and time do not grow with the tasks once r pairs are kept: a block costs O(M(r+m)²), never M³. With τ = 0 and
     no ``rank`` nothing is truncated, and W is the limit of ridge regression for λ → 0, whatever the split of the
@@ -101,6 +102,7 @@ class TruncatedSVD(RandomFeatures):
         # if samples are linearly dependent, Q has arbitrary columns, whose singular values are zero
         resolved = int((values > values[0] * max(core.shape) * torch.finfo(values.dtype).eps).sum())
         limits = [round((1 - self.truncation) * size) for size in (int(self.counts.sum()), self.width)]
+        limits[0] = max(limits[0], int((self.counts > 0).sum()))
         kept = min(resolved, max(1, min(limits)), self.rank or resolved)
         self.smallest = values[max(0, resolved - 1)].clone()
         basis = torch.cat([self.basis.T, outside], 1) @ left[:, :kept]
@@ -115,7 +117,12 @@ class TruncatedSVD(RandomFeatures):
     @property
     def weights(self) -> Tensor:
         """W, float64 [M, C]."""
-        return self.cached("weights", lambda: (self.basis.T * self._inverse()) @ (self.basis @ self.targets.T))
+        return self.cached("weights", self._solve)
+
+    def _solve(self) -> Tensor:
+        if not bool((self.counts > 1).any()):
+            return self.nearest_mean()
+        return (self.basis.T * self._inverse()) @ (self.basis @ self.targets.T)
 
     @property
     def condition_number(self) -> float:
@@ -144,7 +151,10 @@ class TruncatedSVD(RandomFeatures):
         Raises:
             DataError: A shape, type or value is wrong.
         """
-        features, labels = self.prepare_fit(features, labels)
+        features = self.checked(features).double()
+        labels = self.checked_labels(labels, len(features))
+        if not len(labels) or not bool(torch.isin(labels, self.counts.nonzero()).all()):
+            raise DataError("TruncatedSVD.leave_one_out_accuracy: give samples of classes that were learned before")
         hits = 0
         for x, y in zip(features.split(self.block), labels.split(self.block), strict=True):
             h = self.expand(x)

@@ -45,9 +45,13 @@ class LoRanPAC(AdaptOnce):
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)
-        ctx.log("rank", len(self.classifier.singular_values))
-        ctx.log("condition_number", self.classifier.condition_number)
-        ctx.log("condition_number_uncut", self.classifier.uncut_condition_number)
-        score = self.classifier.leave_one_out_accuracy(*ctx.features(self, task.train))
-        if not math.isnan(score):  # NaN: nothing is truncated, and W interpolates the task
-            ctx.log("leave_one_out_accuracy", score)
+        figures = {
+            "rank": len(self.classifier.singular_values),
+            "condition_number": self.classifier.condition_number,
+            "condition_number_uncut": self.classifier.uncut_condition_number,
+            "leave_one_out_accuracy": self.classifier.leave_one_out_accuracy(*ctx.features(self, task.train)),
+        }
+        for name, value in figures.items():
+            # not finite: all features are zero; or nothing is truncated, and W interpolates the task
+            if math.isfinite(value):
+                ctx.log(name, value)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cil.errors import StreamError
 from cil.features import FeatureCache
-from cil.learner import Context, Learner
+from cil.learner import Context, Learner, check_trained
 from cil.metrics import confusion_matrix
 from cil.results import Costs, StageRow
 from cil.runner.checkpoint import RunFolder, as_tensors, state_bytes
@@ -155,6 +155,9 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
 
     Returns:
         The stage's row of ``metrics.json``, and the predictions for every test image of the tasks so far.
+
+    Raises:
+        TrainingError: The learner's parameters are not finite.
     """
     learner, cache = session.learner, session.cache
     accelerator, logged = cache.accelerator, list[tuple[str, float]]()
@@ -164,6 +167,7 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
     learner.train()
     learner.learn(task, ctx)
     learner.eval()
+    check_trained(ctx)
     train_passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
     learned = time.perf_counter()
     since = session.unchanged_since

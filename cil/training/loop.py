@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from cil.errors import ConfigError, TrainingError
-from cil.learner import Context
+from cil.learner import Context, check_trained
 from cil.training.batches import Batches
 from cil.training.losses import Loss
 from cil.training.optimizer import ParamGroup, build_optimizer, rate_factor
@@ -51,7 +51,7 @@ def fit(
 
     Raises:
         ConfigError: ``batch_loss`` with a ``micro_batch_size``, which would separate a step's images.
-        TrainingError: The loss is not finite.
+        TrainingError: The loss, or a parameter after the last step, is not finite.
     """
     if batch_loss and recipe.micro_batch_size is not None:
         raise ConfigError(
@@ -105,6 +105,7 @@ def fit(
     for p in parameters:
         p.grad = None
         p.requires_grad_(False)
+    check_trained(ctx, parameters, f"{prefix}lr")
 
 
 def _backward(

@@ -1,4 +1,4 @@
-"""Linear algebra of symmetric float64 matrices: inverses that do not fail, and exactly symmetric Gram matrices."""
+"""Linear algebra of symmetric float64 matrices: inverses and factors that do not fail, and symmetric Gram matrices."""
 
 from __future__ import annotations
 
@@ -11,23 +11,45 @@ from cil.errors import TrainingError
 
 BLOCK = 1024
 """Rows or columns that are processed at once."""
+RESOLUTION = 1e-10
+"""A variance below this share of the largest one is mostly rounding error."""
 
 
-def symmetric_inverse(matrix: Tensor) -> Tensor:
-    """Invert a symmetric matrix [F, F] by Cholesky, or return its pseudo-inverse if it is numerically singular.
+def symmetric_inverse(matrix: Tensor, missing: float | None = None) -> Tensor:
+    """Invert a covariance matrix [F, F] by Cholesky; if it is singular, directions without variance get one.
 
-    A factorisation whose pivots span more than ten digits is not used: its smallest pivots are mostly rounding error,
-    and the eigenvalues below float64 resolution have to be dropped instead.
+    A factorisation whose pivots span more than ten digits is not used: its smallest pivots are mostly rounding error of
+    the sums that the matrix comes from. Then all eigenvalues that are as small are replaced by ``missing``. The
+    pseudo-inverse would drop these directions, or divide by their rounding error, although class means may differ in no
+    other.
+
+    Args:
+        matrix: Symmetric matrix [F, F].
+        missing: Variance of directions that have none, > 0; None: the mean of the diagonal, or 1 for a zero matrix.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
-    if not int(failed) and bool(pivots.min() > 1e-10 * pivots.max()):
+    if not int(failed) and bool(pivots.min() > RESOLUTION * pivots.max()):
         return torch.cholesky_inverse(factor)
-    return torch.linalg.pinv(matrix, hermitian=True)
+    values, vectors = torch.linalg.eigh(matrix)
+    known = values.abs() > RESOLUTION * values.abs().max()
+    unit = missing or float(matrix.diagonal().mean()) or 1.0
+    return (vectors / torch.where(known, values, unit)) @ vectors.T
 
 
 def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
     """Solve (gram + strength·I) W = targets by Cholesky, [(…,) M, M] and [(…,) M, C] → [(…,) M, C].
+
+    See :func:`shifted_cholesky` for a sum that is not numerically positive definite.
+
+    Raises:
+        TrainingError: ``gram`` is not finite.
+    """
+    return torch.cholesky_solve(targets, shifted_cholesky(gram, strength)[0])
+
+
+def shifted_cholesky(gram: Tensor, strength: float) -> tuple[Tensor, float]:
+    """Factor gram + strength·I, [(…,) M, M], and return the lower factor and the strength in use.
 
     If the sum is not numerically positive definite, the strength is below float64's resolution of ``gram``. It is then
     multiplied by ten until the factorisation succeeds.
@@ -40,7 +62,7 @@ def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
         failed = torch.empty(0, dtype=torch.int32, device=gram.device)
         factor, failed = torch.linalg.cholesky_ex(shifted, out=(shifted, failed))  # in place
         if not bool(failed.any()):
-            return torch.cholesky_solve(targets, factor)
+            return factor, strength
         strength *= 10
     raise TrainingError("the features are too large: their squares are not finite in float64")
 

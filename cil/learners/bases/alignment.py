@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,6 +14,8 @@ from cil.classifiers import Gaussians
 from cil.errors import ConfigError
 from cil.learner import Context
 from cil.training import ParamGroup, Recipe, fit
+
+log = logging.getLogger(__name__)
 
 Alignment = Callable[..., tuple[Tensor, Tensor]]
 """(features [B, F], labels [B], reduction="mean" or "none") → (loss, a scalar or [B]; logits [B, C])."""
@@ -49,7 +52,7 @@ def align(
     Args:
         loss: (features, labels, reduction) → (loss, logits), see :func:`with_variation`.
         group: Parameters of the head.
-        gaussians: Gaussians of all classes so far.
+        gaussians: Gaussians of all classes so far; a class without images has none and is not sampled.
         scales: Factors s on the means, [C], e.g. from :func:`mean_scales`; None: 1.
         config: Hyper-parameters of the alignment.
         ctx: Context of the stage; losses are logged with the prefix ``alignment_``.
@@ -63,6 +66,14 @@ def align(
     )
     samples = SampledFeatures(gaussians, config.samples, scales, pairs=config.variation > 0)
     fit(with_variation(loss, config.variation), [group], samples, recipe, ctx, prefix="alignment_")
+    if gaussians.raised > 1:
+        ctx.log("alignment_ridge_raised", gaussians.raised)
+        log.warning(
+            "stage %d: the ridge of the class Gaussians was raised %.0e-fold, because the features are so large that "
+            "float64 does not resolve it; scale the features down",
+            ctx.stage,
+            gaussians.raised,
+        )
 
 
 def mean_scales(task_of_class: Tensor, current: int | None = None) -> Tensor:
@@ -128,7 +139,7 @@ class SampledFeatures:
     Implements the protocol ``cil.training.Batches``.
 
     Args:
-        gaussians: Gaussians to sample from; every class must have one.
+        gaussians: Gaussians to sample from; classes without samples are left out.
         per_class: Vectors per class and epoch (SLCA: 256).
         scale: Factor on each class's mean, [C]; None: 1.
         pairs: Whether to return a second, independent vector of the same class in each row (:func:`with_variation`).
@@ -142,7 +153,7 @@ class SampledFeatures:
         self.gaussians, self.per_class, self.scale, self.pairs = gaussians, per_class, scale, pairs
 
     def __len__(self) -> int:
-        return self.per_class * self.gaussians.num_classes
+        return self.per_class * int((self.gaussians.counts > 0).sum())
 
     def batches(
         self,
@@ -164,7 +175,7 @@ class SampledFeatures:
                 depend on it.
         """
         generator = generator or torch.Generator().manual_seed(0)
-        classes = torch.arange(self.gaussians.num_classes).repeat_interleave(self.per_class)
+        classes = self.gaussians.counts.nonzero().flatten().cpu().repeat_interleave(self.per_class)
         labels = classes[torch.randperm(len(self), generator=generator, device=generator.device).to(classes.device)]
         scale = None if self.scale is None else self.scale.to(labels.device)[labels]
         samples = [self.gaussians.sample(labels, generator, scale) for _ in range(1 + self.pairs)]
