@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from cil.errors import ConfigError, TrainingError
+from cil.learner import Learner, LearnerConfig
+from cil.runner import run_stages
 from cil.testing.setting import backbone, context, stream
 from cil.training import ParamGroup, Recipe, cosface, fit, rate_factor
 from cil.training.batches import TensorData, WithRows
+from cil.utils.hardware import accelerator
 
 
 @pytest.fixture
@@ -253,6 +256,58 @@ def test_a_loss_that_is_not_finite_stops(problem, bad):
     ):
         fit(loss, [ParamGroup([weight])], TensorData(*problem), Recipe(), context(stage=3))
     assert torch.isfinite(weight).all()
+
+
+class OneTensor(Learner):
+    """A learner that trains one tensor, by ``fit`` or by a loop of its own."""
+
+    name = "one_tensor"
+
+    def __init__(self, config, backbone, spoil=None):
+        super().__init__(config, backbone)
+        self.scale, self.spoil = nn.Parameter(torch.zeros(2, 5)), spoil
+
+    def learn(self, task, ctx):
+        with torch.no_grad():
+            self.scale[1, 2] = self.spoil
+
+    def logits(self, features):
+        return features[:, :1].repeat(1, self.seen)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_parameters_that_the_last_step_spoils_end_the_stage(problem, clip):
+    """No loss is computed with them, so none shows it."""
+    lr = 3e38
+    ctx = context(stage=2)
+    learner = OneTensor(Recipe(lr=lr), backbone())
+    learner.begin(stream(backbone()).tasks[0], ctx)
+    x, y = problem[0] * 1e3, problem[1]
+    recipe = Recipe(epochs=1, train_batch_size=64, lr=lr, clip=clip, weight_decay=1e3)
+    with torch.no_grad():
+        learner.scale.fill_(1.0)
+    with pytest.raises(TrainingError) as caught:
+        fit(make(learner.scale), [ParamGroup([learner.scale])], TensorData(x, y), recipe, ctx)
+    message = str(caught.value)
+    assert message.startswith("stage 2: one_tensor: scale [2, 5] has NaN or infinite entries after training")
+    assert "lr (3e+38)" in message and "clip" in message and "\n" not in message
+    assert not learner.scale.requires_grad and learner.scale.grad is None
+
+
+def test_a_temporary_tensor_is_checked_too(problem):
+    weight = nn.Parameter(torch.ones(2, 5))
+    recipe = Recipe(epochs=1, train_batch_size=64, lr=3e38, weight_decay=1e3)
+    with pytest.raises(TrainingError, match=r"stage 0: a temporary tensor \[2, 5\].*alignment_lr"):
+        fit(make(weight), [ParamGroup([weight])], TensorData(*problem), recipe, context(), prefix="alignment_")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_learner_with_its_own_loop_is_checked_by_the_runner(value):
+    learner = OneTensor(LearnerConfig(), backbone(), spoil=value)
+    with pytest.raises(TrainingError, match=r"^stage 0: one_tensor: scale \[2, 5\] has NaN or infinite entries"):
+        run_stages(learner, stream(backbone()), accelerator=accelerator("cpu"))
+    fine = OneTensor(LearnerConfig(), backbone(), spoil=1.0)
+    assert len(run_stages(fine, stream(backbone()), accelerator=accelerator("cpu"), stop_after=1)) == 1
 
 
 def test_what_is_logged(problem):

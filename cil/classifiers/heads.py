@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from cil.errors import ConfigError, TrainingError
 from cil.utils.precision import exact, without_autocast
 
 H = TypeVar("H", bound="Head")
+HeadStart = Literal["normal", "uniform"]
+"""Distribution of a linear head's new rows."""
 
 
 class Head(Classifier):
@@ -153,6 +155,7 @@ class LinearHead(Head):
         feature_dim: Feature width F.
         std: Standard deviation of new rows, drawn from a normal distribution truncated at ±2 std; biases start at 0
             (as in timm's head).
+        start: ``uniform`` draws new rows and biases from U(−1/√F, 1/√F) instead, as torch does for a linear layer.
 
     Parameters:
         weight: [C, F]; bias: [C].
@@ -160,13 +163,17 @@ class LinearHead(Head):
 
     _row_names = ("weight", "bias")
 
-    def __init__(self, feature_dim: int, std: float = 0.02) -> None:
+    def __init__(self, feature_dim: int, std: float = 0.02, start: HeadStart = "normal") -> None:
         super().__init__(feature_dim)
-        self.std = std
+        self.std, self.start = std, start
         self.bias = nn.Parameter(torch.zeros(0))
 
     def _new_rows(self, new: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.empty(new, self.feature_dim)
+        if self.start == "uniform":
+            bound = self.feature_dim**-0.5
+            weight, bias = (part.uniform_(-1, 1, generator=generator) for part in (rows, torch.empty(new)))
+            return {"weight": bound * weight, "bias": bound * bias}
         nn.init.trunc_normal_(rows, std=self.std, a=-2 * self.std, b=2 * self.std, generator=generator)
         return {"weight": rows, "bias": torch.zeros(new)}
 

@@ -47,8 +47,8 @@ class Ridge(RandomFeatures):
       joint training, whatever the split over calls. It needs one eigendecomposition of G per call. A λ that leaves no
       direction free is not a candidate.
 
-    λ keeps its value (1 at the start) if there is nothing to choose by: fewer than two samples, or no class with two, in
-    the call, or for ``gcv`` in all calls. The only sample of a class does not count, since no λ can predict it. The
+    λ keeps its value (1 at the start) if there is nothing to choose by: fewer than two samples, or no class with two,
+    in the call, or for ``gcv`` in all calls. The only sample of a class does not count, since no λ can predict it. The
     candidates are meant for random features whose mean square m is between 10^-6 and 10^10; otherwise they, and the
     initial λ, are multiplied by m. As long as no class has two samples, W is the nearest mean by cosine.
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from cil.backbone import Backbone
 from cil.backbone.vit import attention_width, require_plain_vit
+from cil.classifiers import LinearHead
+from cil.classifiers.heads import HeadStart
 from cil.learner import Context
 from cil.learners.bases.prompting import PromptLearner, PromptRecipe
 from cil.stream import Task
@@ -38,6 +40,11 @@ class CODAPrompt(PromptLearner):
         components: PositiveInt = Field(10, description="components m per task (the authors: 100 over 10 tasks)")
         length: NonNegativeInt = Field(8, description="rows L per component, an even number: half keys, half values")
         blocks: list[NonNegativeInt] = Field([0, 1, 2, 3, 4], description="indices of the blocks with a prefix")
+        head_start: HeadStart = Field(
+            "normal",
+            description="distribution of the head's new rows; normal: truncated, deviation 0.02, as in timm; uniform: "
+            "U(±1/√F) for rows and biases, as in the authors' code",
+        )
         orthogonality: float = Field(0.0, ge=0, description="weight μ ≥ 0 of the orthogonality term")
 
         @model_validator(mode="after")
@@ -53,6 +60,7 @@ class CODAPrompt(PromptLearner):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
+        self.head = LinearHead(backbone.feature_dim, start=config.head_start)
         require_plain_vit(backbone.model)
         chosen_blocks(backbone.model, config.blocks)
         # one entry per task: [blocks, m, F], [blocks, m, F], [blocks, m, L · A]

@@ -1,9 +1,9 @@
 """Compare CODA-Prompt and fine-tuning with another toolbox's choices, one departure at a time, on a short stream.
 
 The stream is the first 5 tasks of 4 classes of ``configs/split_tiny_imagenet100``, with 40 training images per class,
-3 epochs and batches of 32; fine-tuning masks old logits (``loss: local``). Each method runs with this package's choices,
-with one of LAMDA-PILOT's choices in their place, with all of them, and with all but the start of the head. The numbers
-are A_last as a fraction, one per class order.
+3 epochs and batches of 32; fine-tuning masks old logits (``loss: local``). Each method runs with this package's
+choices, with one of LAMDA-PILOT's choices in their place, with all of them, and with all but the start of the head. The
+numbers are A_last as a fraction, one per class order, in the order of ``orders``.
 
     python -m scripts.studies.departures data.root=../shared/data --out results/bench/departures.json
 """
@@ -37,13 +37,13 @@ SHORT = {"epochs": 3, "train_batch_size": 32}
 STREAM = ["data.per_class=40", "stream.increment=4", "learners=[ncm]"]
 
 Departure = dict[str, Any]
-"""Keys of the learner; ``head``: bounds of its uniform start (weights, biases), in units of 1/√F; ``transform``."""
+"""Keys of the learner; ``kaiming``: start of the head's rows; ``transform``: keys of that section."""
 
 METHODS: dict[str, tuple[Departure, dict[str, Departure]]] = {
     "coda_prompt": (
         {"name": "coda_prompt"},
         {
-            "head_start": {"head": (1.0, 1.0)},  # nn.Linear as torch draws it
+            "head_start": {"head_start": "uniform"},
             "pixels": {"transform": {"normalize": "none"}},
             "components": {"components": 20},  # 100 over 5 tasks
         },
@@ -51,7 +51,7 @@ METHODS: dict[str, tuple[Departure, dict[str, Departure]]] = {
     "finetune": (
         {"name": "finetune", "loss": "local"},
         {
-            "head_start": {"head": (math.sqrt(3), 0.0)},  # Kaiming-uniform for a linear map
+            "head_start": {"kaiming": True},
             "pixels": {"transform": {"normalize": "none"}},
             "optimiser": {"optimizer": "sgd", "lr": 1e-3, "weight_decay": 2e-4, "schedule": "constant", "warmup": 0},
         },
@@ -60,28 +60,18 @@ METHODS: dict[str, tuple[Departure, dict[str, Departure]]] = {
 """Method → this package's choices, and those of LAMDA-PILOT that differ, by name."""
 
 
-class UniformHead(LinearHead):
-    """A linear head whose new rows and biases are drawn from uniform distributions.
-
-    Args:
-        feature_dim: Feature width F.
-        bounds: Bounds of weights and biases, in units of 1/√F.
-    """
-
-    def __init__(self, feature_dim: int, bounds: tuple[float, float]) -> None:
-        super().__init__(feature_dim)
-        self.bounds = [bound / math.sqrt(feature_dim) for bound in bounds]
+class KaimingHead(LinearHead):
+    """A linear head whose new rows are drawn from U(±√(3/F)), Kaiming's distribution for a linear map; biases are 0."""
 
     def _new_rows(self, new: int, generator: torch.Generator) -> dict[str, Tensor]:
-        weight, bias = self.bounds
         rows = torch.empty(new, self.feature_dim).uniform_(-1, 1, generator=generator)
-        return {"weight": weight * rows, "bias": bias * torch.empty(new).uniform_(-1, 1, generator=generator)}
+        return {"weight": math.sqrt(3 / self.feature_dim) * rows, "bias": torch.zeros(new)}
 
 
 def variants(departures: Mapping[str, Departure]) -> dict[str, Departure]:
     """The settings to run, by name: no departure, each alone, all, and all but the start of the head."""
     found: dict[str, list[str]] = {"ours": [], **{name: [name] for name in departures}, "theirs": list(departures)}
-    found["theirs but head_start"] = [name for name in departures if name != "head_start"]
+    found["theirs_but_head_start"] = [name for name in departures if name != "head_start"]
     return {
         title: {key: value for name in names for key, value in departures[name].items()}
         for title, names in found.items()
@@ -103,15 +93,15 @@ class Streams:
 
 
 def accuracy(settings: Departure, streams: Streams, order: int) -> float:
-    """A_last of one setting on one class order, in per cent."""
+    """A_last of one setting on one class order, a fraction."""
     settings = dict(settings)
     stream = streams.make(order, settings.pop("transform", {}))
-    head = settings.pop("head", None)
+    kaiming = settings.pop("kaiming", False)
     learner: Any = learners.build_learner({**settings, **SHORT}, streams.backbone)
-    if head is not None:
-        learner.head = UniformHead(streams.backbone.feature_dim, head)
+    if kaiming:
+        learner.head = KaimingHead(streams.backbone.feature_dim)
     rows = run_stages(learner, stream, accelerator=hardware.accelerator("cpu"), stop_after=TASKS)
-    return 100 * float(np.asarray(curves(rows)["accuracy/seen"])[-1])
+    return float(np.asarray(curves(rows)["accuracy/seen"])[-1])
 
 
 def main() -> None:
@@ -127,15 +117,15 @@ def main() -> None:
     backbone = load_backbone(config.backbone)
     streams = Streams(config, backbone)
     found: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    for method in args.methods:
-        base, departures = METHODS[method]
-        for order in args.orders:
+    orders: list[int] = found.setdefault("orders", args.orders)
+    for number, order in enumerate(orders):
+        for method in args.methods:
+            base, departures = METHODS[method]
             for title, settings in variants(departures).items():
-                values = found.setdefault(method, {}).setdefault(title.replace(" ", "_"), {})
-                wanted = args.variants is None or title.replace(" ", "_") in args.variants
-                if wanted and str(order) not in values:
-                    values[str(order)] = accuracy({**base, **settings}, streams, order)
-                    print(method, title, order, round(values[str(order)], 1), flush=True)
+                values = found.setdefault(method, {}).setdefault(title, [])
+                if len(values) == number and (args.variants is None or title in args.variants):
+                    values.append(accuracy({**base, **settings}, streams, order))
+                    print(method, title, order, round(100 * values[-1], 1), flush=True)
                     args.out.write_text(to_json({**found, "versions": provenance.versions()}), encoding="utf-8")
 
 
