@@ -43,7 +43,7 @@ class CODAPrompt(PromptLearner):
         head_start: HeadStart = Field(
             "normal",
             description="distribution of the head's new rows; normal: truncated, deviation 0.02, as in timm; uniform: "
-            "U(±1/√F) for rows and biases, as in the authors' code",
+            "U(−1/√F, 1/√F) for rows and biases, as in the authors' code",
         )
         orthogonality: float = Field(0.0, ge=0, description="weight μ ≥ 0 of the orthogonality term")
 
