@@ -84,7 +84,7 @@ class Header(TypedDict):
     tasks: list[list[int]]  # labels of each task, in order of appearance
     backbone: dict[str, Any]  # name, sha256 of the weights, feature_dim
     transform: dict[str, Any]
-    data: dict[str, Any]  # for each split: sha256, images, skipped
+    data: dict[str, Any]  # for each split: sha256, images, skipped and, if read from disk, folders
     versions: dict[str, str]  # of the packages, and the commit of a checkout
     machine: dict[str, Any]
 

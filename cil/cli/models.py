@@ -104,6 +104,7 @@ def predict(
 
     from rich.console import Console
 
+    from cil.data.folder import printable
     from cil.errors import DataError
     from cil.prediction.output import check_output, open_writer
 
@@ -117,10 +118,10 @@ def predict(
         from cil.runner.display import Display
 
         model = load(run, device) if is_artifact(run) else open_run(run, device)
-        paths = find_images(images)
+        paths = find_images(images, lambda line: typer.echo(line, err=True))
 
     def say(path: Path, ranked: list[tuple[str, float]]) -> None:
-        typer.echo(f"{path}: " + ", ".join(f"{name} ({score:.3f})" for name, score in ranked), file=stdout)
+        typer.echo(f"{printable(path)}: " + ", ".join(f"{name} ({score:.3f})" for name, score in ranked), file=stdout)
 
     skipped = 0
 

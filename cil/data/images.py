@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cil.config import DataConfig, HardwareConfig, TransformConfig
 from cil.data.decoded import DecodedSource
+from cil.data.folder import printable
 from cil.data.opening import open_source
 from cil.data.sources import UNREADABLE, ImageSource, rank_in_class
 from cil.data.transforms import Transforms
@@ -233,6 +234,7 @@ class LoadedSplit:
     Attributes:
         source: The readable images.
         skipped: Descriptions of the unreadable ones.
+        findings: What its folders or archives hold beside the images.
         title: Path or name of the split, for listings.
     """
 
@@ -241,10 +243,11 @@ class LoadedSplit:
     ) -> None:
         self._memory, self._workers = hardware.memory_gib * GIB, hardware.workers
         source = open_source(config, split)
+        self.findings = source.findings
         if split == "train":
             source = training_part(source, config)
         name = (config.train if split == "train" else config.test) or split
-        self.title = str(config.root / name) if config.root else f"{config.dataset} {name}"
+        self.title = printable(config.root / name) if config.root else f"{config.dataset} {name}"
         self.source, self.skipped = DecodedSource(source, self._memory, hardware.workers), []
         if config.on_error == "skip":
             broken = self._unreadable(source, store)
@@ -261,6 +264,17 @@ class LoadedSplit:
             if store is not None:
                 store.remember(key, positions)
         return positions
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The split as ``metrics.json`` records it."""
+        found = [finding.card() for finding in self.findings]
+        facts = {"sha256": self.source.fingerprint, "images": len(self.source), "skipped": self.skipped}
+        return {**facts, "folders": found} if found else facts
+
+    def lines(self) -> list[str]:
+        """What a user should see about the split's folders, in one line each."""
+        return [line for finding in self.findings for line in finding.lines()]
 
     @property
     def in_memory(self) -> bool:

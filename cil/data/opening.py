@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cil.config import DataConfig
 from cil.config.plugins import arguments, load_object
 from cil.data import libraries, sources
+from cil.data.classes import find_split
+from cil.data.folder import printable
 from cil.data.sources import ImageSource
 from cil.errors import ConfigError, DataError, PluginError, nearest
 
@@ -13,6 +17,7 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
     """The source that a configuration names, for the split ``train`` or ``test``.
 
     Raises:
+        NoSplitError: A folder dataset does not have the split.
         DataError: The dataset is unknown, its path does not exist, a class is empty, or a package or the network is
             missing.
         PluginError: A custom dataset cannot be loaded or returns something else than a source.
@@ -36,15 +41,20 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
         if not root.is_dir():
             raise DataError(f"data.root: {root} is not a folder")
         if config.domains:
-            return sources.combine_domains(
-                [sources.folder(sources.find_split(root / d, folder_or_split, split)) for d in config.domains]
-            )
-        return sources.folder(sources.find_split(root, folder_or_split, split))
+            return sources.combine_domains([_split(root, d, folder_or_split, split) for d in config.domains])
+        return _split(root, "", folder_or_split, split)
     known = ["digits", "folder", "torch/cifar100", "hfds/uoft-cs/cifar100"]
     raise DataError(
         f"data.dataset: unknown dataset {name!r}{nearest(name, known)}; "
         "allowed: digits, folder, torch/<set>, hfds/<org>/<set>, file.py:function"
     )
+
+
+def _split(root: Path, domain: str, name: str | None, split: str) -> ImageSource:
+    """The split of a folder dataset, or of one of its domains."""
+    path, not_taken = find_split(root / domain, name, split)
+    place = path.relative_to(root) if path.is_relative_to(root) else path
+    return sources.folder(path, printable(place.as_posix()), not_taken)
 
 
 def _custom_source(config: DataConfig, split: str) -> ImageSource:

@@ -3,26 +3,27 @@
 Every source has a length, labels, images and a fingerprint. Labels are the dataset's own class positions here; a stream
 turns them into its order of appearance.
 
-timm's factory finds and indexes the files. Its ``ImageDataset`` is not used to read them: on a broken file it silently
-returns the *next* image, and its tar reader is not safe across forked workers. This module reads the files itself,
-through timm's index.
+:mod:`cil.data.folder` and :mod:`cil.data.archive` find the files. timm's ``ImageDataset`` is not used to read them,
+because on a broken file it silently returns the *next* image.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cil.data.archive import TarImages, scan_tar
+from cil.data.classes import index
+from cil.data.folder import Findings, FolderImages, printable, scan_folder
 from cil.errors import DataError
 
-SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "eval")}
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
 """What PIL raises on files that are not images or are broken; SyntaxError comes from PNG chunks."""
 
@@ -39,6 +40,7 @@ class ImageSource:
         domains: Domain of every image, int64 [N], for domain-incremental streams.
         stamp: Text that changes whenever the files may have changed, also where a fingerprint made from names and
             sizes stays the same. It depends on this machine and is not part of a run's identity.
+        findings: What each folder or archive behind the images holds beside them.
 
     Raises:
         DataError: A class has no images.
@@ -54,9 +56,10 @@ class ImageSource:
         fingerprint: str,
         domains: np.ndarray | None = None,
         stamp: str = "",
+        findings: Sequence[Findings] = (),
     ) -> None:
         self._read, self.describe, self.fingerprint, self.domains = read, describe, fingerprint, domains
-        self.stamp = stamp
+        self.stamp, self.findings = stamp, tuple(findings)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = tuple(str(name) for name in class_names)
         empty = sorted(set(range(len(self.class_names))) - set(self.labels.tolist()))
@@ -138,83 +141,41 @@ def digits(split: str) -> ImageSource:
     return from_arrays(images[members], labels[members], names)
 
 
-def folder(path: Path) -> ImageSource:
+def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageSource:
     """One split from a folder of class folders, or from a tar file laid out the same way.
 
-    Raises:
-        DataError: The path does not exist, holds no images, or has an empty class folder, which the message names.
-    """
-    from timm.data.readers import create_reader
+    Args:
+        path: The folder or tar file.
+        place: Its name below ``data.root``, for the findings.
+        not_taken: Further names of the split that exist there, for the findings.
 
+    Raises:
+        DataError: The path does not exist, is no plain tar file, or has no class folders, an empty one or several
+            splits; the message names it.
+    """
     if not path.exists():
-        raise DataError(f"{path}: no such folder or tar file")
+        raise DataError(f"{printable(path)}: no such folder or tar file")
     is_tar = path.is_file()
-    facts = [path.stat()] if is_tar else []
-    try:
-        reader: Any
-        if is_tar:
-            reader, listed = _tar(path, facts[0].st_mtime_ns, facts[0].st_size)
-        else:
-            reader = create_reader("", str(path))
-    except Exception as error:
-        raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
-    if is_tar:
-        samples = [
-            (info.name, info.size, target) for (info, _, _), target in zip(reader.samples, reader.targets, strict=True)
-        ]
-        class_to_idx = reader.class_name_to_idx
-    else:
-        facts = [Path(file).stat() for file, _ in reader.samples]
-        samples = [
-            (str(Path(file).relative_to(path)), fact.st_size, target)
-            for (file, target), fact in zip(reader.samples, facts, strict=True)
-        ]
-        class_to_idx = reader.class_to_idx
-        listed = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
-    if not samples or (len(class_to_idx) < 2 and not listed):
-        raise DataError(
-            f"{path}: found {len(samples)} images in {len(class_to_idx)} class folders; expected <class>/<image>"
-        )
-    with_images = {part for name, _, _ in samples for part in Path(name).parts[:-1]}
-    empty = sorted(listed - with_images)
-    if empty:
-        raise DataError(f"{path}: class folder {empty[0]!r} holds no images; fill or remove it")
+    fact = path.stat()
+    scan = scan_tar(path, fact.st_mtime_ns, fact.st_size) if is_tar else scan_folder(path)
+    found = index(scan, printable(path))
     digest = hashlib.sha256()
-    for name, size, target in samples:
-        digest.update(f"{name}\0{size}\0{target}\n".encode())
-    names = [name for name, _ in sorted(class_to_idx.items(), key=lambda item: item[1])]
+    for entry, label in zip(found.images, found.labels, strict=True):
+        digest.update(f"{entry.written}\0{entry.size}\0{label}\n".encode("utf-8", "surrogateescape"))
+    changed = [fact.st_mtime_ns] if is_tar else [entry.changed for entry in found.images]
     return from_reader(
-        reader,
-        [target for _, _, target in samples],
-        names,
-        describe=lambda i: f"{path}: {samples[i][0]}" if is_tar else str(path / samples[i][0]),
+        TarImages(path, found.images) if is_tar else FolderImages(path, found.images),
+        found.labels,
+        found.class_names,
+        describe=lambda i: printable(f"{path}: {found.images[i].name}" if is_tar else path / found.images[i].name),
         fingerprint=digest.hexdigest(),
-        stamp=hashlib.sha256(np.array([fact.st_mtime_ns for fact in facts]).tobytes()).hexdigest(),
+        stamp=hashlib.sha256(np.array(changed).tobytes()).hexdigest(),
+        findings=(replace(found.findings, place=place, not_taken=tuple(not_taken)),),
     )
 
 
-@lru_cache(maxsize=4)
-def _tar(path: Path, mtime_ns: int, size: int) -> tuple[Any, set[str]]:
-    """timm's reader of a tar file, and the class folders that are members of the archive.
-
-    Modification time and size are part of the cache's key. Thanks to the cache a second run in this process does not
-    read through the whole file again.
-    """
-    import tarfile
-
-    from timm.data.readers import create_reader
-
-    # The file is reopened for each read (one cheap header), because threads and forked workers would share the position
-    # in an open one. Without cache_tarinfo=False timm reads and writes a pickle beside large tars.
-    options: dict[str, Any] = {"cache_tarfiles": False, "cache_tarinfo": False}
-    reader = create_reader("", str(path), **options)
-    with tarfile.open(path) as tar:
-        listed = {Path(m.name).name for m in tar.getmembers() if m.isdir() and Path(m.name).name not in ("", ".")}
-    return reader, listed
-
-
 def from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **facts: Any) -> ImageSource:
-    """A source over a reader of timm: position → (open file, …). ``facts`` go to :class:`ImageSource`."""
+    """A source over a reader as timm's: position → (open file, …). ``facts`` go to :class:`ImageSource`."""
 
     def read(index: int) -> Image.Image:
         file, *_ = reader[index]
@@ -258,17 +219,5 @@ def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
         fingerprint=hashlib.sha256("".join(p.fingerprint for p in parts).encode()).hexdigest(),
         domains=np.repeat(np.arange(len(parts)), [len(p) for p in parts]),
         stamp=" ".join(p.stamp for p in parts),
+        findings=[found for p in parts for found in p.findings],
     )
-
-
-def find_split(root: Path, name: str | None, split: str) -> Path:
-    """The folder or tar file of a split below ``root``: ``name``, or else the first of the usual names that exists.
-
-    Raises:
-        DataError: None exists; the message lists the names that were tried.
-    """
-    candidates: Iterable[str] = [name] if name else [n + e for n in SPLIT_FOLDERS[split] for e in ("", ".tar")]
-    for candidate in candidates:
-        if (root / candidate).exists():
-            return root / candidate
-    raise DataError(f"data.{split}: {root} holds none of {', '.join(candidates)}; set data.root and data.{split}")

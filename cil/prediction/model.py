@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cil import results
 from cil.backbone import load_backbone
 from cil.config import Config
+from cil.data.folder import images_below, printable
 from cil.data.images import read_image
 from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError
@@ -96,27 +97,29 @@ def open_run(folder: Path, device: str = "cpu") -> Trained:
     return Trained(*restore(folder, hardware.accelerator(device)))
 
 
-def find_images(places: Iterable[Path]) -> list[Path]:
+def find_images(places: Iterable[Path], say: Callable[[str], None] | None = None) -> list[Path]:
     """The given files in their order, and all images below the given folders, sorted by path; each path once.
 
-    In a folder, images are the files with the suffixes that torchvision knows.
+    The images of a folder are those that training would read there, whatever their class.
+
+    Args:
+        places: Image files and folders.
+        say: Called with a line about what is left out of a folder.
 
     Raises:
         DataError: A path does not exist, or a folder has no images.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     paths: dict[Path, None] = {}
     for place in places:
         if place.is_file():
             paths[place] = None
         elif place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
-            if not inside:
-                raise DataError(f"{place}: no images in this folder; looked for {' '.join(IMG_EXTENSIONS)}")
+            inside, findings = images_below(place)
             paths |= dict.fromkeys(inside)
+            for line in findings.lines() if say is not None else ():
+                say(line)
         else:
-            raise DataError(f"{place}: no such file or folder")
+            raise DataError(f"{printable(place)}: no such file or folder")
     return list(paths)
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from cil import results
 from cil.backbone import Backbone, load_backbone
 from cil.config import Config
+from cil.data.classes import NoSplitError
 from cil.data.images import ImageSet, LoadedSplit
 from cil.data.transforms import Transforms
 from cil.errors import BackboneError
@@ -35,12 +36,20 @@ class Inputs:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.store = open_store(config.hardware)
-        self.train, self.test = (
-            LoadedSplit(config.data, split, config.hardware, self.store) for split in ("train", "test")
-        )
+        self.train = LoadedSplit(config.data, "train", config.hardware, self.store)
+        self.test = self._test(config)
         self.backbone = load_backbone(config.backbone, device)
         self.transforms = Transforms(self.backbone.data_config, config.transform)
-        self.images = self.train.images(self.transforms), self.test.images(self.transforms)
+        self.images = self.train.images(self.transforms), self.test and self.test.images(self.transforms)
+
+    def _test(self, config: Config) -> LoadedSplit | None:
+        """The test split; a benchmark that tests on validation images does not need one."""
+        try:
+            return LoadedSplit(config.data, "test", config.hardware, self.store)
+        except NoSplitError:
+            if config.stream.test_on == "test":
+                raise
+            return None
 
 
 def run(
@@ -76,6 +85,8 @@ def run(
     _try_all(todo, streams, backbone)
     folders = []
     with display:
+        for line in [line for split in (inputs.train, inputs.test) if split for line in split.lines()]:
+            display.say(line)
         for plan, stream in zip(todo, streams, strict=True):
             folder = RunFolder(Path(root) / plan.place, keep=config.hardware.checkpoints)
             header = make_header(plan, stream, backbone, inputs.transforms, inputs.train, inputs.test, accelerator)
@@ -172,7 +183,7 @@ class _Recorder(Observer):
         self.folder.write("metrics.json", to_json(results.assemble(self.header, rows, self.stages)))
 
 
-def make_stream(config: Config, train: ImageSet, test: ImageSet) -> Stream:
+def make_stream(config: Config, train: ImageSet, test: ImageSet | None) -> Stream:
     """The stream a single run's configuration describes."""
     wanted = config.stream
     order: Order = config.orders[0]

@@ -26,6 +26,8 @@ from cil.utils import hardware
 from cil.utils.nested import flatten
 
 PACKAGES = ("cil", "torch", "torchvision", "timm", "peft", "accelerate", "numpy")
+NO_IMAGES: dict[str, Any] = {"sha256": None, "images": 0, "skipped": []}
+"""The facts of a test split that the data set does not have; a run tested on validation images needs none."""
 COMPUTES = ("cil", "pyproject.toml")  # the files of a checkout on which a result can depend
 
 
@@ -66,7 +68,7 @@ def make_header(
     backbone: Backbone,
     transforms: Transforms,
     train: LoadedSplit,
-    test: LoadedSplit,
+    test: LoadedSplit | None,
     accelerator: Accelerator,
 ) -> Header:
     """Provenance: everything about a run that is known before it starts."""
@@ -83,10 +85,7 @@ def make_header(
         "tasks": [list(task.classes) for task in stream.tasks],
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim},
         "transform": transforms.card,
-        "data": {
-            split: {"sha256": loaded.source.fingerprint, "images": len(loaded.source), "skipped": loaded.skipped}
-            for split, loaded in (("train", train), ("test", test))
-        },
+        "data": {"train": train.facts, "test": test.facts if test is not None else NO_IMAGES},
         "versions": versions(),
         "machine": hardware.facts(accelerator),
     }

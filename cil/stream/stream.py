@@ -152,7 +152,7 @@ class Stream:
 
     Args:
         train: Training images.
-        test: Test images of the same classes.
+        test: Test images of the same classes; None only together with ``test_on="validation"``.
         tasks: The protocol, :class:`ClassIncremental` or :class:`DomainIncremental`.
         validation: Fraction of each class's training images held out, in [0, 1).
         test_on: ``"test"``, or ``"validation"`` to evaluate on the held-out training images instead (for tuning).
@@ -163,9 +163,9 @@ class Stream:
     """
 
     def __init__(
-        self, train: ImageSet, test: ImageSet, tasks: Tasks, *, validation: float = 0.0, test_on: str = "test"
+        self, train: ImageSet, test: ImageSet | None, tasks: Tasks, *, validation: float = 0.0, test_on: str = "test"
     ) -> None:
-        if set(train.class_names) != set(test.class_names):
+        if test is not None and set(train.class_names) != set(test.class_names):
             only_train = sorted(set(train.class_names) - set(test.class_names))[:5]
             only_test = sorted(set(test.class_names) - set(train.class_names))[:5]
             raise StreamError(
@@ -196,6 +196,8 @@ class Stream:
         if test_on == "validation":
             held_out_by_task = [np.intersect1d(m, held_out) for m in split.members]
             self._test = TestData(train, train_labels, held_out_by_task, what="validation")
+        elif test is None:
+            raise StreamError("a stream that is not tested on validation images needs test images")
         else:
             # the test set may list the same classes in another order: map through the names
             to_train = np.array([list(train.class_names).index(n) for n in test.class_names])

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from cil.data.folder import reason_to_skip
 from cil.data.prepare.known import Benchmark
 from cil.data.prepare.split import Placed, Split, by_class, placed, seeded
 from cil.data.prepare.unpack import below
@@ -71,7 +72,7 @@ def class_folders(root: Path) -> Path:
     """
     home = root
     for _ in range(3):
-        inner = [child for child in sorted(home.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+        inner = [child for child in sorted(home.iterdir()) if child.is_dir() and not reason_to_skip(child.name)]
         if len(inner) != 1:
             break
         home = inner[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cil.data.folder import reason_to_skip, scan_folder
 from cil.errors import DataError
 
 Placed = list[tuple[str, Path]]
@@ -24,16 +25,14 @@ class Split:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image file at or below a folder, sorted; files with timm's endings, without hidden ones."""
-    from timm.data.readers.img_extensions import get_img_extensions
-
-    endings = get_img_extensions(as_set=True)
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
+    """Every image file at or below a folder, sorted by path; those that training would read there."""
+    return sorted(folder / entry.name for entry in scan_folder(folder).once().images)
 
 
 def by_class(root: Path) -> dict[str, list[Path]]:
-    """Image files of each class folder directly below ``root``, without empty folders."""
-    classes = {child.name: image_files(child) for child in sorted(root.iterdir()) if child.is_dir()}
+    """Image files of each class folder directly below ``root``, without empty and hidden folders."""
+    folders = sorted(child for child in root.iterdir() if child.is_dir() and reason_to_skip(child.name) is None)
+    classes = {child.name: image_files(child) for child in folders}
     return {name: files for name, files in classes.items() if files}
 
 
