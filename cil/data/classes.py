@@ -126,7 +126,7 @@ def _notes(top: str, names: Sequence[str], images: Sequence[Sequence[str]]) -> I
     deep = [parts for parts in images if len(parts) > 2]
     if deep:
         example = printable("/".join(deep[0]))
-        yield f"{len(deep)} images in subfolders belong to the class folder above, e.g. {example}"
+        yield f"images in subfolders belong to the class folder above: {len(deep)}, e.g. {example}"
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(_folded(name), []).append(name)

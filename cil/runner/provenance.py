@@ -26,7 +26,7 @@ from cil.utils import hardware
 from cil.utils.nested import flatten
 
 PACKAGES = ("cil", "torch", "torchvision", "timm", "peft", "accelerate", "numpy")
-NO_IMAGES: dict[str, Any] = {"sha256": None, "images": 0, "skipped": []}
+NO_IMAGES: dict[str, Any] = {"sha256": "none", "images": 0, "skipped": []}
 """The facts of a test split that the data set does not have; a run tested on validation images needs none."""
 COMPUTES = ("cil", "pyproject.toml")  # the files of a checkout on which a result can depend
 

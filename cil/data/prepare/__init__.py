@@ -20,7 +20,7 @@ from cil.data.prepare import layouts
 from cil.data.prepare.known import BENCHMARKS, CUB_OFFICIAL, Benchmark
 from cil.data.prepare.layouts import SplitWanted
 from cil.data.prepare.split import Split, check, listed, placed
-from cil.data.prepare.unpack import md5, unpacked
+from cil.data.prepare.unpack import md5, remove, unpacked
 from cil.errors import DataError, nearest
 from cil.utils.files import replacing
 
@@ -89,9 +89,11 @@ def prepare(
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = out.with_name(f".{out.name}.lock")
         with FileLock(lock, timeout=0):
-            record = _prepare(BENCHMARKS[dataset], request, source, out, train_list, test_list, allow_counts)
-            lock.unlink(missing_ok=True)
-            return record
+            try:
+                return _prepare(BENCHMARKS[dataset], request, source, out, train_list, test_list, allow_counts)
+            finally:
+                shutil.rmtree(_half(out), ignore_errors=True)
+                lock.unlink(missing_ok=True)
     except Timeout:
         raise DataError(f"{out}: another process is preparing it") from None
     except OSError as error:
@@ -133,7 +135,10 @@ def _prepare(
     allow_counts: bool,
 ) -> dict[str, Any]:
     name, is_archive = request["dataset"], source.is_file()
-    scratch, half = out.with_name(f".{out.name}.unpacked"), out.with_name(f".{out.name}.half")
+    scratch, half = out.with_name(f".{out.name}.unpacked"), _half(out)
+    ours = not source.resolve().is_relative_to(scratch.resolve())  # else the user gives what we unpacked as the source
+    if ours and not is_archive:  # what is there comes from an archive that was refused earlier
+        remove(scratch)
     root = unpacked(source, scratch) if is_archive else source
     shutil.rmtree(half, ignore_errors=True)
     expected = [benchmark.classes, benchmark.train, benchmark.test]
@@ -167,9 +172,13 @@ def _prepare(
     if out.exists():
         out.rmdir()  # it is empty: prepare() refuses any other
     half.rename(out)
-    if is_archive:
-        shutil.rmtree(scratch, ignore_errors=True)
+    if ours:
+        remove(scratch)
     return record
+
+
+def _half(out: Path) -> Path:
+    return out.with_name(f".{out.name}.half")
 
 
 def _read_split(

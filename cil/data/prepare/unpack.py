@@ -28,9 +28,8 @@ def unpacked(archive: Path, place: Path) -> Path:
     state = place / f".of-{archive.name}-{fact.st_size}-{fact.st_mtime_ns}"
     if state.exists():
         return place
-    half = place.with_name(f"{place.name}.half")
-    for old in (half, place):
-        shutil.rmtree(old, ignore_errors=True)
+    remove(place)
+    half = _half(place)
     half.mkdir(parents=True)
     try:
         if zipfile.is_zipfile(archive):
@@ -44,9 +43,24 @@ def unpacked(archive: Path, place: Path) -> Path:
         raise DataError(f"{archive}: refused, a member would leave the folder ({error})") from None
     except DAMAGED as error:
         raise DataError(f"{archive}: damaged or incomplete ({error}); download it again") from None
-    (half / state.name).touch()
-    half.rename(place)
+    except NotImplementedError as error:  # a kind of zip that Python does not know
+        raise DataError(f"{archive}: cannot be unpacked here ({error}); unpack it and give the folder") from None
+    else:
+        (half / state.name).touch()
+        half.rename(place)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
     return place
+
+
+def remove(place: Path) -> None:
+    """Delete what earlier calls unpacked into ``place``, also where they were killed."""
+    for old in (_half(place), place):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _half(place: Path) -> Path:
+    return place.with_name(f"{place.name}.half")
 
 
 def _unzip(archive: Path, place: Path) -> None:
