@@ -277,7 +277,27 @@ def test_archives_cannot_write_outside(tmp_path):
         file.writestr("../escaped.jpg", jpeg())
     with pytest.raises(DataError, match=r"refused, member '\.\./escaped\.jpg'"):
         prepare("imagenet_r", tmp_path / "evil.zip", tmp_path / "in" / "out")
-    assert not list(tmp_path.rglob("escaped.jpg"))
+    assert not list(tmp_path.rglob("escaped.jpg")) and not list((tmp_path / "in").iterdir())
+
+
+def test_what_a_refused_archive_left_is_removed_by_the_next_command(tmp_path, sizes):
+    sizes("imagenet_r", 2, 8, 2)
+    wrong = tar(tmp_path / "wrong.tar", classes("r", [2, 2]))
+    for path, content in classes("folder", [5, 5]).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    (tmp_path / "in" / ".out.unpacked.half").mkdir(parents=True)  # of a process that was killed
+    with pytest.raises(DataError, match="--allow-counts accepts it"):
+        prepare("imagenet_r", wrong, tmp_path / "in" / "out")
+    assert [p.name for p in (tmp_path / "in").iterdir()] == [
+        ".out.unpacked"
+    ]  # for the same command with another option
+    prepare("imagenet_r", tmp_path / "folder", tmp_path / "in" / "out")
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["out"]
+    with pytest.raises(DataError, match="--allow-counts accepts it"):
+        prepare("imagenet_r", wrong, tmp_path / "again")
+    prepare("imagenet_r", tmp_path / ".again.unpacked", tmp_path / "again", allow_counts=True)
+    assert (tmp_path / ".again.unpacked").exists()  # the user's source by now
 
 
 def test_an_encrypted_zip_says_what_to_do(tmp_path):

@@ -43,11 +43,11 @@ class Inputs:
         self.images = self.train.images(self.transforms), self.test and self.test.images(self.transforms)
 
     def _test(self, config: Config) -> LoadedSplit | None:
-        """The test split; a benchmark that tests on validation images does not need one."""
+        """The test split; a benchmark that tests on validation images needs none, unless it names one."""
         try:
             return LoadedSplit(config.data, "test", config.hardware, self.store)
         except NoSplitError:
-            if config.stream.test_on == "test":
+            if config.stream.test_on == "test" or config.data.test is not None:
                 raise
             return None
 
