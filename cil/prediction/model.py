@@ -116,8 +116,9 @@ def find_images(places: Iterable[Path], say: Callable[[str], None] | None = None
         elif place.is_dir():
             inside, findings = images_below(place)
             paths |= dict.fromkeys(inside)
-            for line in findings.lines() if say is not None else ():
-                say(line)
+            if say is not None:
+                for line in findings.lines():
+                    say(line)
         else:
             raise DataError(f"{printable(place)}: no such file or folder")
     return list(paths)

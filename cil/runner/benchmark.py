@@ -40,7 +40,8 @@ class Inputs:
         self.test = self._test(config)
         self.backbone = load_backbone(config.backbone, device)
         self.transforms = Transforms(self.backbone.data_config, config.transform)
-        self.images = self.train.images(self.transforms), self.test and self.test.images(self.transforms)
+        test = None if self.test is None else self.test.images(self.transforms)
+        self.images = self.train.images(self.transforms), test
 
     def _test(self, config: Config) -> LoadedSplit | None:
         """The test split; a benchmark that tests on validation images needs none, unless it names one."""
