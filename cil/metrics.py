@@ -8,7 +8,12 @@ changes its arguments. The docstring of a definition that other toolboxes print 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.sparse import coo_array
 
 Array = np.ndarray
 
@@ -27,8 +32,13 @@ def accuracy_matrix(correct: Array, total: Array) -> Array:
 
 def seen_accuracy(r: Array, total: Array) -> Array:
     """A_i per image (micro), the headline: Σ_{j≤i} n_j R[i, j] / Σ_{j≤i} n_j. Shape [T]."""
-    weights = np.asarray(total, dtype=float)
-    return np.array([np.average(r[i, : i + 1], weights=weights[: i + 1]) for i in range(len(r))])
+    return np.array([seen_accuracy_at(r, total, i) for i in range(len(r))])
+
+
+def seen_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
+    """A_i of one stage i; see :func:`seen_accuracy`."""
+    i = range(len(r))[stage]
+    return float(np.average(r[i, : i + 1], weights=np.asarray(total[: i + 1], dtype=float)))
 
 
 def task_mean_accuracy(r: Array) -> Array:
@@ -36,13 +46,14 @@ def task_mean_accuracy(r: Array) -> Array:
     return np.array([r[i, : i + 1].mean() for i in range(len(r))])
 
 
-def class_mean_accuracy(confusion: Array) -> float:
+def class_mean_accuracy(confusion: Array | coo_array) -> float:
     """Mean over classes of the recall: (1/C) Σ_c confusion[c, c] / Σ_d confusion[c, d].
 
     Args:
-        confusion: Counts [C, C]; rows are true classes, columns predictions; every class has at least one image.
+        confusion: Counts [C, C], dense or sparse; rows are true classes, columns predictions; every class has at least
+            one image.
     """
-    return float(np.mean(np.diag(confusion) / confusion.sum(1)))
+    return float(np.mean(confusion.diagonal() / confusion.sum(1)))
 
 
 def average_accuracy(accuracy: Array) -> float:
@@ -62,8 +73,13 @@ def new_accuracy(r: Array) -> Array:
 
 def old_accuracy(r: Array, total: Array) -> Array:
     """Accuracy per image on all tasks before stage i; NaN for the first stage. Shape [T]."""
-    weights = np.asarray(total, dtype=float)
-    return np.array([np.nan] + [np.average(r[i, :i], weights=weights[:i]) for i in range(1, len(r))])
+    return np.array([old_accuracy_at(r, total, i) for i in range(len(r))])
+
+
+def old_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
+    """The accuracy on old tasks at one stage i; see :func:`old_accuracy`."""
+    i = range(len(r))[stage]
+    return float(np.average(r[i, :i], weights=np.asarray(total[:i], dtype=float))) if i else float("nan")
 
 
 def forgetting_by_task(r: Array, stage: int = -1) -> Array:
@@ -123,7 +139,15 @@ def within_task_accuracy(r_task: Array, total: Array) -> Array:
 
 def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     """Counts [C, C]; rows are true labels, columns predictions, both in 0…C−1 with C = ``classes``."""
-    return np.bincount(np.asarray(labels) * classes + predictions, minlength=classes**2).reshape(classes, classes)
+    return confusion_counts(labels, predictions, classes).toarray()
+
+
+def confusion_counts(labels: Array, predictions: Array, classes: int) -> coo_array:
+    """The confusion matrix [C, C] as sparse counts: at most one entry per image, whatever the number of classes."""
+    from scipy.sparse import coo_array
+
+    pairs, counts = np.unique(np.asarray(labels, dtype=np.int64) * classes + predictions, return_counts=True)
+    return coo_array((counts, np.divmod(pairs, classes)), shape=(classes, classes))
 
 
 def summary(r: Array, r_task: Array, total: Array) -> dict[str, float]:

@@ -1,92 +1,60 @@
-"""``metrics.json``: everything a reader needs to trust a run, rebuilt from its stages' rows.
+"""The results of a run: matrices, curves and summary from its stages' rows, and the reading of what its folder stores.
 
-Published runs leave out what follows from the rows (:data:`DERIVED`); :func:`load` fills it in.
+:func:`read_run` reads runs in all forms (:mod:`cil.rows`) and verifies checksums, types and ranges of what it reads.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cil import metrics
 from cil.config.renamed import current_keys
 from cil.errors import RunError
+from cil.rows import HEADER, RUN_FILE, STAGE_FILE, Costs, Counts, Header, StageRow, StateBytes
+from cil.utils.stored import check_file, content_digest, read_json, sealed
+
+if TYPE_CHECKING:
+    from scipy.sparse import coo_array
+
+__all__ = [
+    "AGAIN",
+    "RESTORE",
+    "Costs",
+    "Counts",
+    "Header",
+    "Stage",
+    "StageRow",
+    "StateBytes",
+    "assemble",
+    "completed",
+    "confusion",
+    "curves",
+    "derived",
+    "find",
+    "kept_bytes",
+    "matrices",
+    "read_header",
+    "read_predictions",
+    "read_run",
+    "read_stage",
+    "run_file",
+    "stage_folder",
+    "stage_values",
+    "summarise",
+]
+RESTORE = "restore it, or move the folder of the run away to run again"
+AGAIN = "restore it, or delete the folder of that stage and run the same command again"
 
 ROUTER = ("router_accuracy", "oracle_router_accuracy")
 """Keys that only the rows of learners have which choose an adapter for each image."""
 DERIVED = ("accuracy_matrix", "accuracy_matrix_within_task", "curves")
 """Top-level keys of ``metrics.json`` that follow from the rows; published runs leave them out."""
-
-
-class StateBytes(TypedDict):
-    """What a learner keeps between tasks, in bytes."""
-
-    parameter_bytes: int  # parameters, trained or not, without the backbone
-    statistics_bytes: int  # buffers, such as class means and covariances
-    exemplar_bytes: int  # images of old tasks
-
-
-class Costs(StateBytes):
-    """What one stage cost, and what the learner keeps after it."""
-
-    trainable_parameters: int  # the most that were trained at a time
-    train_images: int  # images of the task
-    train_passes: int  # images sent through the backbone to learn the task, epochs included
-    test_passes: int  # images sent through the backbone to test the stage
-    features_from_store: int  # of all these, images whose features were read from the feature store
-    seconds_learn: float
-    seconds_test: float
-    peak_memory_bytes: int  # of the process, or of the device if it has memory of its own
-
-
-class _Counts(TypedDict):
-    correct: list[int]  # by task j ≤ i: test images that are right among all classes seen
-    correct_within_task: list[int]  # by task j ≤ i: test images that are right among the task's own classes
-    total: list[int]  # by task j ≤ i: test images
-    top5_accuracy: float  # a fraction, as all accuracies are
-    class_mean_accuracy: float  # mean over classes of the accuracy on the class's test images
-    task_id_accuracy: float | None  # the predicted class is one of the image's task; None if tasks share classes
-
-
-class Counts(_Counts, total=False):
-    """What the predictions after stage i say, per task and overall."""
-
-    router_accuracy: float  # the learner takes an image for one of its task; RoutedLearner alone
-    oracle_router_accuracy: float  # the accuracy if it always did; RoutedLearner alone
-
-
-class StageRow(Counts):
-    """One stage of a run: ``stages[i]`` of ``metrics.json``."""
-
-    unchanged_since: list[int]  # for each view of the learner, the stage since which it has not changed
-    costs: Costs
-    log: list[tuple[str, float]]  # (name, value) of everything the learner logged, in order
-    histograms: dict[str, list[float]]  # by name, how often each numbered thing (a prompt, a task) was used
-
-
-class Header(TypedDict):
-    """What is known about a run before it starts: the configuration, and every fact that its numbers depend on."""
-
-    learner: str  # its title: the label, the registered name or the class's name
-    paper: str
-    stores_images: bool  # whether it keeps old images, as replay methods and upper bounds do
-    trains_backbone: bool
-    chosen_by: str  # how its hyper-parameters were chosen
-    tested_on: str  # test, or validation for images held out of the training split
-    config: dict[str, Any]  # the resolved configuration of this run alone; `cil run` accepts it
-    class_names: list[str]  # in order of appearance
-    class_order: list[int]  # position in the data set's own order, for each class in order of appearance
-    tasks: list[list[int]]  # labels of each task, in order of appearance
-    backbone: dict[str, Any]  # name, sha256 of the weights, feature_dim
-    transform: dict[str, Any]
-    data: dict[str, Any]  # for each split: sha256, images, skipped and, if read from disk, folders
-    versions: dict[str, str]  # of the packages, and the commit of a checkout
-    machine: dict[str, Any]
 
 
 def matrices(rows: Sequence[StageRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,24 +67,38 @@ def matrices(rows: Sequence[StageRow]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return metrics.accuracy_matrix(correct, total), metrics.accuracy_matrix(within, total), total
 
 
+def stage_values(r: np.ndarray, r_task: np.ndarray, total: np.ndarray, row: StageRow, stage: int) -> dict[str, float]:
+    """The values of one stage by the names of the curves, NaN where undefined.
+
+    Args:
+        r: The accuracy matrix of this stage and any others, [T, T].
+        r_task: The same with the task given.
+        total: Test images of each task, [T].
+        row: The row of the stage.
+        stage: Number of the stage, from 0.
+    """
+    task_id = row["task_id_accuracy"]
+    return {
+        "accuracy/seen": metrics.seen_accuracy_at(r, total, stage),
+        "accuracy/seen_task_mean": float(r[stage, : stage + 1].mean()),
+        "accuracy/seen_class_mean": row["class_mean_accuracy"],
+        "accuracy/seen_top5": row["top5_accuracy"],
+        "accuracy/new": float(r[stage, stage]),
+        "accuracy/old": metrics.old_accuracy_at(r, total, stage),
+        "forgetting/mean": metrics.forgetting(r, stage),
+        "forgetting/within_task": metrics.forgetting(r_task, stage),
+        "bwt": metrics.backward_transfer(r, stage),
+        "task_id_accuracy": math.nan if task_id is None else task_id,
+        "within_task_accuracy": metrics.seen_accuracy_at(r_task, total, stage),
+        **{name: float(row[name]) for name in ROUTER if name in row},  # type: ignore[literal-required]
+    }
+
+
 def curves(rows: Sequence[StageRow]) -> dict[str, list[float]]:
     """Per-stage values by name, NaN where undefined; what TensorBoard and the figures draw."""
     r, r_task, total = matrices(rows)
-    stages = range(len(rows))
-    return {
-        "accuracy/seen": metrics.seen_accuracy(r, total).tolist(),
-        "accuracy/seen_task_mean": metrics.task_mean_accuracy(r).tolist(),
-        "accuracy/seen_class_mean": [row["class_mean_accuracy"] for row in rows],
-        "accuracy/seen_top5": [row["top5_accuracy"] for row in rows],
-        "accuracy/new": metrics.new_accuracy(r).tolist(),
-        "accuracy/old": metrics.old_accuracy(r, total).tolist(),
-        "forgetting/mean": [metrics.forgetting(r, i) for i in stages],
-        "forgetting/within_task": [metrics.forgetting(r_task, i) for i in stages],
-        "bwt": [metrics.backward_transfer(r, i) for i in stages],
-        "task_id_accuracy": [math.nan if row["task_id_accuracy"] is None else row["task_id_accuracy"] for row in rows],
-        "within_task_accuracy": metrics.within_task_accuracy(r_task, total).tolist(),
-        **{name: [float(row[name]) for row in rows] for name in ROUTER if all(name in row for row in rows)},  # type: ignore[literal-required]
-    }
+    values = [stage_values(r, r_task, total, row, i) for i, row in enumerate(rows)]
+    return {name: [one[name] for one in values] for name in values[0] if all(name in one for one in values)}
 
 
 def derived(rows: Sequence[StageRow]) -> dict[str, Any]:
@@ -135,15 +117,12 @@ def kept_bytes(costs: Costs) -> int:
     return costs["parameter_bytes"] + costs["statistics_bytes"] + costs["exemplar_bytes"]
 
 
-def assemble(header: Header, rows: Sequence[StageRow], stages: int) -> dict[str, Any]:
-    """The content of ``metrics.json``: header, matrices, curves, summary; undefined values are null."""
-    if not rows:
-        return {**header, "complete": False, "stages": []}
+def summarise(rows: Sequence[StageRow]) -> dict[str, Any]:
+    """The summary of the stages so far; undefined values are null."""
     r, r_task, total = matrices(rows)
     summary = metrics.summary(r, r_task, total)
-    from_rows = derived(rows)
-    by_stage = from_rows["curves"]
-    summary |= {name: by_stage[name][-1] for name in ("task_id_accuracy", *ROUTER) if name in by_stage}
+    last = stage_values(r, r_task, total, rows[-1], len(rows) - 1)
+    summary |= {name: last[name] for name in ("task_id_accuracy", *ROUTER) if name in last}
     costs = [row["costs"] for row in rows]
     summary |= {
         "trainable_parameters": max(c["trainable_parameters"] for c in costs),
@@ -152,15 +131,32 @@ def assemble(header: Header, rows: Sequence[StageRow], stages: int) -> dict[str,
         "passes_per_test_image": sum(c["test_passes"] for c in costs) / int(total.sum()),
         "seconds": sum(c["seconds_learn"] + c["seconds_test"] for c in costs),
     }
+    return _nullable(summary)
+
+
+def assemble(header: Header, rows: Sequence[StageRow], stages: int) -> dict[str, Any]:
+    """A run as :func:`read_run` returns it: header, summary, matrices, curves, rows; undefined values are null."""
+    if not rows:
+        return {**header, "complete": False, "stages": []}
+    complete = len(rows) == stages
     return _nullable(
-        {
-            **header,
-            "complete": len(rows) == stages,
-            "summary": summary,
-            **from_rows,
-            "stages": rows,
-        }
+        {**header, "complete": complete, "summary": summarise(rows), **derived(rows), "stages": list(rows)}
     )
+
+
+def run_file(header: Header, rows: Sequence[StageRow], checksums: Sequence[str], stages: int) -> dict[str, Any]:
+    """The content of ``metrics.json`` after the stages so far.
+
+    Args:
+        header: What is known before the run.
+        rows: The rows of the finished stages.
+        checksums: The checksums of their ``stage.json``.
+        stages: Number of stages of the whole run.
+    """
+    content: dict[str, Any] = {**header, "complete": bool(rows) and len(rows) == stages}
+    if rows:
+        content["summary"] = summarise(rows)
+    return sealed({**content, "stage_checksums": list(checksums)})
 
 
 def _nullable(value: Any) -> Any:
@@ -172,35 +168,162 @@ def _nullable(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """A run's ``metrics.json``, as ``cil run`` writes it or as it is published.
+def stage_folder(folder: Path, stage: int) -> Path:
+    """The folder of a stage, counted from 0, in a run folder."""
+    return folder / f"stage-{stage:02d}"
+
+
+class Stage(NamedTuple):
+    """A stage as it is stored: its row, the checksums of its files by name, and the checksum of both."""
+
+    row: StageRow
+    files: dict[str, str]
+    checksum: str
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """A run's ``metrics.json`` alone: header, ``complete`` and summary, but not the rows of a run's stage folders.
 
     Raises:
         RunError: Missing or damaged.
     """
     file = folder / "metrics.json"
     try:
-        run = completed(json.loads(file.read_text(encoding="utf-8")))
-        return {**run, "config": current_keys(run["config"])} if "config" in run else run
+        run = read_json(file, RUN_FILE, HEADER, advice=RESTORE)
     except FileNotFoundError:
         raise RunError(f"{folder}: no metrics.json there; give a folder that `cil run` wrote") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: damaged ({error}); restore it, or move the folder away to run again") from None
+    return {**run, "config": current_keys(run["config"])}
+
+
+def read_stage(folder: Path, stage: int, recorded: Sequence[str] = ()) -> Stage:
+    """What a stage stores besides tensors.
+
+    Args:
+        folder: The run folder.
+        stage: Number of the stage, from 0.
+        recorded: ``stage_checksums`` of the run's ``metrics.json``; a stage after these is not compared with it.
+
+    Raises:
+        RunError: Missing, damaged, or not the stage that ``metrics.json`` belongs to.
+    """
+    file = stage_folder(folder, stage) / "stage.json"
+    try:
+        content = read_json(file, STAGE_FILE, advice=AGAIN)
+    except FileNotFoundError:
+        raise RunError(f"{file}: not there, although {folder} has finished that stage; {AGAIN}") from None
+    checksum = content_digest(content)
+    if stage < len(recorded) and recorded[stage] != checksum:
+        raise RunError(f"{file}: is not the one that {folder / 'metrics.json'} was written with; {RESTORE}")
+    files = content.pop("files", {})
+    return Stage(content, files, checksum)  # type: ignore[arg-type]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A run with header, ``complete``, summary, matrices, curves and ``stages``, in whichever form it is stored.
+
+    Raises:
+        RunError: A file is missing or damaged, or numbers contradict each other.
+    """
+    run = read_header(folder)
+    recorded = run.pop("stage_checksums", None)
+    if recorded is not None:
+        run["stages"] = [read_stage(folder, i, recorded).row for i in range(len(recorded))]
+    if reason := _contradiction(run, run.setdefault("stages", [])):
+        raise RunError(f"{folder / 'metrics.json'}: damaged: {reason}; {RESTORE}")
+    rows = run.pop("stages")
+    return {**completed({**run, "stages": rows}), "stages": rows}
+
+
+def _contradiction(run: dict[str, Any], rows: Sequence[StageRow]) -> str:
+    """What in a run contradicts its rows; empty if nothing does."""
+    for i, row in enumerate(rows):
+        counts = row["correct"], row["correct_within_task"], row["total"]
+        if {len(count) for count in counts} != {i + 1}:
+            return f"the counts of stage {i} are not those of {i + 1} tasks"
+        if row["total"] != rows[-1]["total"][: i + 1]:
+            return f"stage {i} has other numbers of test images than the last one"
+        if any(right > images for one in counts[:2] for right, images in zip(one, row["total"], strict=True)):
+            return f"stage {i} has more correct images than images"
+    if len(rows) > len(run["tasks"]) or (run["complete"] and not rows):
+        return f"{len(rows)} stages of {len(run['tasks'])} tasks"
+    if not rows:
+        return ""
+    if "summary" not in run:
+        return "there is no summary"
+    known = {"summary": summarise(rows)}
+    if any(key in run for key in DERIVED):
+        known |= derived(rows)
+    for key, values in known.items():
+        if not _agree(run.get(key, values), values):
+            return f"{key} of {run['learner']} does not follow from the rows of its stages"
+    return ""
+
+
+def _agree(stored: Any, known: Any) -> bool:
+    """Whether stored numbers are the known ones up to rounding; older versions stored fewer names."""
+    if isinstance(known, dict):
+        return isinstance(stored, dict) and all(_agree(stored[key], known[key]) for key in known if key in stored)
+    try:
+        values = np.array(stored, dtype=float), np.array(known, dtype=float)
+    except (TypeError, ValueError):
+        return False
+    return values[0].shape == values[1].shape and np.allclose(*values, rtol=1e-9, atol=2e-9, equal_nan=True)
+
+
+def read_predictions(folder: Path, stage: int) -> dict[str, np.ndarray]:
+    """The predictions of a stage for every test image of the tasks so far, by name.
+
+    Raises:
+        RunError: Missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    file, files = stage_folder(folder, stage) / "predictions.safetensors", read_stage(folder, stage).files
+    try:
+        check_file(file, files.get(file.name), advice=AGAIN)
+        return load_file(file)
+    except FileNotFoundError:
+        raise RunError(f"{file}: not there; {AGAIN}") from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file}: damaged ({' '.join(str(error).split())}); {AGAIN}") from None
+
+
+def confusion(folder: Path, stage: int) -> coo_array:
+    """The number of test images by true label (rows) and predicted label (columns) after a stage, sparse int64 [C, C].
+
+    Raises:
+        RunError: A file is missing or damaged.
+    """
+    tasks = read_header(folder)["tasks"][: stage + 1]
+    found = read_predictions(folder, stage)
+    seen = {label for task in tasks for label in task}
+    return metrics.confusion_counts(found["label"], found["predicted"], len(seen))
 
 
 def find(paths: list[Path]) -> list[dict[str, Any]]:
     """All runs with at least one stage at or below ``paths``, each with its ``folder``.
 
     Raises:
-        RunError: A path does not exist or holds no run.
+        RunError: A path does not exist or holds no run, or a run there is damaged or has lost its ``metrics.json``.
     """
     runs = []
     for path in paths:
         if not path.exists():
             raise RunError(f"{path}: no such folder")
-        files = sorted(path.rglob("metrics.json"))
-        found = [{**read_run(file.parent), "folder": str(file.parent)} for file in files]
+        found = [{**read_run(folder), "folder": str(folder)} for folder in sorted(_run_folders(path))]
         if not any(run["stages"] for run in found):
             raise RunError(f"{path}: no run there has finished a stage yet")
         runs += [run for run in found if run["stages"]]
     return list({run["folder"]: run for run in runs}.values())
+
+
+def _run_folders(path: Path) -> Iterator[Path]:
+    """The folders at or below ``path`` with a ``metrics.json``; links to folders are not followed."""
+    for place, folders, names in os.walk(path):
+        folder = Path(place)
+        if "metrics.json" in (*names, *folders):
+            yield folder
+        elif "stage-00" in folders and (stage_folder(folder, 0) / "stage.json").exists():
+            raise RunError(f"{folder}: holds the stages of a run but no metrics.json; {RESTORE}")
+        folders[:] = [name for name in folders if not name.startswith("stage-")]

@@ -12,7 +12,6 @@ This module only handles files: it knows no learners, images or devices.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cil.utils.files import replacing
+from cil.utils.stored import digest
 from cil.utils.units import remove_if_empty, unit_files
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Key:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of ``parts``, hexadecimal; the name of the key's folder."""
-        return _digest(json.dumps(self.parts, sort_keys=True).encode())
+        return digest(json.dumps(self.parts, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -132,18 +132,20 @@ class FeatureStore:
         """The JSON value stored under a key by :meth:`remember`; None if there is none, or a damaged one."""
         try:
             note = json.loads(self._note(key).read_text(encoding="utf-8"))
-            if note["sha256"] == _digest(json.dumps(note["value"]).encode()):
+            # the checksum is of the value alone, so the key is compared: the note may be another one under this name
+            parts = json.loads(json.dumps({name: key.parts[name] for name in key.parts if name not in key.about}))
+            if note["sha256"] == digest(json.dumps(note["value"]).encode()) and parts.items() <= note.items():
                 return note["value"]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         log.warning("feature store: %s is damaged; rebuilding it", self._note(key))
         return None
 
     def remember(self, key: Key, value: Any) -> None:
         """Store a plain JSON value under a key."""
-        text = {"sha256": _digest(json.dumps(value).encode()), "value": value, **key.parts, **key.about}
+        text = {"sha256": digest(json.dumps(value).encode()), "value": value, **key.parts, **key.about}
 
         def put() -> None:
             self._note(key).parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +160,9 @@ class FeatureStore:
             files = list(unit_files(folder))
             try:
                 about = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 about = {}
+            about = about if isinstance(about, dict) else {}
             images = sum(int(path.stem.rsplit("-", 1)[1]) for path, _ in files)
             size, used = sum(stat.st_size for _, stat in files), max((stat.st_mtime for _, stat in files), default=0.0)
             entries.append(StoreEntry(folder, about, len(files), images, size, used))
@@ -194,7 +197,7 @@ class FeatureStore:
 
     def _file(self, key: Key, passes: Sequence[np.ndarray]) -> Path:
         lengths = np.array([len(part) for part in passes], dtype=np.int64)
-        name = _digest(lengths.tobytes() + np.concatenate([*passes]).astype(np.int64).tobytes())
+        name = digest(lengths.tobytes() + np.concatenate([*passes]).astype(np.int64).tobytes())
         return self.root / key.digest / f"{name[:32]}-{lengths.sum()}.safetensors"
 
     def _note(self, key: Key) -> Path:
@@ -206,12 +209,15 @@ class FeatureStore:
             _write_json(folder / "key.json", {**key.parts, **key.about})
 
     def _verified(self, file: Path, images: int) -> Tensor | None:
+        import torch
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(file, framework="pt") as opened:
                 facts, features = opened.metadata() or {}, opened.get_tensor("features")
-            if len(features) == images and facts.get("checked") == _check_line(file, features):
+            # the checksum is of bytes alone, so the type and shape are checked as well
+            fits = features.dtype == torch.float32 and features.ndim == 2 and len(features) == images
+            if fits and facts.get("checked") == _check_line(file, features):
                 return features
         except FileNotFoundError:
             return None
@@ -283,13 +289,9 @@ def default_place() -> Path:
     return (Path(cache).expanduser() if cache else user_cache_path("cil", appauthor=False)) / "features"
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _check_line(file: Path, features: Tensor) -> str:
     """The check recorded in a file: its name, so that no other file can replace it, and its content's checksum."""
-    return f"{file.parent.name}/{file.name} {_digest(features.numpy())}"
+    return f"{file.parent.name}/{file.name} {digest(features.numpy())}"
 
 
 def _write_json(file: Path, value: Any) -> None:

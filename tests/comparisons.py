@@ -52,6 +52,7 @@ def header(learner: str, order: Any = 1, seed: int = 0, **changes: Any) -> dict[
             "chosen_by": "default",
             "hardware": {"device": "cpu"},
         },
+        "class_names": names,
         "class_order": class_order(names, order),
         "tasks": np.arange(TASKS * CLASSES).reshape(TASKS, -1).tolist(),
         "backbone": {"name": "vit", "sha256": "ab" * 32, "feature_dim": 8},

@@ -10,8 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from comparisons import header
 from torch import nn
 
+from cil import results
 from cil.classifiers import Mahalanobis
 from cil.config import Augmentation, TransformConfig
 from cil.data.images import ImageSet
@@ -216,10 +218,14 @@ def test_stage_costs_by_hand(script, tmp_path, capsys):
         costs = {"seconds_learn": t, "seconds_test": 2 * t, "peak_memory_bytes": (t + 1) * 2**20}
         kept = {"parameter_bytes": t * 2**20, "statistics_bytes": 2**19, "exemplar_bytes": 2**19}
         costs["test_passes"] = 2 * 30 * t  # two a view, as with prompts, and 30 images; read of the first stage alone
-        return {"costs": costs | kept, "total": [30] * t, "unchanged_since": list(range(t)), "log": log}
+        costs |= {"trainable_parameters": 0, "train_images": 5, "train_passes": 5, **kept}
+        [row] = rows_of([[30] * t])
+        counts = dict.fromkeys(("correct", "correct_within_task", "total"), [30] * t)
+        return {**row, **counts, "costs": costs, "unchanged_since": list(range(t)), "log": log}
 
     for name, log in (("bank", []), ("closed", [["condition_number", 1e3], ["condition_number", 1e4]])):
-        run = {"learner": name, "complete": True, "stages": [stage(t, log) for t in range(1, 21)]}
+        about = {**header(name), "tasks": [[label] for label in range(20)]}
+        run = results.assemble(about, [stage(t, log) for t in range(1, 21)], 20)
         folder = tmp_path / name / "order1993-seed0"
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(run), encoding="utf-8")

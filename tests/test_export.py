@@ -103,11 +103,13 @@ def make_run(tmp_path_factory):
             "tested_on": "test",
             "config": dump(config),
             "class_names": list(NAMES),
+            "class_order": list(range(len(NAMES))),
             "tasks": [list(task.classes) for task in done.stream.tasks],
             "backbone": {"name": vit.name, "sha256": vit.fingerprint, "feature_dim": vit.feature_dim},
             "transform": transforms.card,
             "data": {"train": {"sha256": "0", "images": 85}, "test": {"sha256": "0", "images": 48}},
             "versions": {},
+            "machine": {"device": "cpu"},
         }
         (folder / "metrics.json").write_text(json.dumps(results.assemble(header, done.rows, len(SIZES))))
         return folder

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from test_cli import cil  # noqa: F401 - a fixture
 
+from cil.results import read_run
+
 NO_DROPOUT = {"tuner": {"name": "adapter", "dropout": 0, "bottleneck": 8}}
 """Each process draws its own dropout."""
 
@@ -112,7 +114,7 @@ def run_of(place: Path, learner: str) -> Path:
 
 
 def check_metrics(places: dict[int, Path], learner: str) -> None:
-    one, two = (json.loads((run_of(places[n], learner) / "metrics.json").read_text()) for n in (1, 2))
+    one, two = (read_run(run_of(places[n], learner)) for n in (1, 2))
     assert one["machine"]["processes"] == 1 and two["machine"]["processes"] == 2
     assert one["complete"] and two["complete"]
     for a, b in zip(one["stages"], two["stages"], strict=True):
@@ -174,12 +176,10 @@ def test_a_run_begun_by_one_process_goes_on_with_two(places, tmp_path):
     for learner in chosen:
         shutil.copytree(run_of(places[1], learner), run_of(tmp_path, learner))
         shutil.rmtree(run_of(tmp_path, learner) / "stage-01")
-        file = run_of(tmp_path, learner) / "metrics.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "complete": False}))
     done = launch(tmp_path, 2, learners=chosen)
     assert done.returncode == 0, done.stderr[-3000:]
     for learner in chosen:
-        rows = [json.loads((run_of(p, learner) / "metrics.json").read_text())["stages"] for p in (places[1], tmp_path)]
+        rows = [read_run(run_of(p, learner))["stages"] for p in (places[1], tmp_path)]
         assert all(same_hits(learner, a["correct"], b["correct"]) for a, b in zip(*rows, strict=True)), learner
 
 

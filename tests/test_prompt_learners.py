@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -19,6 +18,7 @@ from cil.errors import BackboneError
 from cil.learners.coda_prompt import CODAPrompt, joined, orthogonal_rows
 from cil.learners.dualprompt import DualPrompt
 from cil.learners.l2p import L2P
+from cil.results import read_run
 from cil.stream import Stream
 from cil.testing import CHECKS, Case, parametrize_learner
 from cil.testing.setting import backbone, context, probe_images, stream
@@ -397,7 +397,7 @@ def test_usage_is_kept_with_the_stages_and_drawn(tmp_path):
     [folder] = run(
         settings(learners=[{"name": "l2p", "epochs": 1, "pool": 6, "top": 2, "length": 2}], orders=[1]), tmp_path
     )
-    stages = json.loads((folder / "metrics.json").read_text())["stages"]
+    stages = read_run(folder)["stages"]
     events = EventAccumulator(str(folder), size_guidance={"histograms": 0})
     events.Reload()
     drawn = events.Histograms("prompts/usage")

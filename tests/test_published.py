@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from comparisons import header, rows
 
+from cil import results
 from cil.config import Config
 from cil.config.reading import load_config
 from cil.runner.plan import plans
@@ -81,17 +83,17 @@ def test_known_copying_faults_are_not_repeated():
     assert (72.35, 64.33) in pairs["APER adapter", 5] and (72.35, 64.33) not in pairs["APER adapter", 10]
 
 
-def run_folder(tree: Path, config: Config, learner: str, name: str, complete=True, **summary) -> None:
+def run_folder(tree: Path, config: Config, learner: str, name: str, complete=True, average=0.9, last=0.8) -> None:
+    """A run of two tasks of 10,000 test images with this average and last accuracy."""
     folder = tree / "reference" / config.name / learner / name
     folder.mkdir(parents=True)
-    metrics = {
-        "config": config.model_dump(mode="json"),
-        "complete": complete,
-        "stages": [{}],
-        "curves": {},
-        "summary": {"accuracy_average": 0.9, "accuracy_last": 0.8, **summary},
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    first, second = round(10_000 * (2 * average - last)), round(10_000 * last)
+    stages = rows([[0], [0, 0]])
+    for row, correct in zip(stages, ([first], [second, second]), strict=True):
+        row |= {"correct": correct, "correct_within_task": correct, "total": [10_000] * len(correct)}
+    about = {**header(learner), "config": config.model_dump(mode="json")}
+    run = results.assemble(about, stages, 2 if complete else 3)
+    (folder / "metrics.json").write_text(json.dumps(run))
 
 
 def test_ours_stands_beside_them_once_there_are_runs(tmp_path):
@@ -109,10 +111,10 @@ def test_ours_stands_beside_them_once_there_are_runs(tmp_path):
     other = load_config("imagenet_r/ease_b0_inc20", ["backbone.name=vit_base_patch16_224.augreg_in21k_ft_in1k"])
     natural, inc10 = (load_config("imagenet_r/ease_b0_inc20", [o]) for o in ("orders=[natural]", "stream.increment=10"))
     for i, wrong in enumerate((other, natural, inc10)):
-        run_folder(tmp_path, wrong, "ease", f"wrong{i}", accuracy_last=0.1)
+        run_folder(tmp_path, wrong, "ease", f"wrong{i}")
     run_folder(tmp_path, config, "ease", "half", complete=False)
     assert "| not run here |" in line()
-    run_folder(tmp_path, config, "ease", "order1993-seed0", accuracy_average=0.8173, accuracy_last=0.7617)
+    run_folder(tmp_path, config, "ease", "order1993-seed0", average=0.8173, last=0.7617)
     assert "| 81.73 / 76.17 |" in line().replace("<br>", "")
-    run_folder(tmp_path, config, "ease", "order1994-seed0", accuracy_average=0.8373, accuracy_last=0.7617)
+    run_folder(tmp_path, config, "ease", "order1994-seed0", average=0.8373, last=0.7617)
     assert "| 82.73 ± 1.41 / 76.17 ± 0.00 (2 runs) |" in line()

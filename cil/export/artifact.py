@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cil.backbone import Backbone, load_backbone
 from cil.config import BackboneConfig, LearnerEntry
@@ -26,6 +26,7 @@ from cil.prediction import Model, Trained
 from cil.runner.checkpoint import restore_learner
 from cil.stream import past_tasks
 from cil.utils import hardware
+from cil.utils.stored import check_file, first_error, read_json
 
 FACTS = "model.json"
 SCHEMA = 1
@@ -34,7 +35,49 @@ FORMATS = {"safetensors": "model.safetensors", "torch.export": "model.pt2", "onn
 BACKBONE, LEARNER = "backbone.", "learner."
 """Prefixes of the tensors' names in ``model.safetensors``."""
 
+AGAIN = "restore it, or export the run again"
+
 Facts = dict[str, Any]
+
+
+class _File(TypedDict):
+    sha256: str
+
+
+class _Learner(TypedDict):
+    title: str
+    entry: dict[str, Any]
+    state: dict[str, Any]
+
+
+class _Backbone(TypedDict):
+    name: str
+    sha256: str
+    config: dict[str, Any]
+
+
+class _Preprocessing(TypedDict):
+    input_size: Annotated[int, Field(ge=1, le=2**16)]
+    interpolation: str
+    crop_pct: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    mean: list[float]
+    std: list[float]
+
+
+class _Model(TypedDict):
+    """The keys of ``model.json`` that reading a model needs."""
+
+    schema: int
+    format: str
+    classes: list[str]
+    tasks: list[list[int]]
+    preprocessing: _Preprocessing
+    learner: _Learner
+    backbone: _Backbone
+    files: dict[str, _File]
+
+
+MODEL = TypeAdapter(_Model)
 
 
 class Program(Model):
@@ -71,11 +114,14 @@ def load(folder: str | Path, device: str = "cpu") -> Model:
     """
     folder = Path(folder)
     facts = read_facts(folder)
-    for name, known in facts["files"].items():
+    for name in {FORMATS[facts["format"]]: None, **facts["files"]}:
         file = folder / name
-        if not file.is_file() or sha256(file) != known["sha256"]:
-            what = "is not the file that was exported" if file.is_file() else "is missing"
-            raise ExportError(f"{file}: {what}; export the run again")
+        if Path(name).name != name or name not in facts["files"]:
+            raise ExportError(f"{folder / FACTS}: lists {', '.join(facts['files'])} as its files; {AGAIN}")
+        try:
+            check_file(file, facts["files"][name]["sha256"], advice=AGAIN, error=ExportError)
+        except FileNotFoundError:
+            raise ExportError(f"{file}: is missing; {AGAIN}") from None
     if facts["format"] == "safetensors":
         return _trained(folder, facts, device)
     if device not in ("cpu", "auto"):
@@ -90,16 +136,18 @@ def read_facts(folder: Path) -> Facts:
         ExportError: The file is missing, damaged, or written by a later version.
     """
     try:
-        facts: Facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts: Facts = read_json(folder / FACTS, advice=AGAIN, error=ExportError)
     except FileNotFoundError:
         raise ExportError(f"{folder}: no {FACTS} there; give a folder that `cil export` wrote") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder / FACTS}: damaged ({error}); export the run again") from None
     if facts.get("schema") != SCHEMA or facts.get("format") not in FORMATS:
         raise ExportError(
             f"{folder / FACTS}: has schema {facts.get('schema')} and format {facts.get('format')}; this version "
             f"reads schema {SCHEMA} with {', '.join(FORMATS)}"
         )
+    try:
+        MODEL.validate_python(facts, strict=True)
+    except ValidationError as error:
+        raise ExportError(f"{folder / FACTS}: damaged: {first_error(error)}; {AGAIN}") from None
     return facts
 
 
@@ -109,23 +157,14 @@ def data_config(facts: Facts) -> dict[str, Any]:
     return {**steps, "input_size": (3, steps["input_size"], steps["input_size"])}
 
 
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _trained(folder: Path, facts: Facts, device: str) -> Trained:
     accelerator = hardware.accelerator(device)
-    recorded = facts["backbone"]
-    cls, parameters = registry.configure(LearnerEntry.model_validate(current_learner_keys(facts["learner"]["entry"])))
-    model = load_backbone(BackboneConfig(**recorded["config"], weights="random")).model
-    tensors = load_file(folder / FORMATS["safetensors"])
-    state = {key: value for key, value in tensors.items() if key.startswith(LEARNER)}
+    recorded, entry = facts["backbone"], current_learner_keys(facts["learner"]["entry"])
     try:
+        cls, parameters = registry.configure(LearnerEntry.model_validate(entry))
+        model = load_backbone(BackboneConfig(**recorded["config"], weights="random")).model
+        tensors = load_file(folder / FORMATS["safetensors"])
+        state = {key: value for key, value in tensors.items() if key.startswith(LEARNER)}
         model.load_state_dict({k.removeprefix(BACKBONE): v for k, v in tensors.items() if k not in state})
         backbone = Backbone(model, recorded["name"], data_config(facts)).to(accelerator.device)
         if backbone.fingerprint != recorded["sha256"]:
@@ -138,7 +177,7 @@ def _trained(folder: Path, facts: Facts, device: str) -> Trained:
             lambda stage: Context(accelerator, cache, stage=stage),
             {k.removeprefix(LEARNER): v for k, v in state.items()} | facts["learner"]["state"],
         )
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValidationError) as error:
         raise ExportError(
             f"{folder}: does not fit this version of {facts['learner']['title']} or its backbone: "
             f"{' '.join(str(error).split())}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +16,13 @@ from torch import Tensor
 from cil import results
 from cil.errors import ExportError, nearest
 from cil.export import program
-from cil.export.artifact import BACKBONE, FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load, sha256
+from cil.export.artifact import BACKBONE, FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load
 from cil.export.card import card, licence
 from cil.prediction import Model, Trained, open_run
 from cil.runner.checkpoint import RunFolder, split_state, write_json
 from cil.runner.provenance import versions
-from cil.utils.files import flush, reporting
+from cil.utils.files import flush, fresh, remove, reporting
+from cil.utils.stored import file_digest, sealed
 
 BATCHES = (1, 5)
 TOLERANCE = {"of_largest": 1e-4, "of_spread": 1e-2}
@@ -57,9 +58,9 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
     out = Path(out) if out is not None else run / f"export-{format}"
     require_free(out, force)
     model = open_run(run)
-    header, rows = results.read_run(run), RunFolder(run).rows()
+    header, rows = results.read_header(run), RunFolder(run).rows()
     run_facts = results.assemble(cast(results.Header, header), rows, len(header["tasks"]))
-    temporary = out.parent / f".{out.name}.{os.getpid()}"
+    temporary = fresh(out)
     try:
         with reporting(out, "What was there stays", error=ExportError):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +69,12 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
             facts = make_facts(model, run_facts, format, features=expected[0][1].shape[1])
             facts |= write_model(model, facts, temporary)
             facts["files"] = {
-                file.name: {"sha256": sha256(file), "bytes": file.stat().st_size}
+                file.name: {"sha256": file_digest(file), "bytes": file.stat().st_size}
                 for file in sorted(temporary.iterdir())
             }
-            write_json(temporary / FACTS, facts)
+            write_json(temporary / FACTS, sealed(facts))
             facts["check"] = compare(expected, answers(load(temporary)), f"learner {header['learner']} as {format}")
-            write_json(temporary / FACTS, facts)
+            write_json(temporary / FACTS, sealed(facts))
             (temporary / "README.md").write_text(card(facts), encoding="utf-8")
             mode = (temporary / "README.md").stat().st_mode
             for file in temporary.iterdir():
@@ -101,7 +102,7 @@ def require_free(out: Path, force: bool) -> None:
 
 def put(temporary: Path, out: Path) -> None:
     """Rename ``temporary`` to ``out``; an existing ``out`` is deleted only after that."""
-    old = out.with_name(f".{out.name}.old.{os.getpid()}")
+    old = fresh(out)
     if not out.exists():
         temporary.rename(out)
         return
@@ -111,7 +112,8 @@ def put(temporary: Path, out: Path) -> None:
     except OSError:
         old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # the new one is there; what is left of the old one has a hidden name
+        remove(old)
 
 
 def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) -> Facts:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cil import results
@@ -66,12 +67,16 @@ def restore(folder: Path, accelerator: Accelerator) -> tuple[Learner, Transforms
     Raises:
         RunError: The folder is not a run folder, no stage is finished, or the backbone weights differ from the run's.
     """
-    header = results.read_run(folder)
+    header = results.read_header(folder)
     run_folder = RunFolder(folder)
     finished = run_folder.finished()
     if not finished:
         raise RunError(f"{folder}: no stage is finished (or its stage folders were deleted); run it first")
-    config = Config.model_validate(header["config"])
+    try:
+        config = Config.model_validate(header["config"])
+    except ValidationError as error:  # written by another version, or damaged before there were checksums
+        reason = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:1])
+        raise RunError(f"{folder / 'metrics.json'}: its config cannot be used here: {reason}") from None
     cls, parameters = registry.configure(config.learners[0])
     backbone = load_backbone(config.backbone, accelerator.device)
     if backbone.fingerprint != header["backbone"]["sha256"]:

@@ -18,7 +18,7 @@ from cil.data.images import ImageSet, LoadedSplit
 from cil.data.transforms import Transforms
 from cil.errors import BackboneError
 from cil.learners import registry
-from cil.results import Header, StageRow
+from cil.results import Header, Stage, StageRow
 from cil.runner.checkpoint import RunFolder, to_json
 from cil.runner.display import Display
 from cil.runner.plan import Plan, plans
@@ -125,10 +125,10 @@ def _run_one(
     check_same_run(folder, header)
     title = f"{plan.entry.title} {folder.path.name}"
     stages = len(stream)
-    if (folder.path / "metrics.json").exists() and results.read_run(folder.path)["complete"]:
+    if folder.complete():
         display.say(f"{title}  finished already: {folder.path}")
         return
-    earlier = folder.rows()
+    earlier = folder.stages()
     accelerator.wait_for_everyone()  # until every process has read what the main one is about to write
     recorder = _Recorder(folder, header, stages, title, display) if accelerator.is_main_process else None
     with recorder or nullcontext():
@@ -154,6 +154,7 @@ class _Recorder(Observer):
     def __init__(self, folder: RunFolder, header: Header, stages: int, title: str, display: Display) -> None:
         super().__init__(display)
         self.folder, self.header, self.stages, self.title = folder, header, stages, title
+        self.checksums: list[str] = []
         folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
         self.tracker = Tracker(folder.path, header)
 
@@ -163,25 +164,28 @@ class _Recorder(Observer):
     def __exit__(self, *error: object) -> None:
         self.tracker.close()
 
-    def start(self, earlier: list[StageRow]) -> None:
+    def start(self, earlier: Sequence[Stage]) -> None:
         """Write the finished stages first, so that the folder says which run it holds."""
-        self._write_metrics(earlier)
-        self.tracker.replay(earlier)
+        rows = [stage.row for stage in earlier]
+        self.checksums = [stage.checksum for stage in earlier]
+        self._write_metrics(rows)
+        self.tracker.replay(rows)
 
     def log(self, name: str, value: float) -> None:
         self.tracker.scalar(name, value)
 
     def stage(self, rows: Sequence[StageRow]) -> None:
         self.tracker.stage(rows)
+        self.checksums.append(results.read_stage(self.folder.path, len(rows) - 1).checksum)
         self._write_metrics(rows)
         self.display.stage(self.title, rows, self.stages)
 
     def finish(self, rows: Sequence[StageRow]) -> None:
         """Add the final metrics to TensorBoard, beside the hyper-parameters."""
-        self.tracker.finish(results.assemble(self.header, rows, self.stages)["summary"])
+        self.tracker.finish(results.summarise(rows))
 
     def _write_metrics(self, rows: Sequence[StageRow]) -> None:
-        self.folder.write("metrics.json", to_json(results.assemble(self.header, rows, self.stages)))
+        self.folder.write("metrics.json", to_json(results.run_file(self.header, rows, self.checksums, self.stages)))
 
 
 def make_stream(config: Config, train: ImageSet, test: ImageSet | None) -> Stream:

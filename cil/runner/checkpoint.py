@@ -1,8 +1,9 @@
 """The folder of a run on disk: stages are written atomically, and nothing is pickled.
 
-``stage-NN/`` holds the learner's tensors (safetensors) and extra state (JSON), per-image predictions and the stage's
-row. It is written under a temporary name and renamed, so whatever happens, every folder called ``stage-NN`` is complete
-and the stages before a crash stay usable. ``metrics.json`` is always rebuilt from the stages' rows.
+``stage-NN/`` holds the learner's tensors (safetensors) and extra state (JSON), per-image predictions, and the stage's
+row with the checksums of these files. It is written under a temporary name and renamed, so whatever happens, every
+folder called ``stage-NN`` is complete and the stages before a crash stay usable. No later stage writes there again;
+``metrics.json`` is rebuilt after each stage from the rows of all.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from cil.errors import RunError
 from cil.learner import Context, Learner
-from cil.results import StageRow, StateBytes
+from cil.results import AGAIN, RESTORE, Stage, StageRow, StateBytes, read_header, read_stage, stage_folder
 from cil.stream import Task
-from cil.utils.files import flush, reporting
+from cil.utils.files import flush, fresh, remove, replacing, reporting
+from cil.utils.stored import check_file, file_digest, read_json, sealed
 
 
 class RunFolder:
@@ -47,6 +49,8 @@ class RunFolder:
         """
         with self.reported():
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / "run.lock").is_symlink():  # opening it would empty the file that it leads to
+                raise RunError(f"{self.path / 'run.lock'}: is a link; delete it and run the same command again")
             lock = FileLock(self.path / "run.lock")
             try:
                 lock.acquire(timeout=0)
@@ -55,8 +59,10 @@ class RunFolder:
                     f"{self.path}: another process is running in this folder; wait for it or use another --results"
                 ) from None
         try:
-            for leftover in self.path.glob(".stage-*"):
-                shutil.rmtree(leftover)
+            with self.reported():
+                for name in ("stage-", "metrics.json", "config.yaml"):  # what killed processes were writing
+                    for leftover in self.path.glob(f".{name}*"):
+                        remove(leftover)
             yield
         finally:
             lock.release()
@@ -76,7 +82,7 @@ class RunFolder:
             yield
 
     def stage(self, index: int) -> Path:
-        return self.path / f"stage-{index:02d}"
+        return stage_folder(self.path, index)
 
     def finished(self) -> int:
         """Number of complete stages, counted from the first."""
@@ -88,31 +94,67 @@ class RunFolder:
     def save_stage(self, index: int, learner: Learner, row: StageRow, predictions: dict[str, Tensor]) -> None:
         """Write a stage under a temporary name and make it valid by one rename.
 
+        Folders of this and of later stages, which an earlier attempt has left, are deleted: they are computed again.
+
         Raises:
             RunError: The disk is full or not writable; nothing that was there is lost.
         """
         tensors, extra = split_state(learner.state_dict())
-        temporary = self.path / f".stage-{index:02d}"
+        temporary = fresh(self.stage(index))
         try:
             with self.reported():
                 temporary.mkdir()
                 save_file(tensors, temporary / "learner.safetensors")
                 write_json(temporary / "learner.json", extra)
                 save_file(predictions, temporary / "predictions.safetensors")
-                write_json(temporary / "stage.json", row)
+                files = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
+                write_json(temporary / "stage.json", sealed({**row, "files": files}))
                 for file in temporary.iterdir():
                     flush(file)
+                for old in sorted(self.path.glob("stage-*"), reverse=True):
+                    if old.name.removeprefix("stage-").isdecimal() and int(old.name.removeprefix("stage-")) >= index:
+                        remove(old)
                 temporary.rename(self.stage(index))
                 flush(self.path)
         except RunError:
             shutil.rmtree(temporary, ignore_errors=True)  # the error above reaches the user
             raise
-        if self.keep == "last" and index:
+        if self.keep == "last" and index and not self.stage(index - 1).is_symlink():
             (self.stage(index - 1) / "learner.safetensors").unlink(missing_ok=True)
 
+    def stages(self) -> list[Stage]:
+        """The rows of all complete stages, with the checksums of their files.
+
+        Raises:
+            RunError: A ``stage.json`` is missing or damaged, or is not of the run that ``metrics.json`` describes.
+        """
+        finished, recorded = self.finished(), self.recorded()
+        self._require_listed(finished, recorded)
+        return [read_stage(self.path, index, recorded or ()) for index in range(finished)]
+
     def rows(self) -> list[StageRow]:
-        """The rows of all complete stages."""
-        return [self.read_json(self.stage(i) / "stage.json") for i in range(self.finished())]
+        """The rows of all complete stages; errors as in :meth:`stages`."""
+        return [stage.row for stage in self.stages()]
+
+    def recorded(self) -> list[str] | None:
+        """The checksums of the stages in ``metrics.json``; None without one, or in one of an earlier version."""
+        there = (self.path / "metrics.json").exists()
+        return read_header(self.path).get("stage_checksums") if there else None
+
+    def complete(self) -> bool:
+        """Whether ``metrics.json`` says so, and no folder of a stage that may be computed again is missing."""
+        if not (self.path / "metrics.json").exists():
+            return False
+        header, finished = read_header(self.path), self.finished()
+        # published runs, and those of earlier versions that were tidied, have no stage folders
+        tidied = "stages" in header and not finished
+        return header["complete"] and (tidied or finished >= len(header["tasks"]))
+
+    def _require_listed(self, finished: int, recorded: list[str] | None) -> None:
+        if recorded is not None and finished > len(recorded) + 1:  # the last one is listed after it is written
+            raise RunError(
+                f"{self.path / 'metrics.json'}: lists {len(recorded)} stages, but {finished} are there; {RESTORE}"
+            )
 
     def load_learner(self, learner: Learner, tasks: Sequence[Task], context: Callable[[int], Context]) -> None:
         """Give a fresh learner the state it had after the last of ``tasks``; see :func:`restore_learner`.
@@ -126,32 +168,30 @@ class RunFolder:
             RunError: The weights are not there (``hardware.checkpoints: last``), damaged, or of another learner.
         """
         index = len(tasks) - 1
-        file = self.stage(index) / "learner.safetensors"
+        file, extra = self.stage(index) / "learner.safetensors", self.stage(index) / "learner.json"
+        recorded = self.recorded()
+        self._require_listed(len(tasks), recorded)
+        if recorded and index == len(recorded):  # not listed yet: the one before tells whether the list is of this run
+            read_stage(self.path, index - 1, recorded)
+        known = read_stage(self.path, index, recorded or ()).files
         try:
+            for one in (file, extra):
+                check_file(one, known.get(one.name), advice=AGAIN)
             state: dict[str, Any] = dict(load_file(file))
-            state |= self.read_json(self.stage(index) / "learner.json")
+            state |= read_json(extra, advice=AGAIN)
             restore_learner(learner, tasks, context, state)
-        except FileNotFoundError:
-            raise RunError(f"{file}: not there; stage {index}'s weights were not kept") from None
-        except (SafetensorError, RuntimeError, KeyError) as error:
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{error.filename or file}: not there; stage {index}'s weights were not kept or were deleted; {RESTORE}"
+            ) from None
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise RunError(f"{file}: does not fit this learner or is damaged: {reason}") from None
 
-    def read_json(self, file: Path) -> Any:
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{file}: cannot be read ({error}); remove {file.parent.name} to run that stage again"
-            ) from None
-
     def write(self, name: str, text: str) -> None:
-        """Replace a file in one step; the temporary name is fixed, so that the next run overwrites a leftover file."""
-        with self.reported():
-            temporary = self.path / f".{name}"
-            temporary.write_text(text, encoding="utf-8")
-            flush(temporary)
-            temporary.replace(self.path / name)
+        """Replace a file in one step; the next run deletes what a killed process has left beside it."""
+        with self.reported(), replacing(self.path / name) as half:
+            half.write_text(text, encoding="utf-8")
 
 
 def restore_learner(

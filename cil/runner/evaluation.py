@@ -127,7 +127,7 @@ def count_correct(predictions: Predictions, stream: Stream, stage: int) -> Count
         "total": np.bincount(predictions.task, minlength=stages).tolist(),
         "top5_accuracy": float((predictions.top == predictions.label[:, None]).any(1).mean()),
         "class_mean_accuracy": metrics.class_mean_accuracy(
-            metrics.confusion_matrix(predictions.label, predictions.predicted, seen)
+            metrics.confusion_counts(predictions.label, predictions.predicted, seen)
         ),
         # domains share their classes, so a predicted class says nothing about the task there
         "task_id_accuracy": metrics.task_id_accuracy(task_of[predictions.predicted], predictions.task)

@@ -104,7 +104,7 @@ def check_same_run(folder: RunFolder, header: Header) -> None:
                 "move it away or use another --results"
             )
         return
-    old, new = _identity(results.read_run(folder.path)), _identity(header)
+    old, new = _identity(results.read_header(folder.path)), _identity(header)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise RunError(

@@ -13,7 +13,6 @@ from torch import Tensor
 from cil.errors import StreamError
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, check_trained
-from cil.metrics import confusion_matrix
 from cil.results import Costs, StageRow
 from cil.runner.checkpoint import RunFolder, as_tensors, state_bytes
 from cil.runner.display import Display
@@ -120,7 +119,7 @@ def run_stages(
     for task in observer.track(remaining, f"{learner.name or type(learner).__name__}: stages", len(remaining)):
         row, predictions = run_stage(session, task)
         if folder is not None and accelerator.is_main_process:
-            folder.save_stage(task.index, learner, row, _prediction_tensors(predictions, len(task.seen)))
+            folder.save_stage(task.index, learner, row, _prediction_tensors(predictions))
         rows.append(row)
         observer.stage(rows)
     return rows
@@ -209,7 +208,7 @@ def require_supported(cls: type[Learner], stream: Stream) -> None:
         )
 
 
-def _prediction_tensors(predictions: Predictions, classes: int) -> dict[str, Tensor]:
+def _prediction_tensors(predictions: Predictions) -> dict[str, Tensor]:
     return as_tensors(
         index=predictions.index,
         task=predictions.task,
@@ -217,5 +216,4 @@ def _prediction_tensors(predictions: Predictions, classes: int) -> dict[str, Ten
         predicted=predictions.predicted,
         within_task=predictions.within,
         top=predictions.top,
-        confusion=confusion_matrix(predictions.label, predictions.predicted, classes),
     )

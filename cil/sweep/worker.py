@@ -56,8 +56,8 @@ def attempt(config: dict[str, Any], results: str, directory: str, threads: int) 
     import torch
 
     from cil.config import Config
-    from cil.results import read_run
     from cil.runner import run
+    from cil.runner.checkpoint import RunFolder
     from cil.runner.plan import plans
 
     torch.set_num_threads(threads)
@@ -65,7 +65,7 @@ def attempt(config: dict[str, Any], results: str, directory: str, threads: int) 
         [plan] = plans(Config.model_validate(config))
         folder = Path(results) / plan.place
         _wait(folder)
-        finished = (folder / "metrics.json").exists() and read_run(folder)["complete"]
+        finished = RunFolder(folder).complete()
         run(plan.config, results, load=cached_inputs)
     except CilError as error:
         return Outcome("failed", " ".join(str(error).split()), traceback.format_exc())

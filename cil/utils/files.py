@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +22,36 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it replaces ``path`` in one step if the block ends without an exception.
 
+    A link at ``path`` is replaced, not followed.
+
     Raises:
         OSError: The file cannot be written; an existing file at ``path`` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = fresh(path)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # ours: neither a file nor a link before
     try:
         yield temporary
         flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def fresh(path: Path) -> Path:
+    """A temporary name beside ``path`` that nobody can foresee, so that no link waits there."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder, or a link without what it leads to; nothing happens if there is none.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -97,7 +97,10 @@ function matrices(section) {
   const place = html("div", { class: "heat", tabindex: 0, role: "region", "aria-label": "Accuracy matrix" });
   const bar = html("span", { class: "scale", style: `background: linear-gradient(90deg, ${CIVIDIS.join()})` });
   const scale = html("span", { class: "small" }, "0 ", bar, " 100 %");
-  const draw = () => place.replaceChildren(matrix(runs[which.value][1][kind.value]));
+  const draw = () => {
+    const run = runs[which.value][1];
+    place.replaceChildren(matrix(run[kind.value], run.at));
+  };
   for (const select of [which, kind]) select.addEventListener("change", draw);
   draw();
   const choices = [which, kind].map((select) => html("label", {}, select));
@@ -105,16 +108,17 @@ function matrices(section) {
   return html("figure", { class: "tasks" }, caption, place);
 }
 
-function matrix(rows) {
-  const tasks = rows.map((_, j) => html("th", { scope: "col" }, String(j + 1)));
+/** `at` has the numbers of the stages and tasks if these are not all. */
+function matrix(rows, at = rows.map((_, i) => i + 1)) {
+  const tasks = at.map((j) => html("th", { scope: "col" }, String(j)));
   const head = html("tr", {}, html("th", { scope: "col" }, "stage ╲ task"), ...tasks);
   const body = rows.map((values, i) => {
     const cells = values.map((value, j) => {
       const [background, ink] = value === null ? ["transparent", "inherit"] : shade(value);
-      const told = `after stage ${i + 1}, task ${j + 1}: ${number(value)} %`;
+      const told = `after stage ${at[i]}, task ${at[j]}: ${number(value)} %`;
       return html("td", { style: `background: ${background}; color: ${ink}`, title: told }, number(value, 0));
     });
-    return html("tr", {}, html("th", { scope: "row" }, String(i + 1)), ...cells);
+    return html("tr", {}, html("th", { scope: "row" }, String(at[i])), ...cells);
   });
   const style = `max-width: ${6 + 3.2 * rows.length}rem`;
   return html("table", { class: "matrix", style }, html("thead", {}, head), html("tbody", {}, ...body));

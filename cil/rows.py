@@ -1,0 +1,157 @@
+"""The types and ranges of what a run's folder stores: ``metrics.json``, and one ``stage.json`` per stage.
+
+``metrics.json`` holds what is known of a run as a whole and grows with its classes and stages alone; the row of each
+stage is stored once, in the stage's folder. Published runs have their rows in ``metrics.json``, as runs of earlier
+versions have.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, TypeAdapter
+from typing_extensions import NotRequired, Required, TypedDict
+
+Fraction = Annotated[float, Field(ge=0, le=1 + 1e-9)]  # a mean of fractions may round to just above 1
+Points = Annotated[float, Field(ge=-1 - 1e-9, le=1 + 1e-9)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Stages = Annotated[list[Count], BeforeValidator(lambda since: [since] if isinstance(since, int) else since)]  # or one
+Named = Annotated[tuple[str, Finite], BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair)]
+
+
+class StateBytes(TypedDict):
+    """What a learner keeps between tasks, in bytes."""
+
+    parameter_bytes: Count  # parameters, trained or not, without the backbone
+    statistics_bytes: Count  # buffers, such as class means and covariances
+    exemplar_bytes: Count  # images of old tasks
+
+
+class Costs(StateBytes):
+    """What one stage cost, and what the learner keeps after it."""
+
+    trainable_parameters: Count  # the most that were trained at a time
+    train_images: Count  # images of the task
+    train_passes: Count  # images sent through the backbone to learn the task, epochs included
+    test_passes: Count  # images sent through the backbone to test the stage
+    features_from_store: NotRequired[Count]  # of all these, images whose features were read from the feature store
+    seconds_learn: Seconds
+    seconds_test: Seconds
+    peak_memory_bytes: Count  # of the process, or of the device if it has memory of its own
+
+
+class _Counts(TypedDict):
+    correct: list[Count]  # by task j ≤ i: test images that are right among all classes seen
+    correct_within_task: list[Count]  # by task j ≤ i: test images that are right among the task's own classes
+    total: list[Count]  # by task j ≤ i: test images
+    top5_accuracy: Fraction  # a fraction, as all accuracies are
+    class_mean_accuracy: Fraction  # mean over classes of the accuracy on the class's test images
+    task_id_accuracy: Fraction | None  # the predicted class is one of the image's task; None if tasks share classes
+
+
+class Counts(_Counts, total=False):
+    """What the predictions after stage i say, per task and overall."""
+
+    router_accuracy: Fraction  # the learner takes an image for one of its task; RoutedLearner alone
+    oracle_router_accuracy: Fraction  # the accuracy if it always did; RoutedLearner alone
+
+
+class StageRow(Counts):
+    """One stage of a run: ``stages[i]`` of a run as it is read, and the content of ``stage.json``."""
+
+    unchanged_since: Stages  # for each view of the learner, the stage since which it has not changed
+    costs: Costs
+    log: list[Named]  # (name, value) of everything the learner logged, in order
+    histograms: NotRequired[dict[str, list[Finite]]]  # by name, uses of each numbered thing (prompt, task)
+
+
+class Header(TypedDict):
+    """What is known about a run before it starts: the configuration, and every fact that its numbers depend on."""
+
+    learner: str  # its title: the label, the registered name or the class's name
+    paper: str
+    stores_images: bool  # whether it keeps old images, as replay methods and upper bounds do
+    trains_backbone: bool
+    chosen_by: str  # how its hyper-parameters were chosen
+    tested_on: str  # test, or validation for images held out of the training split
+    config: dict[str, Any]  # the resolved configuration of this run alone; `cil run` accepts it
+    class_names: list[str]  # in order of appearance
+    class_order: list[Count]  # position in the data set's own order, for each class in order of appearance
+    tasks: list[list[Count]]  # labels of each task, in order of appearance
+    backbone: dict[str, Any]  # name, sha256 of the weights, feature_dim
+    transform: dict[str, Any]
+    data: dict[str, Any]  # for each split: sha256, images, skipped and, if read from disk, folders
+    versions: dict[str, str]  # of the packages, and the commit of a checkout
+    machine: dict[str, Any]
+
+
+class _Named(TypedDict):
+    name: str
+    sha256: str
+
+
+class _Split(TypedDict):
+    images: Count
+    sha256: str
+
+
+class _Data(TypedDict):
+    train: _Split
+    test: _Split
+
+
+class _Dataset(TypedDict):
+    dataset: str
+
+
+class _Config(TypedDict):
+    """The keys of a stored configuration that reports read."""
+
+    name: str
+    data: _Dataset
+    stream: dict[str, Any]
+    learners: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    orders: Annotated[list[Any], Field(min_length=1)]
+    seeds: Annotated[list[Count], Field(min_length=1)]
+
+
+class _Summary(TypedDict, total=False):
+    accuracy_last: Required[Fraction]
+    accuracy_average: Fraction
+    accuracy_last_task_mean: Fraction
+    accuracy_average_task_mean: Fraction
+    forgetting: Points | None
+    forgetting_within_task: Points | None
+    forgetting_clipped: Points | None
+    backward_transfer: Points | None
+    learning_accuracy: Fraction
+    within_task_accuracy: Fraction
+    task_id_accuracy: Fraction | None
+    router_accuracy: Fraction | None
+    oracle_router_accuracy: Fraction | None
+    trainable_parameters: Count
+    kept_bytes: Count
+    passes_per_train_image: Seconds
+    passes_per_test_image: Seconds
+    seconds: Seconds
+
+
+class _RunFile(TypedDict):
+    """What ``metrics.json`` has besides the keys of :class:`Header`, and more exactly."""
+
+    config: _Config
+    backbone: _Named
+    data: _Data
+    complete: bool
+    summary: NotRequired[_Summary]
+    stage_checksums: NotRequired[list[str]]
+    stages: NotRequired[list[StageRow]]
+
+
+class _StageFile(StageRow):
+    files: NotRequired[dict[str, str]]
+
+
+RUN_FILE, HEADER, STAGE_FILE = TypeAdapter(_RunFile), TypeAdapter(Header), TypeAdapter(_StageFile)
