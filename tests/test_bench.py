@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from comparisons import header
+from comparisons import rows as rows_of
 from torch import nn
 
 from cil import results
