@@ -87,7 +87,9 @@ class RunFolder:
     def finished(self) -> int:
         """Number of complete stages, counted from the first."""
         count = 0
-        while self.stage(count).is_dir():
+        while (place := self.stage(count)).is_dir():
+            if place.is_symlink() and not (place / "stage.json").exists():
+                break  # a link that leads to no stage
             count += 1
         return count
 
