@@ -102,6 +102,15 @@ class _Data(TypedDict):
     test: _Split
 
 
+class _Versions(TypedDict):
+    cil: str
+    torch: str
+
+
+class _Machine(TypedDict):
+    device: str
+
+
 class _Dataset(TypedDict):
     dataset: str
 
@@ -144,6 +153,8 @@ class _RunFile(TypedDict):
     config: _Config
     backbone: _Named
     data: _Data
+    versions: _Versions
+    machine: _Machine
     complete: bool
     summary: NotRequired[_Summary]
     stage_checksums: NotRequired[list[str]]

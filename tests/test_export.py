@@ -108,7 +108,7 @@ def make_run(tmp_path_factory):
             "backbone": {"name": vit.name, "sha256": vit.fingerprint, "feature_dim": vit.feature_dim},
             "transform": transforms.card,
             "data": {"train": {"sha256": "0", "images": 85}, "test": {"sha256": "0", "images": 48}},
-            "versions": {},
+            "versions": {"cil": "0", "torch": "2"},
             "machine": {"device": "cpu"},
         }
         (folder / "metrics.json").write_text(json.dumps(results.assemble(header, done.rows, len(SIZES))))
