@@ -288,7 +288,9 @@ def test_the_cards_pixels_are_those_of_the_run(config, size, ncm, tmp_path, monk
     code = usage(facts)[1].removeprefix("```python\n").split("session =")[0].replace("import onnxruntime\n", "")
     transforms = Transforms({**facts["preprocessing"], "input_size": (3, 32, 32)})
     picture = np.random.RandomState(0).randint(0, 256, (*size, 3)).astype(np.uint8)
-    Image.fromarray(picture).save(tmp_path / "photo.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera that was turned
+    Image.fromarray(picture).save(tmp_path / "photo.png", exif=exif)
     (tmp_path / "model.json").write_text(json.dumps(facts))
     monkeypatch.chdir(tmp_path)
     scope = {}

@@ -92,7 +92,9 @@ def test_predictions_are_the_learners_whatever_the_batch(trained, pictures):
 
 def test_pictures_are_read_a_batch_at_a_time(trained, pictures, monkeypatch):
     read = []
-    monkeypatch.setattr(model, "read_image", lambda path, t, real=model.read_image: read.append(path) or real(path, t))
+    monkeypatch.setattr(
+        model, "read_image", lambda path, *rest, real=model.read_image: read.append(path) or real(path, *rest)
+    )
     paths = find_images([pictures])
     going = predict(open_run(trained), paths, batch_size=2)
     assert read == []

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cil.config.schema import MAX_PIXELS
+
 
 def merge(
     tasks: Annotated[list[Path], typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).")],
@@ -97,6 +99,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass")] = 32,
     out: Annotated[Path | None, typer.Option(help="FILE.json, .jsonl or .csv to write instead of printing")] = None,
     on_error: Annotated[OnError, typer.Option(help="What to do with a file that is not an image")] = OnError.RAISE,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels above which an image is not decoded")] = MAX_PIXELS,
 ) -> None:
     """Print the top classes of images by name, from a run's last stage or an exported model."""
     import sys
@@ -139,6 +142,7 @@ def predict(
             paths,
             top,
             batch_size=batch_size,
+            max_pixels=max_pixels,
             on_broken=skip if on_error is OnError.SKIP else None,
             track=display.track,
         ):

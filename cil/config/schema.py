@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 Unit = tuple[float, float, float]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+MAX_PIXELS = 178_956_970
+"""Pixels of the largest image that PIL reads by default."""
 
 
 def as_section(raw: Any) -> Any:
@@ -90,6 +92,11 @@ class DataConfig(Section):
     image_key: str | None = Field(None, description="column of the images, for hfds; default: image")
     label_key: str | None = Field(None, description="column of the labels, for hfds; default: label")
     on_error: Literal["raise", "skip"] = Field("raise", description="treatment of a file that is no readable image")
+    max_pixels: PositiveInt = Field(
+        MAX_PIXELS,
+        description="number of pixels (width × height) above which an image is not decoded but treated as unreadable; "
+        "default: the limit of PIL, against small files that fill the memory",
+    )
     per_class: PositiveInt | None = Field(
         None, description="number of training images per class; the first ones are used"
     )

@@ -10,7 +10,8 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 
-from cil.data.sources import ImageSource
+from cil.data.pixels import Undecoded
+from cil.data.source import ImageSource
 
 
 class DecodedSource(ImageSource):
@@ -35,6 +36,7 @@ class DecodedSource(ImageSource):
             fingerprint=source.fingerprint,
             domains=source.domains,
             stamp=source.stamp,
+            max_pixels=source.max_pixels,
         )
         self.source, self._memory, self._workers = source, memory_bytes, workers
         self._arrays: dict[int, np.ndarray] = {}
@@ -80,7 +82,7 @@ class DecodedSource(ImageSource):
         with ThreadPoolExecutor(max(1, self._workers)) as pool:  # PIL decodes outside the interpreter lock
             return list(pool.map(load, range(len(self))))
 
-    def _read_decoded(self, index: int) -> Image.Image:
+    def _read_decoded(self, index: int) -> Undecoded:
         if not self.fits:
             return self.source._read(index)
         if len(self._arrays) < len(self):

@@ -6,32 +6,32 @@ import hashlib
 import math
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cil.config import DataConfig, HardwareConfig, TransformConfig
 from cil.data.decoded import DecodedSource
 from cil.data.folder import printable
 from cil.data.opening import open_source
-from cil.data.sources import UNREADABLE, ImageSource, rank_in_class
+from cil.data.pixels import VERSION as PIXELS
+from cil.data.reading import ImageReader, Item, WorkerReader, stack
+from cil.data.reading import read_image as read_image
+from cil.data.source import ADVICE, ImageSource
+from cil.data.sources import rank_in_class
 from cil.data.transforms import Transforms
-from cil.errors import DataError
+from cil.errors import CilError, DataError
 from cil.store import FeatureStore, Key
-from cil.utils.randomness import isolated, seed_everything
+from cil.utils.randomness import isolated
 
 if TYPE_CHECKING:
     from cil.backbone import Backbone
 
 GIB = 2**30
-VERSIONS = {package: version(package) for package in ("timm", "pillow")}
-"""Versions of the packages that turn files into pixels."""
-Item = tuple[int, int | None]
-"""An image's position, and the seed of its augmentation (None: the test transform)."""
+VERSIONS = {**{package: version(package) for package in ("timm", "pillow")}, "pixels": str(PIXELS)}
+"""Versions of what turns files into pixels: two packages and :mod:`cil.data.pixels`."""
 
 
 class ImageSet:
@@ -140,7 +140,7 @@ class ImageSet:
 
     def load(self, batches: list[list[Item]], gpu: bool) -> Iterator[torch.Tensor]:
         """Batches of transformed images, uint8 [B, 3, S, S]; worker processes load many images, pinned for a GPU."""
-        reader = _ImageReader(self.source, self.transforms)
+        reader = ImageReader(self.source, self.transforms)
         # starting processes takes as long as loading this many images; on a CPU, workers in memory only slow the model
         few = 64 if not self.in_memory else 512 if gpu else math.inf
         if not self.workers or sum(map(len, batches)) < few:
@@ -150,15 +150,15 @@ class ImageSet:
                 yield torch.from_numpy(np.stack(images))
             return
         loader: DataLoader[Any] = DataLoader(
-            _Worker(self.source, self.transforms),
+            WorkerReader(self.source, self.transforms),
             batch_sampler=batches,
             num_workers=min(self.workers, len(batches)),
-            collate_fn=_stack,
+            collate_fn=stack,
             generator=torch.Generator().manual_seed(0),  # without it the loader draws a seed from the global state
             pin_memory=gpu,
         )
         for pixels in loader:
-            if isinstance(pixels, DataError):
+            if isinstance(pixels, CilError):
                 raise pixels
             yield pixels
 
@@ -167,38 +167,6 @@ def _items(indices: np.ndarray, seeds: np.ndarray | None = None) -> list[Item]:
     if seeds is None:
         return [(index, None) for index in indices.tolist()]
     return list(zip(indices.tolist(), seeds.tolist(), strict=True))
-
-
-class _ImageReader(Dataset[np.ndarray]):
-    """(position, augmentation seed or None) → uint8 [3, S, S]. Seeds the global random state, so it
-    must run inside :func:`~cil.utils.randomness.isolated` or in a worker process."""
-
-    def __init__(self, source: ImageSource, transforms: Transforms) -> None:
-        self.source, self.transforms = source, transforms
-
-    def __getitem__(self, item: Item) -> np.ndarray:
-        index, seed = item
-        image = self.source.read(index)
-        if seed is None or self.transforms.augment is None:
-            return np.asarray(self.transforms.evaluate(image))
-        seed_everything(seed)
-        return np.asarray(self.transforms.augment(image))
-
-
-class _Worker(_ImageReader):
-    """The same in a worker process, where an unreadable file is returned as a value: an exception would arrive as a
-    traceback."""
-
-    def __getitem__(self, item: Item) -> np.ndarray | DataError:  # type: ignore[override]
-        try:
-            return super().__getitem__(item)
-        except DataError as error:
-            return error
-
-
-def _stack(images: list[np.ndarray | DataError]) -> torch.Tensor | DataError:
-    broken = [p for p in images if isinstance(p, DataError)]
-    return broken[0] if broken else torch.from_numpy(np.stack(images))  # type: ignore[arg-type]
 
 
 def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
@@ -211,6 +179,7 @@ def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
         fingerprint=hashlib.sha256(f"{source.fingerprint} {extra}".encode() + keep.tobytes()).hexdigest(),
         domains=None if source.domains is None else source.domains[keep],
         stamp=source.stamp,
+        max_pixels=source.max_pixels,
     )
 
 
@@ -252,12 +221,19 @@ class LoadedSplit:
         if config.on_error == "skip":
             broken = self._unreadable(source, store)
             self.skipped = [source.describe(i) for i in broken]
+            if len(broken) == len(source):  # the reason says more than that the first class has no images
+                try:
+                    source.read(0)
+                except DataError as error:
+                    reason = str(error).removesuffix(ADVICE)
+                    raise DataError(f"{self.title}: none of the {len(source)} images can be read: {reason}") from None
             if broken:
                 good = np.setdiff1d(np.arange(len(source)), broken)
                 self.source = self.source.restricted_to(good, subset(source, good, "readable"))
 
     def _unreadable(self, source: ImageSource, store: FeatureStore | None) -> list[int]:
-        key = Key({"unreadable": f"{source.fingerprint} {source.stamp}", **VERSIONS}, {"data_name": self.title})
+        what = {"unreadable": f"{source.fingerprint} {source.stamp}", "max_pixels": source.max_pixels, **VERSIONS}
+        key = Key(what, {"data_name": self.title})
         positions = store.recall(key) if store is not None else None
         if positions is None:
             positions = self.source.unreadable()
@@ -298,27 +274,15 @@ def load_images(
         transform: Overrides of these transforms.
 
     Raises:
-        DataError: As :func:`open_source` raises it.
+        DataError: ``data`` is something else, or as :func:`open_source` raises it.
     """
+    if not isinstance(data, DataConfig | ImageSource | str):
+        raise DataError(
+            f"data is a {type(data).__name__}; allowed: the name of a dataset, a DataConfig, or an ImageSource "
+            "(cil.data.sources.from_arrays makes one)"
+        )
     transforms = Transforms(backbone.data_config, transform)
     if isinstance(data, ImageSource):
         return ImageSet(data, transforms)
     config = DataConfig(dataset=data) if isinstance(data, str) else data
     return LoadedSplit(config, split, HardwareConfig()).images(transforms)
-
-
-def read_image(path: Path, transforms: Transforms) -> torch.Tensor:
-    """One image file under the test transform, normalised, float [1, 3, S, S].
-
-    Raises:
-        DataError: The file does not exist or is not an image.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        image = Image.open(path).convert("RGB")
-    except UNREADABLE as error:
-        raise DataError(f"{path}: not a readable image ({type(error).__name__})") from None
-    with isolated():
-        pixels = torch.from_numpy(np.asarray(transforms.evaluate(image)))
-    return transforms.normalize(pixels[None])

@@ -14,7 +14,7 @@ from cil.errors import ConfigError, DataError, PluginError, nearest
 
 
 def open_source(config: DataConfig, split: str) -> ImageSource:
-    """The source that a configuration names, for the split ``train`` or ``test``.
+    """The source that a configuration names, for the split ``train`` or ``test``, with the limit on its images.
 
     Raises:
         NoSplitError: A folder dataset does not have the split.
@@ -23,6 +23,12 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
         PluginError: A custom dataset cannot be loaded or returns something else than a source.
         ConfigError: ``data.options`` does not fit the arguments of a custom dataset.
     """
+    source = _named_source(config, split)
+    source.max_pixels = config.max_pixels
+    return source
+
+
+def _named_source(config: DataConfig, split: str) -> ImageSource:
     name = config.dataset
     if ":" in name:
         return _custom_source(config, split)
@@ -68,6 +74,8 @@ def _custom_source(config: DataConfig, split: str) -> ImageSource:
         raise ConfigError("\n".join(f"data.options: {line}" for line in str(error).splitlines())) from None
     except PluginError as error:
         raise PluginError(f"dataset {name!r}: {error}") from None
+    except DataError as error:
+        raise DataError(f"dataset {name!r}, {split}: {error}") from None
     if not isinstance(source, ImageSource):
         raise PluginError(
             f"dataset {name!r} returned {type(source).__name__} for {split}; it must return an ImageSource "

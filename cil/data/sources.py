@@ -1,7 +1,4 @@
-"""Labelled images from folders, tar files, arrays and scikit-learn's digits; ``libraries`` has the other datasets.
-
-Every source has a length, labels, images and a fingerprint. Labels are the dataset's own class positions here; a stream
-turns them into its order of appearance.
+"""Labelled images from folders, tar files and scikit-learn's digits; ``arrays`` and ``libraries`` have the others.
 
 :mod:`cil.data.folder` and :mod:`cil.data.archive` find the files. timm's ``ImageDataset`` is not used to read them,
 because on a broken file it silently returns the *next* image.
@@ -10,113 +7,20 @@ because on a broken file it silently returns the *next* image.
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from cil.data.archive import TarImages, scan_tar
+from cil.data.arrays import from_arrays
 from cil.data.classes import index
-from cil.data.folder import Findings, FolderImages, printable, scan_folder
+from cil.data.folder import FolderImages, printable, scan_folder
+from cil.data.pixels import Undecoded
+from cil.data.source import ImageSource
 from cil.errors import DataError
-
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
-"""What PIL raises on files that are not images or are broken; SyntaxError comes from PNG chunks."""
-
-
-class ImageSource:
-    """Labelled images, decoded one at a time.
-
-    Args:
-        read: Position → RGB image of PIL. May raise OSError or UnidentifiedImageError; must be thread-safe.
-        labels: Class position of every image, int64 [N].
-        class_names: Names in the order of the class positions.
-        describe: Position → name of the image in messages (its path, if it has one).
-        fingerprint: Hex digest that changes when images or labels change.
-        domains: Domain of every image, int64 [N], for domain-incremental streams.
-        stamp: Text that changes whenever the files may have changed, also where a fingerprint made from names and
-            sizes stays the same. It depends on this machine and is not part of a run's identity.
-        findings: What each folder or archive behind the images holds beside them.
-
-    Raises:
-        DataError: A class has no images.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[int], Image.Image],
-        labels: Sequence[int] | np.ndarray,
-        class_names: Sequence[str],
-        *,
-        describe: Callable[[int], str],
-        fingerprint: str,
-        domains: np.ndarray | None = None,
-        stamp: str = "",
-        findings: Sequence[Findings] = (),
-    ) -> None:
-        self._read, self.describe, self.fingerprint, self.domains = read, describe, fingerprint, domains
-        self.stamp, self.findings = stamp, tuple(findings)
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.class_names = tuple(str(name) for name in class_names)
-        empty = sorted(set(range(len(self.class_names))) - set(self.labels.tolist()))
-        if empty:
-            raise DataError(f"class {self.class_names[empty[0]]!r} has no images; add some or remove the class")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> Image.Image:
-        """The RGB image at a position in 0…N−1.
-
-        Raises:
-            DataError: The file is truncated or not an image; the message names it.
-        """
-        try:
-            return self._read(index)
-        except UNREADABLE as error:
-            raise DataError(
-                f"{self.describe(index)}: not a readable image ({type(error).__name__}); "
-                "repair or remove it, or set data.on_error=skip"
-            ) from None
-
-    def read_or_none(self, index: int) -> Image.Image | None:
-        """The image at a position, or None where :meth:`read` would raise."""
-        try:
-            return self.read(index)
-        except DataError:
-            return None
-
-
-def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, class_names: Sequence[str]) -> ImageSource:
-    """A source from uint8 arrays.
-
-    Args:
-        images: uint8 [N, H, W] (grey) or [N, H, W, 3] (RGB).
-        labels: Class positions, [N].
-        class_names: One name per class.
-
-    Raises:
-        DataError: The images are not uint8 of such a shape, or their number is not that of the labels.
-    """
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise DataError(
-            "images must be uint8 [N, H, W] or [N, H, W, 3] with N labels; "
-            f"got {images.dtype} {images.shape} and {len(labels)} labels"
-        )
-    digest = hashlib.sha256(
-        images.tobytes() + np.asarray(labels, np.int64).tobytes() + repr(list(class_names)).encode()
-    )
-    return ImageSource(
-        lambda i: Image.fromarray(images[i]).convert("RGB"),
-        labels,
-        class_names,
-        describe=lambda i: f"image {i}",
-        fingerprint=digest.hexdigest(),
-    )
 
 
 def rank_in_class(labels: np.ndarray) -> np.ndarray:
@@ -177,10 +81,10 @@ def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageS
 def from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **facts: Any) -> ImageSource:
     """A source over a reader as timm's: position → (open file, …). ``facts`` go to :class:`ImageSource`."""
 
-    def read(index: int) -> Image.Image:
+    def read(index: int) -> bytes:
         file, *_ = reader[index]
         with file:
-            return Image.open(io.BytesIO(file.read())).convert("RGB")
+            return file.read()
 
     return ImageSource(read, labels, names, **facts)
 
@@ -203,7 +107,7 @@ def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
         d = int(np.searchsorted(starts, index, side="right")) - 1
         return parts[d], index - int(starts[d])
 
-    def read(index: int) -> Image.Image:
+    def read(index: int) -> Undecoded:
         part, inner = locate(index)
         return part._read(inner)
 

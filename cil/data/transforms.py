@@ -86,6 +86,13 @@ class Transforms:
             "augment": config.augment if config.augment == "none" else config.augment.model_dump(),
         }
 
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) to which the test transform resizes an image of ``size`` before it crops it."""
+        if self.card["crop_mode"] == "squash":
+            return self.size, self.size
+        scale = self.size / self.card["crop_pct"] / min(size)
+        return int(size[0] * scale), int(size[1] * scale)
+
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, S, S] in 0…255 → float [B, 3, S, S]: (pixel / 255 − mean) / std, on the pixels' device."""
         # a blocking copy would wait for everything queued on the device

@@ -36,7 +36,7 @@ import json
 
 import numpy as np
 {imports}
-from PIL import Image
+from PIL import Image, ImageOps
 
 facts = json.load(open("model.json"))
 steps = facts["preprocessing"]
@@ -45,7 +45,7 @@ filter = Image.Resampling[steps["interpolation"].upper()]
 
 
 def pixels(path):
-    image = Image.open(path).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
 {resize}\
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     image = image.crop((left, top, left + size, top + size))
@@ -58,7 +58,7 @@ PIXELS_BY_TIMM = """\
 import json
 
 {imports}
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
 
 facts = json.load(open("model.json"))
@@ -66,7 +66,7 @@ transform = create_transform(**facts["preprocessing"])
 
 
 def pixels(path):
-    return transform(Image.open(path).convert("RGB"))[None].numpy()
+    return transform(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))[None].numpy()
 
 
 """
@@ -139,7 +139,8 @@ def card(facts: Facts) -> str:
         *usage(facts),
         "## Input and output",
         prose(
-            f"`images`: float32 {bracketed(facts['input']['shape'])}, RGB, any batch size ≥ 1. Images are resized with "
+            f"`images`: float32 {bracketed(facts['input']['shape'])}, RGB, any batch size ≥ 1. Images are upright and "
+            "have 8 bits per channel, with transparent pixels on white; cil converts all others. They are resized with "
             f"PIL's {steps['interpolation']} filter (crop mode {steps['crop_mode']}, crop_pct {steps['crop_pct']:g}) "
             f"and cropped to {size} × {size} pixels; then (pixel / 255 − mean) / std with mean {steps['mean']} and std "
             f"{steps['std']}."

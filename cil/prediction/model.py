@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from cil import results
 from cil.backbone import load_backbone
 from cil.config import Config
+from cil.config.schema import MAX_PIXELS
 from cil.data.folder import images_below, printable
-from cil.data.images import read_image
+from cil.data.reading import read_image
 from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError
 from cil.features import FeatureCache, Track
@@ -136,6 +138,7 @@ def predict(
     device: str = "cpu",
     *,
     batch_size: int = 32,
+    max_pixels: int = MAX_PIXELS,
     on_broken: Callable[[DataError], None] | None = None,
     track: Track | None = None,
 ) -> Iterator[tuple[Path, Ranked]]:
@@ -147,6 +150,7 @@ def predict(
         top: Number of classes per image.
         device: As ``hardware.device``, for a run folder; a model stays on its device.
         batch_size: Images per forward pass; it changes no prediction.
+        max_pixels: Maximum number of pixels of an image; larger ones are treated as unreadable.
         on_broken: Called with the error of each file that is not a readable image, which is then skipped; by default
             the error is raised.
         track: Progress bar, as in ``Context``.
@@ -160,11 +164,12 @@ def predict(
     """
     if not isinstance(model, Model):
         model = open_run(model, device)
+    read = partial(_read, transforms=model.transforms, max_pixels=max_pixels)
     left = iter(images if track is None else track(images, "images", len(images)))
     with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
         while chunk := list(islice(left, batch_size)):
             readable, tensors = [], []
-            for path, image in zip(chunk, pool.map(lambda path: _read(path, model.transforms), chunk), strict=True):
+            for path, image in zip(chunk, pool.map(read, chunk), strict=True):
                 if isinstance(image, Tensor):
                     readable.append(path)
                     tensors.append(image)
@@ -187,9 +192,9 @@ def top_classes(model: Model, images: Tensor, top: int) -> list[Ranked]:
     ]
 
 
-def _read(path: Path, transforms: Transforms) -> Tensor | DataError:
+def _read(path: Path, transforms: Transforms, max_pixels: int) -> Tensor | DataError:
     """An image, float [1, 3, S, S], or the error of reading it."""
     try:
-        return read_image(path, transforms)
+        return read_image(path, transforms, max_pixels)
     except DataError as error:
         return error

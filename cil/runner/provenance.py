@@ -123,10 +123,11 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that identify a run, by dotted key: all but the machine, the name and the paths of data and weights.
-    Keys added after the configuration was stored have their defaults."""
+    """The settings that identify a run, by dotted key: all but the machine, the name, the paths of data and weights,
+    and the limit of the size of images, which changes no pixel. Keys added after the configuration was stored have
+    their defaults."""
     config = {k: v for k, v in _completed(config).items() if k not in ("hardware", "name")}
-    config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download")}
+    config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download", "max_pixels")}
     config["backbone"] = {k: v for k, v in config["backbone"].items() if k != "weights"}
     return {key: value for key, value in flatten(config, lists=True) if value != {}}
 

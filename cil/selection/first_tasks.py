@@ -86,6 +86,7 @@ class FirstTasks:
             [source.class_names[c] for c in names],
             describe=lambda k: source.describe(int(members[k])),
             fingerprint=source.fingerprint,
+            max_pixels=source.max_pixels,
         )
         decoded = DecodedSource(part, machine.memory_gib * GIB, machine.workers)
         position_of = {int(member): k for k, member in enumerate(members)}
@@ -113,6 +114,7 @@ class FirstTasks:
             describe=source.describe,
             fingerprint=source.fingerprint,
             domains=source.domains,
+            max_pixels=source.max_pixels,
         )
         return guarded, decoded.fits
 
