@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from cil.data.sources import ImageSource, from_reader
+from cil.data.source import ImageSource
+from cil.data.sources import from_reader
 from cil.errors import DataError, nearest
 
 TORCHVISION = (
@@ -68,18 +72,26 @@ def torchvision_set(name: str, root: Path | None, split: str, download: bool) ->
         if names
         else [str(c) for c in range(int(labels.max()) + 1)]
     )
+    if hasattr(dataset, "loader"):  # of sets of files; torchvision's own would decode them by other rules than ours
+        dataset.loader = Path
     digest = hashlib.sha256(f"{name} {split}".encode() + labels.tobytes())
     pixels = getattr(dataset, "data", None)
     if pixels is not None:
         digest.update(np.ascontiguousarray(np.asarray(pixels)).tobytes())
     return ImageSource(
-        lambda i: dataset[i][0].convert("RGB"),
+        lambda i: dataset[i][0],
         labels,
-        names,
-        describe=lambda i: f"{name} {split} image {i}",
+        _distinct(names),
+        describe=lambda i: str(dataset[i][0]) if hasattr(dataset, "loader") else f"{name} {split} image {i}",
         fingerprint=digest.hexdigest(),
         stamp="" if pixels is not None else str(root.resolve()),
     )
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Class names in which equal ones are numbered; ImageNet has the bird and the machine ``crane``."""
+    count = Counter(names)
+    return [f"{name} (class {c})" if count[name] > 1 else name for c, name in enumerate(names)]
 
 
 def huggingface_set(name: str, root: Path | None, split: str, options: dict[str, Any]) -> ImageSource:
@@ -92,7 +104,8 @@ def huggingface_set(name: str, root: Path | None, split: str, options: dict[str,
         options: ``input_key`` and ``target_key``: the columns of images and labels.
 
     Raises:
-        DataError: The package ``datasets`` is missing, or the dataset, split or column cannot be loaded.
+        DataError: The package ``datasets`` is missing, the dataset, split or a column cannot be loaded, the column of
+            images holds none, or a row has no class.
     """
     from timm.data import create_dataset
 
@@ -103,11 +116,20 @@ def huggingface_set(name: str, root: Path | None, split: str, options: dict[str,
     try:
         dataset = create_dataset(name, root=str(root) if root else None, split=split, **options)
     except Exception as error:  # many types: no network, unknown dataset, split or column
-        raise DataError(f"{name}, split {split}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "cast" in reason.lower():
+            reason += f"; column {options['input_key']!r} does not hold images, set data.image_key"
+        raise DataError(f"{name}, split {split}: {reason}") from None
     reader = dataset.reader
-    labels = list(reader.iter_targets())
+    labels = _targets(reader, f"{name}, split {split}", options["target_key"])
+    if not any(_is_image(reader, row) for row in range(min(16, len(labels)))):
+        others = [column for column in reader.dataset.column_names if column != options["input_key"]]
+        raise DataError(
+            f"{name}, split {split}: column {options['input_key']!r} holds no images; set data.image_key to another "
+            f"column: {', '.join(others)}"
+        )
     by_index = {v: k for k, v in reader.class_to_idx.items()}
-    names = [str(by_index.get(c, c)) for c in range(max(labels) + 1)]
+    names = [str(by_index.get(c, c)) for c in range(int(labels.max()) + 1)]
     digest = hashlib.sha256(
         f"{name} {split} {getattr(reader.dataset, '_fingerprint', '')}".encode()
         + np.asarray(labels, np.int64).tobytes()
@@ -115,3 +137,46 @@ def huggingface_set(name: str, root: Path | None, split: str, options: dict[str,
     return from_reader(
         reader, labels, names, describe=lambda i: f"{name} {split} image {i}", fingerprint=digest.hexdigest()
     )
+
+
+def _targets(reader: Any, title: str, key: str) -> np.ndarray:
+    """The class of every row, int64 [N], from the column ``key`` of a Hugging Face dataset."""
+    try:
+        targets = list(reader.iter_targets())
+    except Exception as error:  # the type depends on what the column lacks
+        others = [column for column in reader.dataset.column_names if column not in (key, reader.image_key)]
+        raise DataError(
+            f"{title}: labels cannot be read from column {key!r} ({type(error).__name__}); set data.label_key to "
+            f"another column: {', '.join(others)}"
+        ) from None
+    if not targets:
+        raise DataError(f"{title} has no rows")
+    without = [row for row, target in enumerate(targets) if target is None or target == -1]
+    if without:
+        raise DataError(
+            f"{title}: {len(without)} of {len(targets)} rows have no label (row {without[0]}: {targets[without[0]]}); "
+            "set data.train or data.test to a split with labels"
+        )
+    other = [target for target in targets if not isinstance(target, int) or isinstance(target, bool)]
+    if other:
+        raise DataError(
+            f"{title}: column {key!r} holds {type(other[0]).__name__} ({str(other[0])[:40]}); labels must be a "
+            "ClassLabel or whole numbers from 0; set data.label_key"
+        )
+    labels = np.asarray(targets, dtype=np.int64)
+    if labels.min() < 0 or labels.max() >= len(labels):
+        raise DataError(
+            f"{title}: labels in column {key!r} are from {labels.min()} to {labels.max()} for {len(labels)} rows; "
+            "classes are numbered from 0, and each has at least one image"
+        )
+    return labels
+
+
+def _is_image(reader: Any, row: int) -> bool:
+    """Whether a row of a Hugging Face dataset holds a file of a type that PIL reads."""
+    try:
+        file, *_ = reader[row]
+        with file, Image.open(file):
+            return True
+    except Exception:  # timm's reader asserts, and indexes what may be None; PIL raises any type
+        return False
