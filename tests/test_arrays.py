@@ -154,6 +154,7 @@ x, y = np.zeros((8, 6, 6, 3), np.uint8), np.arange(8) % 2
 def returns_nothing(split): pass
 def returns_a_pair(split): return x, y
 def returns_the_class(split): return ImageSource
+def fails(split): return {}["name"]
 def wrong_labels(split): return from_arrays(x, y - 1, ["ant", "bee"])
 def source(read): return ImageSource(read, y, ["ant", "bee"], describe=lambda i: f"row {i}", fingerprint="f")
 def reads_nothing(split): return source(lambda i: None)
@@ -178,6 +179,7 @@ def functions(tmp_path):
         ("returns_nothing", "returned NoneType for train; it must return an ImageSource"),
         ("returns_a_pair", "returned tuple for train"),
         ("returns_the_class", "returned type for train"),
+        ("fails", r", train: KeyError: 'name' \(.*mine\.py, line 10\)$"),
     ],
 )
 def test_a_function_that_returns_no_source(functions, name, message):

@@ -599,6 +599,11 @@ def test_what_does_not_fit_a_script_is_refused():
     tasks = benchmark_from_datasets(train=[as_classification_dataset(wrong)])
     with pytest.raises(StreamError, match=r"torch.float32 \[3, 8, 8\]; the backbone needs float \[3, 32, 32\]"):
         as_strategy("ncm", backbone=vit, evaluator=None).train(tasks.train_stream[0], eval_streams=[])
+    for targets, first in (([0, -1], "-1"), ([0.6, 1.0], r"0\.6"), ([True, False], "True"), (["a", "b"], "'a'")):
+        wrong.targets = targets
+        tasks = benchmark_from_datasets(train=[as_classification_dataset(wrong)])
+        with pytest.raises(StreamError, match=rf"targets must be whole numbers from 0, .* e\.g\. {first}$"):
+            as_strategy("ncm", backbone=vit, evaluator=None).train(tasks.train_stream[0], eval_streams=[])
     bare = benchmark_from_datasets(train=[AvalancheDataset([wrong])])
     with pytest.raises(StreamError, match="experience 0 has no images, or its data set has no attribute targets"):
         as_strategy("ncm", backbone=vit, evaluator=None).train(bare.train_stream[0], eval_streams=[])

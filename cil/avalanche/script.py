@@ -38,9 +38,9 @@ def as_strategy(
 
     Each experience is one task. The learner trains on it by its own recipe, including epochs and batch size.
     Avalanche's callbacks before and after an experience are called, those within one are not. Evaluation is Avalanche's
-    own loop, without task labels. Labels may be any integers in any order: the learner receives them numbered in order
-    of appearance, and Avalanche's metrics receive the original ones. A label that the learner has not been trained on
-    scores −∞.
+    own loop, without task labels. Labels may be any integers from 0 in any order: the learner receives them numbered in
+    order of appearance, and Avalanche's metrics receive the original ones. A label that the learner has not been
+    trained on scores −∞.
 
     Args:
         learner: A registered name, a configuration entry (``{"name": "ranpac", "projection": 1000}``, or with
@@ -120,9 +120,7 @@ class LearnerStrategy(SupervisedTemplate):
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         learner, index = self.learner, self.learner.stages
-        targets = [int(label) for label in getattr(self.adapted_dataset, "targets", ())]
-        if not targets:
-            raise StreamError(f"experience {index} has no images, or its data set has no attribute targets")
+        targets = _targets(self.adapted_dataset, index)
         shown = sorted(set(targets))
         self.labels += [label for label in shown if label not in self.labels]
         column = {label: i for i, label in enumerate(self.labels)}
@@ -158,6 +156,24 @@ class LearnerStrategy(SupervisedTemplate):
         scores = ours.new_full((len(ours), width), float("-inf"))
         scores[:, self.labels] = ours
         return scores
+
+
+def _targets(dataset: Any, index: int) -> list[int]:
+    """The labels of an experience's images.
+
+    Raises:
+        StreamError: There are none, or they are not whole numbers from 0, which are columns of the scores.
+    """
+    found = [target.tolist() if hasattr(target, "tolist") else target for target in getattr(dataset, "targets", ())]
+    if not found:
+        raise StreamError(f"experience {index} has no images, or its data set has no attribute targets")
+    wrong = [target for target in found if type(target) is not int or target < 0]
+    if wrong:
+        raise StreamError(
+            f"experience {index}: targets must be whole numbers from 0, one per image; "
+            f"{len(wrong)} of {len(found)} are not, e.g. {wrong[0]!r}"
+        )
+    return found
 
 
 class _Scores(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 from cil.config import DataConfig
@@ -10,7 +11,7 @@ from cil.data import libraries, sources
 from cil.data.classes import find_split
 from cil.data.folder import printable
 from cil.data.sources import ImageSource
-from cil.errors import ConfigError, DataError, PluginError, nearest
+from cil.errors import CilError, ConfigError, DataError, PluginError, nearest
 
 
 def open_source(config: DataConfig, split: str) -> ImageSource:
@@ -20,7 +21,7 @@ def open_source(config: DataConfig, split: str) -> ImageSource:
         NoSplitError: A folder dataset does not have the split.
         DataError: The dataset is unknown, its path does not exist, a class is empty, or a package or the network is
             missing.
-        PluginError: A custom dataset cannot be loaded or returns something else than a source.
+        PluginError: A custom dataset cannot be loaded, fails, or returns something else than a source.
         ConfigError: ``data.options`` does not fit the arguments of a custom dataset.
     """
     source = _named_source(config, split)
@@ -69,13 +70,20 @@ def _custom_source(config: DataConfig, split: str) -> ImageSource:
     function = load_object(name, "dataset")
     root = {} if config.root is None else {"root": config.root.expanduser()}
     try:
-        source = function(split, **arguments(function, {**config.options, **root}, given=("split",)))
+        options = arguments(function, {**config.options, **root}, given=("split",))
     except ConfigError as error:
         raise ConfigError("\n".join(f"data.options: {line}" for line in str(error).splitlines())) from None
     except PluginError as error:
         raise PluginError(f"dataset {name!r}: {error}") from None
-    except DataError as error:
-        raise DataError(f"dataset {name!r}, {split}: {error}") from None
+    try:
+        source = function(split, **options)
+    except CilError as error:
+        raise type(error)(f"dataset {name!r}, {split}: {error}") from None
+    except Exception as error:  # the user's own code may fail in any way
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(
+            f"dataset {name!r}, {split}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        ) from error
     if not isinstance(source, ImageSource):
         raise PluginError(
             f"dataset {name!r} returned {type(source).__name__} for {split}; it must return an ImageSource "
