@@ -105,6 +105,19 @@ def test_pictures_are_read_a_batch_at_a_time(trained, pictures, monkeypatch):
     assert sorted(read) == paths[:4]
 
 
+def test_images_above_the_limit_are_refused_or_skipped(trained, pictures):
+    small, large = pictures / "small.png", pictures / "large.png"
+    Image.new("L", (30, 30)).save(small)
+    Image.new("L", (30, 31)).save(large)
+    with pytest.raises(DataError, match=r"large\.png: too large an image \(930 pixels, max_pixels allows 900\)"):
+        list(predict(trained, [small, large], max_pixels=900))
+    skipped = []
+    found = list(predict(trained, [small, large], max_pixels=900, on_broken=skipped.append))
+    assert [path for path, _ in found] == [small] and len(skipped) == 1
+    small.unlink()
+    large.unlink()
+
+
 def test_progress_counts_images(trained, pictures):
     seen = []
 
