@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -84,7 +84,7 @@ def _as_seen(image: Image.Image, max_pixels: int) -> Image.Image:
     rgb.info = {}  # nothing in there is to be applied a second time
     if orientation not in (None, 1):
         rgb.getexif()[ExifTags.Base.Orientation] = orientation
-        rgb = cast(Image.Image, ImageOps.exif_transpose(rgb))
+        rgb = ImageOps.exif_transpose(rgb)
     return rgb
 
 
@@ -104,7 +104,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and max(image.info["transparency"]) > 255:  # a 16-bit colour, of which PIL keeps high bytes
         image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    if rgba.getextrema()[3] == (255, 255):
+    if rgba.getchannel("A").getextrema() == (255, 255):
         return rgba.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 

@@ -78,7 +78,7 @@ def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageS
     )
 
 
-def from_reader(reader: Any, labels: Sequence[int], names: Sequence[str], **facts: Any) -> ImageSource:
+def from_reader(reader: Any, labels: Sequence[int] | np.ndarray, names: Sequence[str], **facts: Any) -> ImageSource:
     """A source over a reader as timm's: position → (open file, …). ``facts`` go to :class:`ImageSource`."""
 
     def read(index: int) -> bytes:
