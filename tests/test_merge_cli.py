@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -391,6 +392,63 @@ def test_killed_in_the_middle(place, states):
     merge_files("average", place / "base.safetensors", [place / "t0.safetensors"], out, state=state)
     assert not leftovers(place)
     assert all(torch.equal(v, in_memory("average", states, (0,))[k]) for k, v in load_file(out).items())
+
+
+@pytest.mark.parametrize(
+    "calls", [[(0,), (0,)], [(0, 1), (0, 1)], [(0,), (0, 1)], [(0, 1), (1, 2)], [(0,), (1,), (0,)]]
+)
+def test_a_repeated_call_merges_no_task_twice(place, states, caplog, calls):
+    """The state knows its last tasks: what follows them is merged, and an earlier task that comes back is a new one."""
+    state, merged = place / "state.safetensors", []
+    for number, tasks in enumerate(calls):
+        files = [place / f"t{t}.safetensors" for t in tasks]
+        out = place / f"out{number}.safetensors"
+        rule = merge_files("average", place / "base.safetensors", files, out, state=state)
+        again = next(n for n in range(len(tasks), -1, -1) if n == 0 or merged[-n:] == list(tasks[:n]))
+        merged += tasks[again:]
+        assert int(rule.count) == len(merged) and caplog.text.count("is not merged again") == again
+        expected = in_memory("average", states, merged)
+        assert max(float((v - expected[k]).abs().max()) for k, v in load_file(out).items()) < 1e-6
+        caplog.clear()
+
+
+@pytest.mark.parametrize("moment", ["before the state", "between the state and the result"])
+def test_a_crash_at_the_end_merges_no_task_twice(place, states, monkeypatch, moment):
+    """Whatever is there after a crash, the same command ends with every task once, in the result and in the state."""
+    state, out = place / "state.safetensors", place / "b.safetensors"
+    merge_files("average", place / "base.safetensors", [place / "t0.safetensors"], place / "a.safetensors", state=state)
+    method, original = ("replace", Path.replace) if moment == "before the state" else ("rename", Path.rename)
+
+    def crash(self, target):
+        if Path(target) in (state, out):
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    monkeypatch.setattr(Path, method, crash)
+    with pytest.raises(KeyboardInterrupt):
+        merge_files("average", place / "base.safetensors", [place / "t1.safetensors"], out, state=state)
+    monkeypatch.setattr(Path, method, original)
+    assert not out.exists()
+    rule = merge_files("average", place / "base.safetensors", [place / "t1.safetensors"], out, state=state)
+    assert int(rule.count) == 2 and int(load_file(state)["count"]) == 2
+    expected = in_memory("average", states, (0, 1))
+    assert all(torch.equal(v, expected[k]) for k, v in load_file(out).items())
+
+
+def test_a_state_of_before_is_continued(place, states):
+    """States of older versions record no tasks; their next task is merged, whatever it is."""
+    state = place / "state.safetensors"
+    merge_files("average", place / "base.safetensors", [place / "t0.safetensors"], place / "a.safetensors", state=state)
+    with safe_open(state, "pt") as opened:
+        metadata = {key: value for key, value in opened.metadata().items() if key != "tasks"}
+    save_file(load_file(state), state, metadata)
+    one = merge_files(
+        "average", place / "base.safetensors", [place / "t0.safetensors"], place / "b.safetensors", state=state
+    )
+    two = merge_files(
+        "average", place / "base.safetensors", [place / "t0.safetensors"], place / "c.safetensors", state=state
+    )
+    assert (int(one.count), int(two.count)) == (2, 2)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from cil.merging.statistics import Statistics
 from cil.merging.store import State, StateSpec, slot_name
 from cil.utils.files import flush, reporting
 
+log = logging.getLogger(__name__)
 FORMAT = "cil merge state 1"
 COPIED = (".json", ".txt", ".model")
 """Suffixes of files that are copied from the base's folder: configurations and vocabularies, not its model card."""
@@ -53,7 +55,9 @@ def merge_files(
         tasks: Checkpoints fine-tuned from it, in order.
         out: Path of the result: one file if it ends in ``.safetensors``, else a folder, sharded as the base is, with
             the base's configuration files. Tensors that are not merged are the base's.
-        state: File of the rule's state. If it exists, merging continues from it; it is replaced at the end.
+        state: File of the rule's state. If it exists, merging continues from it; it is replaced before ``out`` appears.
+            It records a digest of every task merged, so a repeated call does not merge its tasks twice: the first
+            ``tasks`` are left out, with a warning, if they are the last ones of the state.
         stats: Files of statistics (:meth:`Statistics.save`), one per task in the same order, if the rule needs them.
         exclude: Regular expressions of names that are not merged.
         track: Function that wraps loops in progress bars.
@@ -88,23 +92,38 @@ def merge_files(
     for task in finetuned:  # this is cheap, and a mistake in the last task must not appear after an hour's work
         check_names(task, pretrained, plan)
     about = {"format": FORMAT, "rule": config.model_dump_json(), "exclude": json.dumps(list(exclude))}
-    about["base"] = _digest(pretrained, [entry.name for entry in plan.entries], track)
+    names = [entry.name for entry in plan.entries]
+    about["base"] = _digest(pretrained, names, track, "reading the base")
     scratch = (state or out).parent / f".{(state or out).name}.state"
     partial = out.parent / f".{out.name}.partial"
     advice = "Partial files were removed; a state file is unchanged"
     with reporting(out, advice), _scratch(scratch), _scratch(partial), FileStore(scratch, merger, about) as store:
         merger.start(pretrained, exclude=exclude, store=store)
-        if state is not None and state.exists():
-            store.open(state)
-        for task, task_statistics in zip(finetuned, statistics, strict=True):
+        digests = [""] * len(tasks)
+        if state is not None:
+            for i, task in enumerate(finetuned):
+                own = [plan.held(entry, task) or entry.name for entry in plan.entries]  # a tied tensor has two names
+                digests[i] = _digest(task, own, track, f"reading {task.path.name}")
+            if state.exists():
+                store.open(state)
+        known = _repeated(store.tasks, digests)
+        for task in finetuned[:known]:
+            log.warning("%s: already the last task of %s, so it is not merged again", task.path, state)
+        for task, digest, task_statistics in list(zip(finetuned, digests, statistics, strict=True))[known:]:
+            store.tasks.append(digest)
             merger.add(task, task_statistics, track)
         written = _write(merger, pretrained, partial, out, track)
-        written.rename(out)
-        flush(out.parent)
-        if state is not None:  # after the result: with the opposite order a task could be counted twice after a crash
+        if state is not None:  # before the result: if that is there, its tasks are in the state, also after a crash
             store.current.replace(state)
             flush(state.parent)
+        written.rename(out)
+        flush(out.parent)
     return merger
+
+
+def _repeated(merged: Sequence[str], tasks: Sequence[str]) -> int:
+    """How many of the first ``tasks`` are the last ones of ``merged``: what an earlier call had got through."""
+    return max(n for n in range(min(len(merged), len(tasks)) + 1) if list(merged[len(merged) - n :]) == list(tasks[:n]))
 
 
 class FileStore:
@@ -114,10 +133,14 @@ class FileStore:
         folder: Scratch folder.
         rule: The rule whose state is kept; its counts are saved with the slots.
         about: Metadata of the merge that the state belongs to, checked when a file is opened.
+
+    Attributes:
+        tasks: Digests of the tasks merged so far, in order; append one before its task is merged.
     """
 
     def __init__(self, folder: Path, rule: Rule, about: Mapping[str, str]) -> None:
         self._folder, self._rule, self._about = folder, rule, dict(about)
+        self.tasks: list[str] = []
         self._opened: Checkpoint | None = None
         self._writer: TensorWriter | None = None
         self._written = 0
@@ -159,6 +182,7 @@ class FileStore:
         if {name: opened.shape_and_dtype(name) for name in opened} != expected_slots:
             raise RunError(f"{file}: does not contain this rule's state; remove it to start from scratch")
         self._opened = opened
+        self.tasks = opened.metadata.get("tasks", "").split()  # a state of an older version records none
         self._rule.count.copy_(opened["count"])
         self._rule.norm_sum.copy_(opened["norm_sum"])
 
@@ -170,7 +194,7 @@ class FileStore:
 
     def put(self, entry: Entry, state: State) -> None:
         if self._writer is None:
-            self._writer = TensorWriter(self._file(), self._shapes(), self._about)
+            self._writer = TensorWriter(self._file(), self._shapes(), {**self._about, "tasks": " ".join(self.tasks)})
         for slot, value in state.items():
             self._writer.write(slot_name(entry, slot), value)
 
@@ -217,14 +241,14 @@ def _write(merger: Rule, pretrained: Checkpoint, scratch: Path, out: Path, track
     return result
 
 
-def _digest(pretrained: Checkpoint, names: Sequence[str], track: Track | None) -> str:
-    """Compute a sha256 over name, dtype, shape and bytes of the merged tensors."""
+def _digest(checkpoint: Checkpoint, names: Sequence[str], track: Track | None, title: str) -> str:
+    """Compute a sha256 over name, dtype, shape and bytes of the tensors that are merged."""
     digest = hashlib.sha256()
-    items: Iterable[str] = track(names, "reading the base", len(names)) if track else names
+    items: Iterable[str] = track(names, title, len(names)) if track else names
     for name in items:
-        shape, dtype = pretrained.shape_and_dtype(name)
+        shape, dtype = checkpoint.shape_and_dtype(name)
         digest.update(f"{name} {dtype} {shape}\n".encode())
-        digest.update(memoryview(as_bytes(pretrained[name])))
+        digest.update(memoryview(as_bytes(checkpoint[name])))
     return digest.hexdigest()
 
 
