@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from cil.cli import benchmark, cache, data, learners, models, sweep
+from cil.cli import benchmark, cache, data, launched, learners, models, sweep
 from cil.errors import CilError
 
 app = typer.Typer(
@@ -35,11 +35,27 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> NoReturn:
-    """Entry point. A user's mistake is reported as one line on stderr, with exit code 2."""
+    """Entry point. A user's mistake is reported as one line on stderr, with exit code 2.
+
+    Of several processes (``accelerate launch``) the one that meets the fault first prints it, and all end.
+    """
     try:
-        app(standalone_mode=True)
+        with launched.watched():
+            app(standalone_mode=True)
     except CilError as error:
-        for line in str(error).splitlines() if benchmark.is_main_process() else ():
-            print(f"cil: {line}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+    except Exception as error:
+        if launched.lost_another(error):
+            _end("another process of this command has ended without a message; was it killed, or out of memory?")
+        if launched.announce():
+            raise
+        _end("")
     sys.exit(0)
+
+
+def _end(message: str) -> NoReturn:
+    if launched.announce():
+        for line in message.splitlines():
+            print(f"cil: {line}", file=sys.stderr, flush=True)
+    launched.leave()
+    sys.exit(launched.CODE)
