@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cil.errors import DataError
-from cil.utils.files import replacing, reporting
+from cil.utils.files import remove_leftovers, replacing, reporting
 
 if TYPE_CHECKING:
     from cil.prediction.model import Ranked
@@ -78,6 +78,7 @@ def open_writer(file: Path, columns: int) -> Iterator[Add]:
         DataError: As :func:`check_output` raises it, or the disk is full or not writable.
     """
     check_output(file)
+    remove_leftovers(file)
     with (
         reporting(file, "What was there stays", error=DataError),
         replacing(file) as half,

@@ -8,9 +8,10 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from cil.errors import CilError, RunError
@@ -54,6 +55,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes have left of ``path``: temporary files and folders with the number of a process
+    (:func:`fresh`) that has ended."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(?:old\.)?(\d+)(?:\.[0-9a-f]+)?")
+    for beside in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = pattern.fullmatch(beside.name)
+        if match and not psutil.pid_exists(int(match.group(1))):
+            with suppress(FileNotFoundError):  # another process may do the same
+                remove(beside)
+
+
 def write(path: Path, content: str | bytes) -> Path:
     """Replace a file in one step, and make its folder if it is missing.
 
@@ -62,6 +74,7 @@ def write(path: Path, content: str | bytes) -> Path:
     """
     with reporting(path, "What was there stays"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         with replacing(path) as half:
             half.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
