@@ -16,7 +16,7 @@ import numpy as np
 from cil import metrics
 from cil.config.renamed import current_keys
 from cil.errors import RunError
-from cil.rows import HEADER, RUN_FILE, STAGE_FILE, Costs, Counts, Header, StageRow, StateBytes
+from cil.rows import HEADER, RUN_FILE, STAGE_FILE, Costs, Counts, EarlierVersions, Header, StageRow, StateBytes
 from cil.utils.stored import check_file, content_digest, read_json, sealed
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "RESTORE",
     "Costs",
     "Counts",
+    "EarlierVersions",
     "Header",
     "Stage",
     "StageRow",

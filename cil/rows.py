@@ -67,6 +67,13 @@ class StageRow(Counts):
     histograms: NotRequired[dict[str, list[Finite]]]  # by name, uses of each numbered thing (prompt, task)
 
 
+class EarlierVersions(TypedDict):
+    """The versions with which the first stages of a resumed run were computed."""
+
+    stages: Count  # number of stages, counted from the first, up to which they hold
+    versions: dict[str, str]
+
+
 class Header(TypedDict):
     """What is known about a run before it starts: the configuration, and every fact that its numbers depend on."""
 
@@ -82,8 +89,10 @@ class Header(TypedDict):
     tasks: list[list[Count]]  # labels of each task, in order of appearance
     backbone: dict[str, Any]  # name, sha256 of the weights, feature_dim
     transform: dict[str, Any]
-    data: dict[str, Any]  # for each split: sha256, images, skipped and, if read from disk, folders
+    data: dict[str, Any]  # for each split: sha256, images, skipped, a digest of each task's images, and folders
+    code: NotRequired[dict[str, str]]  # for each source file of custom code: its sha256
     versions: dict[str, str]  # of the packages, and the commit of a checkout
+    earlier_versions: NotRequired[list[EarlierVersions]]  # of the first stages, where they differ from versions
     machine: dict[str, Any]
 
 
@@ -95,6 +104,7 @@ class _Named(TypedDict):
 class _Split(TypedDict):
     images: Count
     sha256: str
+    tasks: NotRequired[list[str]]
 
 
 class _Data(TypedDict):

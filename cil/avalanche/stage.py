@@ -97,7 +97,7 @@ def learn(
     if isinstance(section, AGEMConfig) and section.sample_size <= task.index:
         raise TrainingError(
             f"stage {task.index}: AGEM's sample_size is {section.sample_size}, less than one image per task and step; "
-            "give at least the number of tasks. Earlier stages are kept"
+            "give at least the number of tasks"
         )
     seed = int(torch.randint(2**62, (), generator=ctx.generator))
     codec = Codec(data, len(task.seen), ctx.device)
@@ -191,7 +191,7 @@ class _Recipe(SupervisedPlugin):
         if not math.isfinite(value):
             raise TrainingError(
                 f"stage {self.ctx.stage}: the training loss is {value}; lower the learner's lr ({self.recipe.lr:g}), "
-                "set its clip, or weaken the strategy's penalty. Earlier stages are kept"
+                "set its clip, or weaken the strategy's penalty"
             )
         if self.recipe.clip is not None:
             clip_grad_norm_(strategy.model.parameters(), self.recipe.clip)

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from cil.report import Column, Comparison
 
 Results = Annotated[Path, typer.Option("--results", help="Folder that holds all results.")]
+Redo = Annotated[
+    bool,
+    typer.Option(
+        "--redo",
+        help="Delete finished stages that depend on settings, data or code that changed since, and compute them again.",
+    ),
+]
 
 
 def is_main_process() -> bool:
@@ -28,6 +35,7 @@ def run(
         list[str] | None, typer.Argument(help="key=value, e.g. stream.increment=10 learner.lr=0.01")
     ] = None,
     results: Results = Path("results"),
+    redo: Redo = False,
 ) -> None:
     """Run a benchmark. Finished runs are skipped; run the same command again to resume an interrupted one."""
     from rich.console import Console
@@ -40,7 +48,7 @@ def run(
         from cil.runner import run as run_benchmark
         from cil.runner.display import Display
     try:
-        run_benchmark(settings, results, display=Display(console))
+        run_benchmark(settings, results, display=Display(console), redo=redo)
     except KeyboardInterrupt:
         console.print("\nstopped. Finished stages are kept; run the same command to resume.")
         raise typer.Exit(130) from None

@@ -10,6 +10,14 @@ import typer
 
 from cil.config.schema import MAX_PIXELS
 
+Weights = Annotated[
+    Path | None, typer.Option(help="Place of the backbone's weights, if they were moved since the run; a file")
+]
+Code = Annotated[
+    list[Path] | None,
+    typer.Option(help="Place of the FILE.py of a custom class, if it was moved since the run; repeatable"),
+]
+
 
 def merge(
     tasks: Annotated[list[Path], typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).")],
@@ -65,6 +73,8 @@ def export(
     kind: Annotated[str, typer.Option("--format", help="safetensors, torch.export or onnx")] = "safetensors",
     out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/export-FORMAT")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is already there")] = False,
+    weights: Weights = None,
+    code: Code = None,
 ) -> None:
     """Write a run's last stage as one model with a model card, and check that its logits are the same."""
     from rich.console import Console
@@ -73,7 +83,7 @@ def export(
         from cil.export import export as write
         from cil.export.artifact import read_facts
 
-        folder = write(run, out, kind, force=force)
+        folder = write(run, out, kind, force=force, weights=weights, code=code or ())
     facts = read_facts(folder)
     stages, difference = facts["stages"], facts["check"]["logits"]["of_largest"]
     typer.echo(
@@ -100,6 +110,8 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="FILE.json, .jsonl or .csv to write instead of printing")] = None,
     on_error: Annotated[OnError, typer.Option(help="What to do with a file that is not an image")] = OnError.RAISE,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels above which an image is not decoded")] = MAX_PIXELS,
+    weights: Weights = None,
+    code: Code = None,
 ) -> None:
     """Print the top classes of images by name, from a run's last stage or an exported model."""
     import sys
@@ -108,7 +120,7 @@ def predict(
     from rich.console import Console
 
     from cil.data.folder import printable
-    from cil.errors import DataError
+    from cil.errors import DataError, ExportError
     from cil.prediction.output import check_output, open_writer
 
     if out is not None:
@@ -120,7 +132,12 @@ def predict(
         from cil.prediction import predict as predict_images
         from cil.runner.display import Display
 
-        model = load(run, device) if is_artifact(run) else open_run(run, device)
+        if is_artifact(run):
+            if weights is not None:
+                raise ExportError(f"--weights {weights}: {run} is an exported model and has its weights; leave it out")
+            model = load(run, device, code=code or ())
+        else:
+            model = open_run(run, device, weights=weights, code=code or ())
         paths = find_images(images, lambda line: typer.echo(line, err=True))
 
     def say(path: Path, ranked: list[tuple[str, float]]) -> None:

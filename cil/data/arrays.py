@@ -31,7 +31,12 @@ def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, class_na
         raise DataError(f"images and labels must have the same length; got {len(pixels)} and {len(positions)}")
     digest = hashlib.sha256(pixels.tobytes() + positions.tobytes() + repr(list(class_names)).encode())
     return ImageSource(
-        lambda i: pixels[i], positions, names, describe=lambda i: f"image {i}", fingerprint=digest.hexdigest()
+        lambda i: pixels[i],
+        positions,
+        names,
+        describe=lambda i: f"image {i}",
+        fingerprint=digest.hexdigest(),
+        identify=lambda i: f"{names[positions[i]]}\0".encode() + pixels[i].tobytes(),
     )
 
 

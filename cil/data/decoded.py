@@ -37,6 +37,7 @@ class DecodedSource(ImageSource):
             domains=source.domains,
             stamp=source.stamp,
             max_pixels=source.max_pixels,
+            identify=source.identify,
         )
         self.source, self._memory, self._workers = source, memory_bytes, workers
         self._arrays: dict[int, np.ndarray] = {}

@@ -171,6 +171,7 @@ def _items(indices: np.ndarray, seeds: np.ndarray | None = None) -> list[Item]:
 
 def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
     """The images at positions ``keep`` of a source; ``extra`` goes into the fingerprint."""
+    identify = source.identify
     return ImageSource(
         lambda i: source._read(int(keep[i])),
         source.labels[keep],
@@ -180,6 +181,7 @@ def subset(source: ImageSource, keep: np.ndarray, extra: str) -> ImageSource:
         domains=None if source.domains is None else source.domains[keep],
         stamp=source.stamp,
         max_pixels=source.max_pixels,
+        identify=None if identify is None else lambda i: identify(int(keep[i])),
     )
 
 

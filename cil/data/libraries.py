@@ -76,8 +76,11 @@ def torchvision_set(name: str, root: Path | None, split: str, download: bool) ->
         dataset.loader = Path
     digest = hashlib.sha256(f"{name} {split}".encode() + labels.tobytes())
     pixels = getattr(dataset, "data", None)
+    identify = None
     if pixels is not None:
-        digest.update(np.ascontiguousarray(np.asarray(pixels)).tobytes())
+        pixels = np.asarray(pixels)
+        digest.update(np.ascontiguousarray(pixels).tobytes())
+        identify = lambda i: f"{names[labels[i]]}\0".encode() + pixels[i].tobytes()  # noqa: E731  # None without pixels
     return ImageSource(
         lambda i: dataset[i][0],
         labels,
@@ -85,6 +88,7 @@ def torchvision_set(name: str, root: Path | None, split: str, download: bool) ->
         describe=lambda i: str(dataset[i][0]) if hasattr(dataset, "loader") else f"{name} {split} image {i}",
         fingerprint=digest.hexdigest(),
         stamp="" if pixels is not None else str(root.resolve()),
+        identify=identify,
     )
 
 

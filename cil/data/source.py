@@ -6,6 +6,7 @@ turns them into its order of appearance.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -35,6 +36,8 @@ class ImageSource:
         stamp: Text that changes whenever the files may have changed, also where a fingerprint made from names and
             sizes stays the same. It depends on this machine and is not part of a run's identity.
         max_pixels: Maximum number of pixels of an image; larger ones are not decoded.
+        identify: Position → bytes that change when the image or the name of its class changes, whatever happens to
+            other images; None if only the whole set can be told from another one.
         findings: What each folder or archive behind the images holds beside them.
 
     Raises:
@@ -52,10 +55,11 @@ class ImageSource:
         domains: np.ndarray | None = None,
         stamp: str = "",
         max_pixels: int = MAX_PIXELS,
+        identify: Callable[[int], bytes] | None = None,
         findings: Sequence[Findings] = (),
     ) -> None:
         self._read, self.describe, self.fingerprint, self.domains = read, describe, fingerprint, domains
-        self.stamp, self.max_pixels, self.findings = stamp, max_pixels, tuple(findings)
+        self.stamp, self.max_pixels, self.identify, self.findings = stamp, max_pixels, identify, tuple(findings)
         self.class_names = checked_names(class_names)
         self.labels = checked_labels(labels, self.class_names)
         if domains is not None:
@@ -83,6 +87,15 @@ class ImageSource:
             raise
         except Exception as error:
             raise DataError(f"{self.describe(index)}: {why(error, self.max_pixels)}{ADVICE}") from None
+
+    def fingerprint_of(self, indices: np.ndarray) -> str:
+        """Hex digest of some of the images, in their order; that of the whole set if images cannot be told apart."""
+        if self.identify is None:
+            return self.fingerprint
+        digest = hashlib.sha256()
+        for index in indices.tolist():
+            digest.update(hashlib.sha256(self.identify(index)).digest())
+        return digest.hexdigest()
 
     def read_or_none(self, index: int) -> Image.Image | None:
         """The image at a position, or None where :meth:`read` would raise."""

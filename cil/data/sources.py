@@ -66,6 +66,12 @@ def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageS
     digest = hashlib.sha256()
     for entry, label in zip(found.images, found.labels, strict=True):
         digest.update(f"{entry.written}\0{entry.size}\0{label}\n".encode("utf-8", "surrogateescape"))
+
+    def identify(i: int) -> bytes:
+        entry = found.images[i]
+        name = found.class_names[found.labels[i]]
+        return f"{name}\0{entry.written}\0{entry.size}".encode("utf-8", "surrogateescape")
+
     changed = [fact.st_mtime_ns] if is_tar else [entry.changed for entry in found.images]
     return from_reader(
         TarImages(path, found.images) if is_tar else FolderImages(path, found.images),
@@ -74,6 +80,7 @@ def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageS
         describe=lambda i: printable(f"{path}: {found.images[i].name}" if is_tar else path / found.images[i].name),
         fingerprint=digest.hexdigest(),
         stamp=hashlib.sha256(np.array(changed).tobytes()).hexdigest(),
+        identify=identify,
         findings=(replace(found.findings, place=place, not_taken=tuple(not_taken)),),
     )
 
@@ -115,6 +122,10 @@ def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
         part, inner = locate(index)
         return part.describe(inner)
 
+    def identify(index: int) -> bytes:
+        part, inner = locate(index)
+        return part.identify(inner) if part.identify is not None else part.fingerprint.encode()
+
     return ImageSource(
         read,
         np.concatenate(labels),
@@ -123,5 +134,6 @@ def combine_domains(parts: Sequence[ImageSource]) -> ImageSource:
         fingerprint=hashlib.sha256("".join(p.fingerprint for p in parts).encode()).hexdigest(),
         domains=np.repeat(np.arange(len(parts)), [len(p) for p in parts]),
         stamp=" ".join(p.stamp for p in parts),
+        identify=identify,
         findings=[found for p in parts for found in p.findings],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from cil.backbone import Backbone, load_backbone
 from cil.config import BackboneConfig, LearnerEntry
+from cil.config import code as custom
 from cil.config.renamed import current_learner_keys
 from cil.data.transforms import Transforms
 from cil.errors import ExportError
@@ -97,7 +98,7 @@ def is_artifact(folder: Path) -> bool:
     return (folder / FACTS).is_file()
 
 
-def load(folder: str | Path, device: str = "cpu") -> Model:
+def load(folder: str | Path, device: str = "cpu", *, code: Sequence[Path] = ()) -> Model:
     """An exported model of any format: images → (logits, features), with class names and transforms.
 
     The format safetensors gives a :class:`cil.prediction.Trained`, whose ``learner`` can continue to learn; the other
@@ -106,6 +107,7 @@ def load(folder: str | Path, device: str = "cpu") -> Model:
     Args:
         folder: A folder that :func:`cil.export.export` wrote.
         device: As ``hardware.device``; for the other formats only ``cpu`` and ``auto``.
+        code: Places of the files of custom classes, if they were moved; see :func:`cil.config.code.found`.
 
     Raises:
         ExportError: The folder has no exported model or a damaged one, a program is to run on another device than the
@@ -123,7 +125,7 @@ def load(folder: str | Path, device: str = "cpu") -> Model:
         except FileNotFoundError:
             raise ExportError(f"{file}: is missing; {AGAIN}") from None
     if facts["format"] == "safetensors":
-        return _trained(folder, facts, device)
+        return _trained(folder, facts, device, code)
     if device not in ("cpu", "auto"):
         raise ExportError(f"{folder}: {facts['format']} runs on the CPU here, not on {device}; export safetensors")
     return _onnx(folder, facts) if facts["format"] == "onnx" else _program(folder, facts)
@@ -157,11 +159,13 @@ def data_config(facts: Facts) -> dict[str, Any]:
     return {**steps, "input_size": (3, steps["input_size"], steps["input_size"])}
 
 
-def _trained(folder: Path, facts: Facts, device: str) -> Trained:
+def _trained(folder: Path, facts: Facts, device: str, code: Sequence[Path]) -> Trained:
     accelerator = hardware.accelerator(device)
-    recorded, entry = facts["backbone"], current_learner_keys(facts["learner"]["entry"])
+    recorded = facts["backbone"]
+    entry = custom.found(current_learner_keys(facts["learner"]["entry"]), code)
     try:
         cls, parameters = registry.configure(LearnerEntry.model_validate(entry))
+        custom.warn_if_changed(facts["learner"].get("code"), entry, cls, folder)
         model = load_backbone(BackboneConfig(**recorded["config"], weights="random")).model
         tensors = load_file(folder / FORMATS["safetensors"])
         state = {key: value for key, value in tensors.items() if key.startswith(LEARNER)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from cil.export.card import card, licence
 from cil.prediction import Model, Trained, open_run
 from cil.runner.checkpoint import RunFolder, split_state, write_json
 from cil.runner.provenance import versions
-from cil.utils.files import flush, fresh, remove, reporting
+from cil.utils.files import flush, fresh, remove, remove_leftovers, reporting
 from cil.utils.stored import file_digest, sealed
 
 BATCHES = (1, 5)
@@ -30,7 +31,15 @@ TOLERANCE = {"of_largest": 1e-4, "of_spread": 1e-2}
 LDA share a large offset and differ only in their last digits."""
 
 
-def export(run: str | Path, out: str | Path | None = None, format: str = "safetensors", *, force: bool = False) -> Path:
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    format: str = "safetensors",
+    *,
+    force: bool = False,
+    weights: Path | None = None,
+    code: Sequence[Path] = (),
+) -> Path:
     """Write the learner of a run, after its last finished stage, as one artifact.
 
     The artifact is loaded again, and its logits and features for batches of 1 and 5 images must equal those of the
@@ -41,6 +50,8 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
         out: The folder to write; ``<run>/export-<format>`` by default.
         format: ``safetensors``, ``torch.export`` or ``onnx``.
         force: Replace an existing exported model; any other folder is never replaced.
+        weights: New place of the backbone's weights, if they were moved.
+        code: New places of the files of custom classes, if they were moved.
 
     Returns:
         The folder of the artifact.
@@ -49,6 +60,7 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
         ExportError: The format is unknown, the target exists, the format cannot express the learner, logits differ, or
             the disk is full. Nothing is left behind in these cases.
         RunError: The run cannot be loaded.
+        PluginError: The file of a custom class is not there.
     """
     if format not in FORMATS:
         raise ExportError(f"format {format!r} is unknown{nearest(format, FORMATS)}; known: {', '.join(FORMATS)}")
@@ -57,13 +69,14 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
     run = Path(run)
     out = Path(out) if out is not None else run / f"export-{format}"
     require_free(out, force)
-    model = open_run(run)
+    model = open_run(run, weights=weights, code=code)
     header, rows = results.read_header(run), RunFolder(run).rows()
     run_facts = results.assemble(cast(results.Header, header), rows, len(header["tasks"]))
     temporary = fresh(out)
     try:
         with reporting(out, "What was there stays", error=ExportError):
             out.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out)
             temporary.mkdir()
             expected = answers(model)
             facts = make_facts(model, run_facts, format, features=expected[0][1].shape[1])
@@ -73,7 +86,8 @@ def export(run: str | Path, out: str | Path | None = None, format: str = "safete
                 for file in sorted(temporary.iterdir())
             }
             write_json(temporary / FACTS, sealed(facts))
-            facts["check"] = compare(expected, answers(load(temporary)), f"learner {header['learner']} as {format}")
+            written = answers(load(temporary, code=code))
+            facts["check"] = compare(expected, written, f"learner {header['learner']} as {format}")
             write_json(temporary / FACTS, sealed(facts))
             (temporary / "README.md").write_text(card(facts), encoding="utf-8")
             mode = (temporary / "README.md").stat().st_mode
@@ -141,6 +155,7 @@ def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) 
             "stores_images": run["stores_images"],
             "trains_backbone": run["trains_backbone"],
             "entry": config["learners"][0],
+            "code": run.get("code", {}),
             "state": split_state(learner.state_dict())[1],
         },
         "backbone": {

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cil import results
-from cil.backbone import load_backbone
-from cil.config import Config
+from cil.backbone import Backbone, load_backbone
+from cil.config import BackboneConfig, Config
+from cil.config import code as custom
 from cil.config.schema import MAX_PIXELS
 from cil.data.folder import images_below, printable
 from cil.data.reading import read_image
@@ -63,29 +65,38 @@ class Trained(Model):
         return self.learner.logits(features).float(), features
 
 
-def restore(folder: Path, accelerator: Accelerator) -> tuple[Learner, Transforms, Sequence[str]]:
+def restore(
+    folder: Path, accelerator: Accelerator, *, weights: Path | None = None, code: Sequence[Path] = ()
+) -> tuple[Learner, Transforms, Sequence[str]]:
     """The learner of a run after its last finished stage, its transforms, and its class names.
 
+    If custom code has changed since the run, a warning is logged.
+
+    Args:
+        folder: A run folder.
+        accelerator: Device and precision.
+        weights: New place of the backbone's weights; by default they are where they were.
+        code: New places of the files of custom classes; see :func:`cil.config.code.found`.
+
     Raises:
-        RunError: The folder is not a run folder, no stage is finished, or the backbone weights differ from the run's.
+        RunError: The folder is not a run folder, no stage is finished, or the backbone weights are not there or differ
+            from the run's.
+        PluginError: The file of a custom class is not there.
     """
     header = results.read_header(folder)
     run_folder = RunFolder(folder)
     finished = run_folder.finished()
     if not finished:
         raise RunError(f"{folder}: no stage is finished (or its stage folders were deleted); run it first")
+    entry = custom.found(header["config"]["learners"][0], code)
     try:
-        config = Config.model_validate(header["config"])
+        config = Config.model_validate({**header["config"], "learners": [entry]})
     except ValidationError as error:  # written by another version, or damaged before there were checksums
         reason = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:1])
         raise RunError(f"{folder / 'metrics.json'}: its config cannot be used here: {reason}") from None
     cls, parameters = registry.configure(config.learners[0])
-    backbone = load_backbone(config.backbone, accelerator.device)
-    if backbone.fingerprint != header["backbone"]["sha256"]:
-        raise RunError(
-            f"{folder}: the run used backbone weights {header['backbone']['sha256'][:12]}…, "
-            f"now they are {backbone.fingerprint[:12]}…"
-        )
+    custom.warn_if_changed(header.get("code"), entry, cls, folder)
+    backbone = _backbone(folder, config.backbone, header["backbone"], accelerator.device, weights)
     learner = registry.instantiate(cls, parameters, backbone).to(accelerator.device)
     cache = FeatureCache(accelerator, config.inference_batch_size)
     tasks = past_tasks(header["tasks"][:finished], header["class_names"])
@@ -94,14 +105,37 @@ def restore(folder: Path, accelerator: Accelerator) -> tuple[Learner, Transforms
     return learner, Transforms(backbone.data_config, config.transform), tasks[-1].names
 
 
-def open_run(folder: Path, device: str = "cpu") -> Trained:
+def _backbone(
+    folder: Path, config: BackboneConfig, recorded: dict[str, Any], device: torch.device, weights: Path | None
+) -> Backbone:
+    """The backbone of a run, with the weights and the name that the run recorded."""
+    place = weights if weights is not None else config.weights
+    if isinstance(place, Path) and not place.expanduser().is_file():
+        advice = "" if weights is not None else ", where the run had its backbone's weights"
+        raise RunError(f"{folder}: no file {place}{advice}; give the place of the weights: --weights FILE")
+    if weights is not None:
+        config = config.model_copy(update={"weights": weights})
+    backbone = load_backbone(config, device)
+    if backbone.fingerprint != recorded["sha256"]:
+        raise RunError(
+            f"{folder}: the run used backbone weights with sha256 {recorded['sha256'][:12]}…, those in "
+            f"{config.weights or config.name} have {backbone.fingerprint[:12]}…; "
+            "give the place of the run's weights: --weights FILE"
+        )
+    backbone.name = recorded["name"]
+    return backbone
+
+
+def open_run(folder: Path, device: str = "cpu", *, weights: Path | None = None, code: Sequence[Path] = ()) -> Trained:
     """The learner of a run after its last finished stage, as a model; see :func:`restore`.
 
     Args:
         folder: A run folder.
         device: As ``hardware.device``.
+        weights: New place of the backbone's weights, if they were moved.
+        code: New places of the files of custom classes, if they were moved.
     """
-    return Trained(*restore(folder, hardware.accelerator(device)))
+    return Trained(*restore(folder, hardware.accelerator(device), weights=weights, code=code))
 
 
 def find_images(places: Iterable[Path], say: Callable[[str], None] | None = None) -> list[Path]:

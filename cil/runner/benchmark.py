@@ -16,13 +16,14 @@ from cil.config import Config
 from cil.data.classes import NoSplitError
 from cil.data.images import ImageSet, LoadedSplit
 from cil.data.transforms import Transforms
-from cil.errors import BackboneError
+from cil.errors import BackboneError, TrainingError
 from cil.learners import registry
 from cil.results import Header, Stage, StageRow
 from cil.runner.checkpoint import RunFolder, to_json
 from cil.runner.display import Display
+from cil.runner.identity import continued, look, version_changes
 from cil.runner.plan import Plan, plans
-from cil.runner.provenance import check_same_run, make_header
+from cil.runner.provenance import make_header
 from cil.runner.stages import Observer, require_supported, run_stages
 from cil.runner.tensorboard import Tracker
 from cil.store import open_store
@@ -59,6 +60,7 @@ def run(
     *,
     display: Display | None = None,
     load: Callable[[Config, torch.device], Inputs] = Inputs,
+    redo: bool = False,
 ) -> list[Path]:
     """Make all runs of a configuration: finished ones are skipped, and interrupted ones are resumed.
 
@@ -70,6 +72,8 @@ def run(
         root: The results folder.
         display: Terminal output; none by default.
         load: Loads data and backbone. Callers that run many benchmarks can pass one that caches.
+        redo: Whether finished stages that depend on something that has changed since (settings, data, code), or from
+            which nothing can continue, are deleted and computed again; by default they are an error.
 
     Returns:
         The run folders, in order.
@@ -93,7 +97,7 @@ def run(
             header = make_header(plan, stream, backbone, inputs.transforms, inputs.train, inputs.test, accelerator)
             held = folder.locked() if accelerator.is_main_process else nullcontext()
             with held, folder.reported(only_full=True):
-                _run_one(plan, folder, stream, inputs, header, accelerator, display)
+                _run_one(plan, folder, stream, inputs, header, accelerator, display, redo)
             folders.append(folder.path)
     return folders
 
@@ -120,30 +124,45 @@ def _run_one(
     header: Header,
     accelerator: Accelerator,
     display: Display,
+    redo: bool,
 ) -> None:
     accelerator.wait_for_everyone()  # until the main process holds the folder and has cleaned it
-    check_same_run(folder, header)
     title = f"{plan.entry.title} {folder.path.name}"
     stages = len(stream)
-    if folder.complete():
+    found = look(folder, header, redo=redo)
+    if found.complete:
         display.say(f"{title}  finished already: {folder.path}")
         return
-    earlier = folder.stages()
+    header = continued(header, found.header, found.keep)
+    if changes := version_changes(header, found.keep):
+        display.say(f"{title}  continues after stage {found.keep} of other versions: {changes}")
+    accelerator.wait_for_everyone()  # until every process has seen what the main one is about to remove
+    if accelerator.is_main_process:
+        for stage in folder.keep_first(found.keep):
+            display.say(f"{title}  stage {stage + 1}/{stages} is computed again")
+    accelerator.wait_for_everyone()
+    earlier = folder.stages() if found.keep else []
     accelerator.wait_for_everyone()  # until every process has read what the main one is about to write
     recorder = _Recorder(folder, header, stages, title, display) if accelerator.is_main_process else None
     with recorder or nullcontext():
         if recorder is not None:
             recorder.start(earlier)
-        rows = run_stages(
-            registry.instantiate(plan.cls, plan.parameters, inputs.backbone),
-            stream,
-            accelerator=accelerator,
-            seed=plan.seed,
-            batch_size=plan.config.inference_batch_size,
-            folder=folder,
-            store=inputs.store,
-            observer=recorder or Observer(display),
-        )
+        try:
+            rows = run_stages(
+                registry.instantiate(plan.cls, plan.parameters, inputs.backbone),
+                stream,
+                accelerator=accelerator,
+                seed=plan.seed,
+                batch_size=plan.config.inference_batch_size,
+                folder=folder,
+                store=inputs.store,
+                observer=recorder or Observer(display),
+            )
+        except TrainingError as error:
+            if not folder.finished():
+                raise
+            kept = "Finished stages are kept; they depend on the settings too, so give --redo when you change one"
+            raise TrainingError(f"{error}. {kept}") from None
         if recorder is not None:
             recorder.finish(rows)
 

@@ -93,6 +93,21 @@ class RunFolder:
             count += 1
         return count
 
+    def keep_first(self, count: int) -> list[int]:
+        """Delete the stages from ``count`` on, the last one first, also those after a gap; returns their numbers.
+
+        Without any stage the folder holds no run, so its ``metrics.json`` is deleted, too.
+        """
+        numbers = [path.name.removeprefix("stage-") for path in self.path.glob("stage-*")]
+        later = sorted(int(number) for number in numbers if number.isdigit() and int(number) >= count)
+        for index in reversed(later):
+            with self.reported():
+                gone = self.stage(index).rename(fresh(self.stage(index)))  # half a folder must not look like a stage
+                remove(gone)
+        if not count:
+            (self.path / "metrics.json").unlink(missing_ok=True)
+        return later
+
     def save_stage(self, index: int, learner: Learner, row: StageRow, predictions: dict[str, Tensor]) -> None:
         """Write a stage under a temporary name and make it valid by one rename.
 

@@ -1,29 +1,23 @@
-"""A run's provenance (versions, weights, data fingerprints) and the check that a folder belongs to the same run."""
+"""A run's provenance: versions, weights, fingerprints of the data, and digests of custom code."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
-from pydantic import ValidationError
 
-from cil import results
 from cil.backbone import Backbone
-from cil.config import Config
+from cil.config import code
 from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
-from cil.errors import CilError, RunError
 from cil.results import Header
-from cil.runner.checkpoint import RunFolder
-from cil.runner.plan import Plan, dump, plans
+from cil.runner.plan import Plan, dump
 from cil.stream import Stream
 from cil.utils import hardware
-from cil.utils.nested import flatten
 
 PACKAGES = ("cil", "torch", "torchvision", "timm", "peft", "accelerate", "numpy")
 NO_IMAGES: dict[str, Any] = {"sha256": "none", "images": 0, "skipped": []}
@@ -71,7 +65,9 @@ def make_header(
     test: LoadedSplit | None,
     accelerator: Accelerator,
 ) -> Header:
-    """Provenance: everything about a run that is known before it starts."""
+    """Provenance: everything about a run that is known before it starts. Its paths are absolute."""
+    config = code.with_paths(dump(plan.config), code.absolute)
+    by_task = _data_by_task(stream)
     return {
         "learner": plan.entry.title,
         "paper": plan.cls.paper,
@@ -79,63 +75,32 @@ def make_header(
         "trains_backbone": plan.cls.trains_backbone,
         "chosen_by": plan.config.chosen_by,
         "tested_on": plan.config.stream.test_on,
-        "config": dump(plan.config),
+        "config": config,
         "class_names": list(stream.class_names),
         "class_order": list(stream.order),
         "tasks": [list(task.classes) for task in stream.tasks],
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim},
         "transform": transforms.card,
-        "data": {"train": train.facts, "test": test.facts if test is not None else NO_IMAGES},
+        "data": {
+            "train": {**train.facts, "tasks": by_task["train"]},
+            "test": {**(test.facts if test is not None else NO_IMAGES), "tasks": by_task["test"]},
+        },
+        "code": code.digests(dump(plan.config)["learners"][0], plan.cls),
         "versions": versions(),
         "machine": hardware.facts(accelerator),
     }
 
 
-def check_same_run(folder: RunFolder, header: Header) -> None:
-    """Refuse a folder that holds another run.
+def _data_by_task(stream: Stream) -> dict[str, list[str]]:
+    """For each split the fingerprint of every task's images, 32 hexadecimal digits each.
 
-    Raises:
-        RunError: Naming the first key that differs.
+    Of the training split these are the images that the task trains on and those that it holds out, in this order.
     """
-    if not (folder.path / "metrics.json").exists():
-        if folder.finished():
-            raise RunError(
-                f"{folder.path}: holds stages but no metrics.json to tell of which run; "
-                "move it away or use another --results"
-            )
-        return
-    old, new = _identity(results.read_header(folder.path)), _identity(header)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise RunError(
-                f"{folder.path}: holds a run with {key} = {old.get(key)!r}, now {new.get(key)!r}; "
-                "give the new one another name= or label, or another --results"
-            )
-
-
-def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration, with keys added since then set to their defaults (defaults never change an older run)."""
-    try:
-        [plan] = plans(Config.model_validate(config))
-    except (CilError, ValidationError):  # its learner or a key no longer exists: return it unchanged
-        return config
-    return dump(plan.config)
-
-
-def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that identify a run, by dotted key: all but the machine, the name, the paths of data and weights,
-    and the limit of the size of images, which changes no pixel. Keys added after the configuration was stored have
-    their defaults."""
-    config = {k: v for k, v in _completed(config).items() if k not in ("hardware", "name")}
-    config["data"] = {k: v for k, v in config["data"].items() if k not in ("root", "download", "max_pixels")}
-    config["backbone"] = {k: v for k, v in config["backbone"].items() if k != "weights"}
-    return {key: value for key, value in flatten(config, lists=True) if value != {}}
-
-
-def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything in which two runs of the same identity agree: settings, backbone weights and data."""
-    flat = identity_settings(header["config"])
-    flat["backbone weights (sha256)"] = header["backbone"]["sha256"]
-    for split in ("train", "test"):
-        flat[f"{split} data (sha256)"] = header["data"][split]["sha256"]
-    return flat
+    train, test = [], []
+    with stream.open_test() as tested:
+        for task in stream.tasks:
+            images, positions = task.train.source
+            held_out = task.validation.source[1] if task.validation is not None else positions[:0]
+            train.append(images.source.fingerprint_of(np.concatenate([positions, held_out]))[:32])
+            test.append(tested.images.source.fingerprint_of(tested.task(task.index)[0])[:32])
+    return {"train": train, "test": test}

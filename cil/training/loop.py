@@ -86,7 +86,7 @@ def fit(
                         if not math.isfinite(step_loss):
                             raise TrainingError(
                                 f"stage {ctx.stage}, epoch {epoch}: the training loss is {step_loss}; lower the "
-                                f"learner's lr ({recipe.lr:g}) or set its clip. Earlier stages are kept"
+                                f"learner's lr ({recipe.lr:g}) or set its clip"
                             )
                         tally += torch.tensor([step_loss * images / part[1], hits], dtype=torch.float64)
                     waiting.clear()

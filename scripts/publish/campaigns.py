@@ -154,8 +154,8 @@ def jobs(wanted: Sequence[Trial], root: Path) -> list[Job]:
     Raises:
         RunError: A ``metrics.json`` is damaged.
     """
+    from cil.runner.identity import identity_settings
     from cil.runner.plan import dump
-    from cil.runner.provenance import identity_settings
 
     there = {file.parent: results.read_run(file.parent) for file in root.glob("*/*/*/metrics.json")}
     times: dict[Path | str | None, list[float]] = {}  # by the label's folder and by the learner's name

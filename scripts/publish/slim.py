@@ -6,19 +6,22 @@
 This leaves out the matrices and curves, which ``cil.results.read_run`` rebuilds from the rows, and all but the last
 value that a stage logged under each name. ``config.yaml`` repeats ``config`` of ``metrics.json`` and is not committed.
 Everything else stays: configuration, class order, versions, hashes, summary, and each stage's counts, costs and
-histograms. ``reproduce`` calls this for every run that it publishes; unfinished runs and other folders are not touched.
+histograms. Paths in the configuration become relative to the checkout. ``reproduce`` calls this for every run that it
+publishes; unfinished runs and other folders are not touched.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cil import results
+from cil.config.code import with_paths
 from cil.errors import CilError, RunError
 from cil.utils.files import write
 from scripts import ROOT
@@ -38,7 +41,14 @@ def slim(run: dict[str, Any]) -> dict[str, Any]:
     for key in results.DERIVED:
         if run.get(key, derived[key]) != derived[key]:
             raise RunError(f"{key} of {run['learner']} does not follow from the rows of its stages")
-    return {key: rows if key == "stages" else value for key, value in run.items() if key not in results.DERIVED}
+    config = with_paths(run["config"], _from_checkout)
+    changed = {"stages": rows, "config": config}
+    return {key: changed.get(key, value) for key, value in run.items() if key not in results.DERIVED}
+
+
+def _from_checkout(path: str) -> str:
+    """A path in or beside the checkout, relative to it; others stay as they are."""
+    return os.path.relpath(path, ROOT) if Path(path).is_absolute() and Path(path).is_relative_to(ROOT.parent) else path
 
 
 def last_logged(log: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -181,7 +181,7 @@ def _chosen(defaults: dict[str, report.SettingRow], root: Path, names: Sequence[
 
 def _entry(row: report.SettingRow) -> dict:
     """A row's learner section without its names; keys that are newer than the runs have their defaults."""
-    from cil.runner.provenance import identity_settings  # imports torch, which no other table needs
+    from cil.runner.identity import identity_settings  # imports torch, which no other table needs
 
     flat = identity_settings(row.runs[0]["config"])
     names = ("learners.0.label", "learners.0.orders", "learners.0.chosen_by")
