@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -390,6 +391,53 @@ def test_a_driver_that_is_stopped_or_killed_loses_nothing(place):
     assert (place / "trace").read_text().replace("waits ", "").split() == ["0", "1", "1", "1", "2"]
     [alone] = run(load_config("c.yaml"), "alone")
     same_run(folder, alone)
+
+
+@pytest.fixture
+def waiting_sweep(place):
+    """A sweep in a process of its own whose first run waits in stage 1, and the processes that it has started."""
+    pytest.importorskip("ray")
+    write(place / "c.yaml", learners=[{"class": "strange.py:Waits"}])
+    (place / "wait").touch()
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "cil", "sweep", "c.yaml", "--seeds", "0,1", "--jobs", "1"]
+    with (place / "out").open("w") as out:
+        driver = psutil.Popen(command, env=environment, cwd=place, stdout=out, stderr=out)
+    deadline = time.monotonic() + 200
+    while not (place / "waiting").exists():
+        assert driver.poll() is None and time.monotonic() < deadline, (place / "out").read_text()
+        time.sleep(0.1)
+    started = driver.children(recursive=True)
+    yield driver, started
+    (place / "wait").unlink(missing_ok=True)
+    for process in (driver, *started):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+def test_a_dead_daemon_is_started_again(place, waiting_sweep, daemon):
+    """Ray's daemon dies in the middle of a run: no run fails, none counts an attempt, and the numbers are the same."""
+    driver, started = waiting_sweep
+    [victim] = [process for process in started if process.name() == daemon]
+    victim.kill()
+    time.sleep(5)
+    (place / "wait").unlink()
+    assert driver.wait(200) == 0
+    out = (place / "out").read_text()
+    assert out.count(f"Ray's {daemon} on this machine has died; Ray is started again") == 1
+    assert "2 runs: " in out and " 0 failed" in out and "attempt 1" not in out
+    [alone] = run(load_config("c.yaml"), "alone")
+    same_run(place / "results/t/Waits" / RUN, alone)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_process_behind(waiting_sweep):
+    driver, started = waiting_sweep
+    driver.kill()
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert not left
 
 
 def alive(pid: int) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cil.cli.benchmark import Results, is_main_process, show_results
+from cil.cli.benchmark import Redo, Results, is_main_process, show_results
 
 if TYPE_CHECKING:
     from cil.sweep.pool import Result
@@ -45,6 +45,7 @@ def sweep(
         str | None, typer.Option(help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: this machine.")
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="Further attempts of a run whose process died.")] = 1,
+    redo: Redo = False,
     print_: Annotated[
         bool, typer.Option("--print", help="Run nothing; print the cil run command of each run, one per line.")
     ] = False,
@@ -71,7 +72,7 @@ def sweep(
 
     resources = Resources(jobs, cpus_per_run, gpus_per_run, address, retries)
     try:
-        ended = run_all(todo, results, resources, say=lambda text: typer.echo(text))
+        ended = run_all(todo, results, resources, redo=redo, say=lambda text: typer.echo(text))
     except KeyboardInterrupt:
         typer.echo("\nstopped. Finished stages are kept; run the same command to resume.")
         raise typer.Exit(130) from None

@@ -11,17 +11,24 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cil.errors import CilError, ConfigError
 from cil.runner.plan import dump
 from cil.sweep.grid import Trial
+from cil.sweep.guard import guarded
 from cil.sweep.worker import Outcome, attempt
 
+DAEMONS = ("raylet", "gcs_server")
+"""Names of the processes without which a local Ray does no work."""
+LOOK = 2.0
+"""Seconds between two looks at the daemons."""
 LOG = "failed.log"
 """File in a run's folder with the reason and traceback of a failure; deleted when the run has succeeded."""
 
@@ -59,9 +66,10 @@ def sweep(
     results: Path,
     resources: Resources,
     *,
+    redo: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
-    """Run all trials; a failed one does not stop the others.
+    """Run all trials; a failed one does not stop the others. If a daemon of a local Ray dies, Ray is restarted once.
 
     If Ray is already initialised in this process, its cluster and workers are used and kept.
 
@@ -69,6 +77,7 @@ def sweep(
         trials: The runs.
         results: The results folder; on a cluster it must be on a file system that all nodes share.
         resources: Processes, CPUs, GPUs, retries.
+        redo: As for :func:`cil.runner.run`.
         say: Receives one line for each run that ends or is retried.
 
     Returns:
@@ -81,26 +90,43 @@ def sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cil sweep starts its own processes; run it without accelerate launch")
     ray = _ray()
-    with _cluster(ray, resources, trials) as (window, options, threads):
-        remote = ray.remote(max_retries=0, **options)(attempt)
-        waiting = deque((i, 1) for i in range(len(trials)))
-        running: dict[Any, tuple[int, int]] = {}
-        ended: dict[int, Result] = {}
-        while waiting or running:
-            while waiting and len(running) < window:
-                i, tries = waiting.popleft()
-                config = dump(trials[i].plan.config)
-                running[remote.remote(config, str(results), str(Path.cwd()), threads)] = i, tries
-            [done], _ = ray.wait(list(running), num_returns=1)
-            i, tries = running.pop(done)
-            outcome = _outcome(ray, done)
-            if outcome.retry and tries <= resources.retries:
-                say(f"{trials[i].title}  attempt {tries}: {outcome.reason}; trying again")
-                waiting.appendleft((i, tries + 1))
-                continue
-            ended[i] = Result(trials[i], _with_log(outcome, results / trials[i].plan.place), tries)
-            say(f"[{len(ended)}/{len(trials)}] {trials[i].title}  {outcome.state} {outcome.reason}".rstrip())
+    waiting = deque((i, 1) for i in range(len(trials)))
+    ended: dict[int, Result] = {}
+    restarted = False
+    while waiting:
+        with _cluster(ray, resources, trials) as (window, options, threads, daemons):
+            remote = ray.remote(max_retries=0, **options)(attempt)
+            running: dict[Any, tuple[int, int]] = {}
+            while waiting or running:
+                dead = [] if restarted else _dead(daemons)
+                if dead and (not running or "gcs_server" in dead):  # without a raylet, running ones get to their end
+                    say(f"Ray's {dead[0]} on this machine has died; Ray is started again, and the runs continue")
+                    restarted = True
+                    waiting.extendleft(sorted(running.values(), reverse=True))
+                    break
+                while waiting and len(running) < window and not dead:
+                    i, tries = waiting.popleft()
+                    config = dump(trials[i].plan.config)
+                    running[remote.remote(config, str(results), str(Path.cwd()), threads, redo)] = i, tries
+                finished, _ = ray.wait(list(running), num_returns=1, timeout=LOOK)
+                for done in finished:
+                    i, tries = running.pop(done)
+                    outcome = _outcome(ray, done)
+                    if outcome.retry and not restarted and _dead(daemons):  # not the run's fault
+                        waiting.appendleft((i, tries))
+                        continue
+                    if outcome.retry and tries <= resources.retries:
+                        say(f"{trials[i].title}  attempt {tries}: {outcome.reason}; trying again")
+                        waiting.appendleft((i, tries + 1))
+                        continue
+                    ended[i] = Result(trials[i], _with_log(outcome, results / trials[i].plan.place), tries)
+                    say(f"[{len(ended)}/{len(trials)}] {trials[i].title}  {outcome.state} {outcome.reason}".rstrip())
     return [ended[i] for i in range(len(trials))]
+
+
+def _dead(daemons: Mapping[str, psutil.Process]) -> list[str]:
+    """Names of the daemons that have ended."""
+    return [name for name, daemon in daemons.items() if not daemon.is_running() or daemon.status() == "zombie"]
 
 
 def _outcome(ray: Any, done: Any) -> Outcome:
@@ -143,8 +169,11 @@ def _ray() -> Any:
 
 
 @contextmanager
-def _cluster(ray: Any, wanted: Resources, trials: Sequence[Trial]) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """Ray, initialised; yields (simultaneous runs, resources that Ray reserves per run, torch threads per run)."""
+def _cluster(
+    ray: Any, wanted: Resources, trials: Sequence[Trial]
+) -> Iterator[tuple[int, dict[str, Any], int, dict[str, psutil.Process]]]:
+    """Ray, initialised; yields (simultaneous runs, resources that Ray reserves per run, torch threads per run, and the
+    daemons that were started here, by name)."""
     ours = not ray.is_initialized()
     devices = {trial.plan.config.hardware.device for trial in trials}
     jobs, cpus = _share(wanted, len(trials), devices)
@@ -166,7 +195,10 @@ def _cluster(ray: Any, wanted: Resources, trials: Sequence[Trial]) -> Iterator[t
         default = 1.0 if available.get("GPU") and devices != {"cpu"} else 0.0
         gpus = default if wanted.gpus is None else wanted.gpus
         _check(devices, ("CPU", cpus, available), ("GPU", gpus, available))
-        yield jobs, {"num_cpus": cpus, "num_gpus": gpus}, int(os.environ.get("OMP_NUM_THREADS") or cpus)
+        children = psutil.Process().children() if ours and not wanted.address else []
+        daemons = {child.name(): child for child in children if child.name() in DAEMONS}
+        with guarded() if daemons else nullcontext():
+            yield jobs, {"num_cpus": cpus, "num_gpus": gpus}, int(os.environ.get("OMP_NUM_THREADS") or cpus), daemons
     finally:
         if ours:
             ray.shutdown()

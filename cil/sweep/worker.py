@@ -38,7 +38,7 @@ class Outcome:
     retry: bool = False
 
 
-def attempt(config: dict[str, Any], results: str, directory: str, threads: int) -> Outcome:
+def attempt(config: dict[str, Any], results: str, directory: str, threads: int, redo: bool = False) -> Outcome:
     """Run one plan as ``cil run`` does, in the same folder; resumes where an earlier attempt stopped.
 
     Args:
@@ -46,6 +46,7 @@ def attempt(config: dict[str, Any], results: str, directory: str, threads: int) 
         results: The results folder.
         directory: Folder that relative paths start from.
         threads: Number of torch threads.
+        redo: As for :func:`cil.runner.run`.
     """
     try:
         os.chdir(directory)
@@ -66,7 +67,7 @@ def attempt(config: dict[str, Any], results: str, directory: str, threads: int) 
         folder = Path(results) / plan.place
         _wait(folder)
         finished = RunFolder(folder).complete()
-        run(plan.config, results, load=cached_inputs)
+        run(plan.config, results, load=cached_inputs, redo=redo)
     except CilError as error:
         return Outcome("failed", " ".join(str(error).split()), traceback.format_exc())
     except Exception as error:  # a fault of a learner or the library; the other runs continue
