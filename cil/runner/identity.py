@@ -185,12 +185,11 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 
 def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that identify a run, by dotted key: all but the machine, the name, the folders of files, the limit
-    on pixels, and the treatment of broken images, which shows in the fingerprints of the data. Keys added after the configuration was
-    stored have their defaults."""
+    on pixels, and the treatment of broken images, which shows in the fingerprints of the data. Keys added after the
+    configuration was stored have their defaults."""
     config = {k: v for k, v in _completed(config).items() if k not in ("hardware", "name")}
-    config["data"] = {
-        k: v for k, v in config["data"].items() if k not in ("root", "download", "on_error", "max_pixels")
-    }
+    no_matter = ("root", "download", "on_error", "max_pixels")
+    config["data"] = {k: v for k, v in config["data"].items() if k not in no_matter}
     config["backbone"] = {k: v for k, v in config["backbone"].items() if k != "weights"}
     config = code.with_paths(config, lambda path: Path(path).name)
     return {key: value for key, value in flatten(config, lists=True) if value != {}}
