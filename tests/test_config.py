@@ -145,7 +145,7 @@ def test_overrides_reach_everything():
     )
     assert found["learners"] == [
         {"name": "ncm", "metric": "euclidean"},
-        {"name": "finetune", "label": "slow", "lr": "1e-3"},
+        {"name": "finetune", "label": "slow", "lr": 1e-3},
     ]
     assert found["stream"]["sizes"] == [1, 9] and found["hardware"] == {"workers": 0}
     assert raw["learners"][0] == "ncm"  # the argument is left alone

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import NoReturn
 
 import typer
 
 from cil.cli import benchmark, cache, data, launched, learners, models, sweep
-from cil.errors import CilError
+from cil.cli.output import prepare_streams, say
+from cil.errors import CilError, clipped
+
+NO_MEMORY = "out of memory|allocate memory|Storage size calculation overflowed"
+"""What torch says if a tensor is too large for the machine."""
 
 app = typer.Typer(
     name="cil",
@@ -39,12 +44,16 @@ def main() -> NoReturn:
 
     Of several processes (``accelerate launch``) the one that meets the fault first prints it, and all end.
     """
+    prepare_streams()
     try:
         with launched.watched():
             app(standalone_mode=True)
     except CilError as error:
         _end(str(error))
     except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error))):
+            reason = clipped(str(error).split("\n")[0], 200) or type(error).__name__
+            _end(f"there is not enough memory ({reason}); a smaller batch size, width or number of images needs less")
         if launched.lost_another(error):
             _end("another process of this command has ended without a message; was it killed, or out of memory?")
         if launched.announce():
@@ -55,7 +64,8 @@ def main() -> NoReturn:
 
 def _end(message: str) -> NoReturn:
     if launched.announce():
-        for line in message.splitlines():
-            print(f"cil: {line}", file=sys.stderr, flush=True)
+        for line in message.split("\n") if message else ():
+            say(f"cil: {line}", err=True)
+        sys.stderr.flush()
     launched.leave()
     sys.exit(launched.CODE)

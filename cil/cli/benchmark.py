@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cil.cli.output import expanded, say
+from cil.utils.paths import expand
+
 if TYPE_CHECKING:
     from cil.report import Column, Comparison
 
-Results = Annotated[Path, typer.Option("--results", help="Folder that holds all results.")]
+Results = Annotated[Path, typer.Option("--results", help="Folder that holds all results.", callback=expand)]
 Redo = Annotated[
     bool,
     typer.Option(
@@ -64,10 +67,10 @@ def show_results(folder: Path) -> None:
     compared = report.compare_runs([folder])
     _show(compared, report.COLUMNS)
     _list_files(report.write_overview(compared, folder))
-    typer.echo(f"curves:    cil tensorboard {folder}")
+    say(f"curves:    cil tensorboard {folder}")
 
 
-Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.", callback=expanded)]
 Several = list[str] | None
 
 
@@ -93,13 +96,18 @@ def compare(
     sort: Annotated[str, typer.Option(help="Column to rank by, best first.")] = "accuracy_last",
     export: Annotated[
         list[Path] | None,
-        typer.Option(help="Write the table: .md or .tex as ranked, .csv unrounded with one row per run; repeatable."),
+        typer.Option(
+            help="Write the table: .md or .tex as ranked, .csv unrounded with one row per run; repeatable.",
+            callback=expanded,
+        ),
     ] = None,
     figure: Annotated[
-        list[Path] | None, typer.Option(help="Write the curves for a paper: .pdf, .svg or .png; repeatable.")
+        list[Path] | None,
+        typer.Option(help="Write the curves for a paper: .pdf, .svg or .png; repeatable.", callback=expanded),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for compare.png and compare.html; default: the first of RUNS.")
+        Path | None,
+        typer.Option(help="Folder for compare.png and compare.html; default: the first of RUNS.", callback=expanded),
     ] = None,
 ) -> None:
     """Compare runs: a ranked table, a figure, and a web page that opens from disk.
@@ -138,7 +146,7 @@ def _show(compared: Sequence[Comparison], columns: Sequence[Column], *, whole: b
 def _list_files(paths: Sequence[Path]) -> None:
     kinds = {".html": "page", ".csv": "table", ".md": "table", ".tex": "table"}
     for path in paths:
-        typer.echo(f"{kinds.get(path.suffix, 'figure') + ':':10} {path}")
+        say(f"{kinds.get(path.suffix, 'figure') + ':':10} {path}")
 
 
 def tensorboard(
@@ -154,8 +162,8 @@ def tensorboard(
 
     with serving(results, host, port) as url:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C, and delete the links
-        typer.echo(f"{url}#custom_scalars   (Ctrl-C stops)")
+        say(f"{url}#custom_scalars   (Ctrl-C stops)")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            typer.echo("stopped")
+            say("stopped")

@@ -8,9 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from cil.cli.output import expanded, say
+from cil.errors import printable
+
 app = typer.Typer(help="Features on disk that all runs share: inspect or delete them.", no_args_is_help=True)
 Folder = Annotated[
-    Path | None, typer.Option("--folder", help="The store's folder; default: that of hardware.feature_store's default.")
+    Path | None,
+    typer.Option(
+        "--folder", help="The store's folder; default: that of hardware.feature_store's default.", callback=expanded
+    ),
 ]
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -42,9 +48,9 @@ def info(
     size = sum(int(entry["bytes"]) for entry in entries)
     if as_json:
         content = {"folder": str(store.place), "bytes": size, "cap_bytes": int(store.cap), "entries": entries}
-        typer.echo(json.dumps(content, indent=1))
+        say(json.dumps(content, indent=1))
         return
-    typer.echo(f"{store.place}: {len(entries)} entries, {amount(size)} of at most {amount(store.cap)}")
+    say(f"{store.place}: {len(entries)} entries, {amount(size)} of at most {amount(store.cap)}")
     if entries:
         _print(entries)
 
@@ -65,7 +71,7 @@ def clear(
         files, freed = store.clear((older_than or 0) * 24 * 3600)
     except OSError as error:
         raise RunError(f"{store.place}: cannot be cleared ({error.strerror}: {error.filename})") from None
-    typer.echo(f"{store.place}: {files} files removed, {amount(freed)} freed")
+    say(f"{store.place}: {files} files removed, {amount(freed)} freed")
 
 
 def amount(size: float) -> str:
@@ -84,12 +90,13 @@ def amount(size: float) -> str:
 def _store(folder: Path | None) -> Any:
     from cil.store import FeatureStore, default_place
 
-    return FeatureStore(folder.expanduser() if folder else default_place())
+    return FeatureStore(folder if folder else default_place())
 
 
 def _print(entries: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None)
     for name in ("backbone", "data", "tuner", "precision", "images", "size", "last used"):
@@ -98,5 +105,6 @@ def _print(entries: list[dict[str, Any]]) -> None:
         precision = "fp32" if entry["precision"] == "no" else entry["precision"]
         used = entry["last_used"][:16].replace("T", " ")
         cells = (entry["backbone"], entry["data"], entry["tuner"], f"{precision} {entry['device']}")
-        table.add_row(*cells, str(entry["images"]), amount(entry["bytes"]), used)
+        every = (*cells, str(entry["images"]), amount(entry["bytes"]), used)
+        table.add_row(*(Text(printable(cell)) for cell in every))
     Console().print(table)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cil.cli.output import say
+
 
 class SplitWanted(str, Enum):
     auto = "auto"
@@ -57,4 +59,4 @@ def prepare_data(
         allow_counts=allow_counts,
     )
     sizes = f"{record['classes']} classes, {record['train']} training and {record['test']} test images"
-    typer.echo(f"{out}: {sizes}; {record['what']}")
+    say(f"{out}: {sizes}; {record['what']}")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cil.cli.output import say
+
 
 def list_(
     kind: Annotated[str, typer.Argument(help="learners, tuners, rules, datasets, backbones or configs")],
@@ -76,6 +78,6 @@ def new_learner(
         raise ConfigError(f"cil new-learner: {path} exists already; choose another name or delete it") from None
     except OSError as error:
         raise ConfigError(f"cil new-learner: {path} cannot be written ({error.strerror})") from None
-    typer.echo(f"{path}: class {cls}")
-    typer.echo(f"check it:  cil check-learner {path}:{cls}")
-    typer.echo(f"run it:    cil run quickstart 'learners=[ncm, {{class: \"{path}:{cls}\"}}]'")
+    say(f"{path}: class {cls}")
+    say(f"check it:  cil check-learner {path}:{cls}")
+    say(f"run it:    cil run quickstart 'learners=[ncm, {{class: \"{path}:{cls}\"}}]'")

@@ -8,20 +8,30 @@ from typing import Annotated
 
 import typer
 
+from cil.cli.output import expanded, say
 from cil.config.schema import MAX_PIXELS
 
 Weights = Annotated[
-    Path | None, typer.Option(help="Place of the backbone's weights, if they were moved since the run; a file")
+    Path | None,
+    typer.Option(help="Place of the backbone's weights, if they were moved since the run; a file", callback=expanded),
 ]
 Code = Annotated[
     list[Path] | None,
-    typer.Option(help="Place of the FILE.py of a custom class, if it was moved since the run; repeatable"),
+    typer.Option(
+        help="Place of the FILE.py of a custom class, if it was moved since the run; repeatable", callback=expanded
+    ),
 ]
 
 
 def merge(
-    tasks: Annotated[list[Path], typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).")],
-    base: Annotated[Path, typer.Option(help="The pre-trained checkpoint: a file, an index, or a folder with either.")],
+    tasks: Annotated[
+        list[Path],
+        typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).", callback=expanded),
+    ],
+    base: Annotated[
+        Path,
+        typer.Option(help="The pre-trained checkpoint: a file, an index, or a folder with either.", callback=expanded),
+    ],
     out: Annotated[
         Path,
         typer.Option(help="Merged checkpoint to write: FILE.safetensors, or a folder like the base."),
@@ -65,13 +75,15 @@ def merge(
             exclude=exclude or HEADS,
             track=display.track,
         )
-    typer.echo(f"{out}: {int(merged.count)} tasks, mean norm of an update {merged.mean_norm:.4g}")
+    say(f"{out}: {int(merged.count)} tasks, mean norm of an update {merged.mean_norm:.4g}")
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder: results/<name>/<learner>/order…-seed…")],
+    run: Annotated[Path, typer.Argument(help="A run folder: results/<name>/<learner>/order…-seed…", callback=expanded)],
     kind: Annotated[str, typer.Option("--format", help="safetensors, torch.export or onnx")] = "safetensors",
-    out: Annotated[Path | None, typer.Option(help="The folder to write; default: RUN/export-FORMAT")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; default: RUN/export-FORMAT", callback=expanded)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an exported model that is already there")] = False,
     weights: Weights = None,
     code: Code = None,
@@ -86,7 +98,7 @@ def export(
         folder = write(run, out, kind, force=force, weights=weights, code=code or ())
     facts = read_facts(folder)
     stages, difference = facts["stages"], facts["check"]["logits"]["of_largest"]
-    typer.echo(
+    say(
         f"{folder}: {facts['learner']['title']} after stage {stages['finished']} of {stages['planned']} as {kind}, "
         f"{len(facts['classes'])} classes; its logits differ from the learner's by {difference:.1e} of the largest"
     )
@@ -107,7 +119,9 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes per image")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass")] = 32,
-    out: Annotated[Path | None, typer.Option(help="FILE.json, .jsonl or .csv to write instead of printing")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="FILE.json, .jsonl or .csv to write instead of printing", callback=expanded)
+    ] = None,
     on_error: Annotated[OnError, typer.Option(help="What to do with a file that is not an image")] = OnError.RAISE,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels above which an image is not decoded")] = MAX_PIXELS,
     weights: Weights = None,
@@ -119,8 +133,8 @@ def predict(
 
     from rich.console import Console
 
-    from cil.data.folder import printable
-    from cil.errors import DataError, ExportError
+    from cil.data.folder import as_text
+    from cil.errors import DataError, ExportError, printable
     from cil.prediction.output import check_output, open_writer
 
     if out is not None:
@@ -138,21 +152,22 @@ def predict(
             model = load(run, device, code=code or ())
         else:
             model = open_run(run, device, weights=weights, code=code or ())
-        paths = find_images(images, lambda line: typer.echo(line, err=True))
+        paths = find_images(images, lambda line: say(line, err=True))
 
-    def say(path: Path, ranked: list[tuple[str, float]]) -> None:
-        typer.echo(f"{printable(path)}: " + ", ".join(f"{name} ({score:.3f})" for name, score in ranked), file=stdout)
+    def tell(path: Path, ranked: list[tuple[str, float]]) -> None:
+        classes = ", ".join(f"{printable(name)} ({score:.3f})" for name, score in ranked)
+        say(f"{as_text(path)}: {classes}", file=stdout)
 
     skipped = 0
 
     def skip(error: DataError) -> None:
         nonlocal skipped
         skipped += 1
-        typer.echo(f"skipped {error}", err=True)
+        say(f"skipped {error}", err=True)
 
     # a progress bar would disturb lines that are printed to the same terminal
     bar = console if out is not None or not stdout.isatty() else None
-    target = nullcontext(say) if out is None else open_writer(out, min(top, len(model.names)))
+    target = nullcontext(tell) if out is None else open_writer(out, min(top, len(model.names)))
     with Display(bar) as display, target as add:
         for path, ranked in predict_images(
             model,
@@ -164,8 +179,10 @@ def predict(
             track=display.track,
         ):
             add(path, ranked)
+            if getattr(stdout, "gone", False):  # nobody reads on
+                return
         if skipped == len(paths):
             raise DataError(f"none of the {skipped} images can be read")
     if out is not None or skipped:
         count = f"{len(paths) - skipped} of {len(paths)} images" if skipped else f"{len(paths)} images"
-        typer.echo(f"{out}: {count}" if out is not None else f"{count} could be read", err=out is None)
+        say(f"{out}: {count}" if out is not None else f"{count} could be read", err=out is None)

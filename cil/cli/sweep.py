@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cil.cli.benchmark import Redo, Results, is_main_process, show_results
+from cil.cli.output import say
 
 if TYPE_CHECKING:
     from cil.sweep.pool import Result
@@ -65,16 +66,16 @@ def sweep(
         todo = trials(config, [*(overrides or []), *lists], grid or [])
     if print_:
         for trial in todo:
-            typer.echo(trial.line(results))
+            say(trial.line(results))
         return
     from cil.sweep.pool import Resources
     from cil.sweep.pool import sweep as run_all
 
     resources = Resources(jobs, cpus_per_run, gpus_per_run, address, retries)
     try:
-        ended = run_all(todo, results, resources, redo=redo, say=lambda text: typer.echo(text))
+        ended = run_all(todo, results, resources, redo=redo, say=say)
     except KeyboardInterrupt:
-        typer.echo("\nstopped. Finished stages are kept; run the same command to resume.")
+        say("\nstopped. Finished stages are kept; run the same command to resume.")
         raise typer.Exit(130) from None
     failed = [result for result in ended if result.outcome.state == "failed"]
     _summary(ended)
@@ -97,7 +98,7 @@ def _summary(ended: Sequence[Result]) -> None:
     counted = ", ".join(f"{states.count(state)} {state}" for state in ("ran", "finished", "failed"))
     console = Console()
     Console(width=console.width if console.is_terminal else 10_000, markup=False).print("", table, "", sep="\n")
-    typer.echo(f"{len(ended)} runs: {counted} {'already' if 'finished' in states else ''}".rstrip())
+    say(f"{len(ended)} runs: {counted} {'already' if 'finished' in states else ''}".rstrip())
 
 
 def tune(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from cil.config.renamed import new_name
+from cil.config.explaining import explain
+from cil.config.names import fitting
+from cil.config.parsing import DEEPEST, MOST_BYTES, parse
 from cil.config.schema import Config, as_section
-from cil.errors import ConfigError, nearest
+from cil.errors import ConfigError, clipped, nearest, shortened
+from cil.utils.paths import expand
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -37,15 +37,18 @@ def find(name: str) -> Path:
     Raises:
         ConfigError: Neither exists.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = expand(name)
+    if os.path.isfile(path):  # noqa: PTH113 - pathlib raises where a folder may not be read
         return path
     known = shipped()
     plain = name.removeprefix("configs/").removesuffix(".yaml")
     if plain in known:
         return known[plain]
+    if os.path.isdir(path):  # noqa: PTH112
+        raise ConfigError(f"{clipped(name, 200)}: is a folder; give a YAML file in it")
     raise ConfigError(
-        f"{name}: no such file, nor a shipped configuration{nearest(plain, known)}; see `cil list configs`"
+        f"{clipped(name, 200)}: no such file, nor a shipped configuration{nearest(plain, known)}; "
+        "see `cil list configs`"
     )
 
 
@@ -55,27 +58,38 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is not YAML or not a mapping, or the extended file is missing or extends another one.
     """
-    raw = _yaml(path)
+    where, raw = clipped(str(path), 200), _yaml(path)
     if "base" in raw:
-        raise ConfigError(f"{path}: the key base is now called extends; write extends: {raw['base']}")
+        raise ConfigError(f"{where}: the key base is now called extends; write extends: {shortened(raw['base'])}")
     base = raw.pop("extends", None)
     if base is None:
         return raw
-    below = _yaml(path.parent / str(base))
+    if not isinstance(base, str):
+        raise ConfigError(f"{where}: extends: expected the name of a file, got {shortened(base)}")
+    below = _yaml(path.parent / expand(base))
     if "extends" in below:
-        raise ConfigError(f"{path}: extends: {base} extends another file itself; one level is allowed")
+        raise ConfigError(f"{where}: extends: {clipped(base)} extends another file itself; one level is allowed")
     return _merge(below, raw)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    where = clipped(str(path), 200)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a folder, a pipe, or a device that never ends
+            raise ConfigError(f"{where}: is no file")
+        with path.open("rb") as file:
+            content = file.read(4 * MOST_BYTES)  # one byte more than a text of this length needs, at least
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from None
+    try:
+        raw = parse(content.decode("utf-8-sig"), where)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where}: not UTF-8 text (byte {error.start + 1} is 0x{content[error.start]:02x}); save it as UTF-8"
+        ) from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+        got = "nothing" if raw is None else type(raw).__name__
+        raise ConfigError(f"{where}: expected keys and values, got {got}")
     return raw
 
 
@@ -103,49 +117,57 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """
     raw = _copy(raw)
     for assignment in assignments:
+        shown = shortened(assignment)
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{assignment!r}: an override is key=value, e.g. stream.increment=10")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{assignment!r}: the value is not valid YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{shown}: an override is key=value, e.g. stream.increment=10")
+        value = parse(text, shown)
         *path, last = key.split(".")
-        if path[:1] == ["learner"] and "learners" in raw:
-            if len(raw["learners"]) != 1:
+        if not all([*path, last]) or len(path) >= DEEPEST:
+            raise ConfigError(f"{shown}: {clipped(key)} is no key; write names with single dots, e.g. stream.increment")
+        learners = raw.get("learners")
+        if path[:1] == ["learner"] and isinstance(learners, list):
+            if len(learners) != 1:
                 raise ConfigError(
-                    f"{assignment!r}: the configuration has {len(raw['learners'])} learners; "
-                    f"write learners.<name>.{last}=…"
+                    f"{shown}: the configuration has {len(learners)} learners; write learners.<name>.{clipped(last)}=…"
                 )
-            path = ["learners", _title(raw["learners"][0]), *path[1:]]
+            path = ["learners", _title(learners[0]), *path[1:]]
         if path[:1] == ["learners"] and len(path) == 1:  # a learner is a section, not a value
-            raise ConfigError(f"{assignment!r}: write learners.{last}.<key>=value, or learners=[{last}]")
+            name = clipped(last)
+            raise ConfigError(f"{shown}: write learners.{name}.<key>=value, or learners=[{name}]")
         if key in ("learner", "learners"):
             raw.pop("learner", None)
             raw.pop("learners", None)
-        _descend(raw, path, assignment)[last] = value
+        _descend(raw, path, shown)[last] = value
     return raw
 
 
-def _descend(raw: dict[str, Any], path: list[str], assignment: str) -> dict[str, Any]:
-    here: Any = raw
+def _descend(raw: dict[str, Any], path: list[str], shown: str) -> dict[str, Any]:
+    """The section at ``path``, which is made where it is missing; ``shown`` is the override, for messages."""
+    here = raw
     for depth, part in enumerate(path):
-        if isinstance(here, list):
-            titles = [_title(item) for item in here]
+        child: Any = here.get(part)
+        place = clipped(".".join(path[: depth + 1]))
+        if path[: depth + 1] == ["learners"] and isinstance(child, list):
+            continue
+        if path[:depth] == ["learners"] and isinstance(raw.get("learners"), list):
+            entries = raw["learners"]
+            titles = [_title(item) for item in entries]
             if part not in titles:
+                there = ", ".join(map(clipped, titles)) or "none"
                 raise ConfigError(
-                    f"{assignment!r}: no learner {part!r}{nearest(part, titles)}; there are {', '.join(titles)}"
+                    f"{shown}: no learner {shortened(part)}{nearest(part, titles)}; there are {clipped(there, 300)}"
                 )
             position = titles.index(part)
-            here[position] = here = as_section(here[position])
-            continue
-        child = here.get(part)
-        if isinstance(child, str) and part == "learner":
+            child = entries[position] = as_section(entries[position])
+        elif isinstance(child, str) and part == "learner":
             child = here[part] = as_section(child)
         if child is None:
             child = here[part] = {}
-        if not isinstance(child, (dict, list)):
-            raise ConfigError(f"{assignment!r}: {'.'.join(path[: depth + 1])} is a value, not a section")
+        if isinstance(child, list):
+            raise ConfigError(f"{shown}: {place} is a list; give all of it: {place}=[…]")
+        if not isinstance(child, dict):
+            raise ConfigError(f"{shown}: {place} is a value, not a section")
         here = child
     return here
 
@@ -170,7 +192,7 @@ def read_raw(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: No such file, no YAML, or an override that has no place.
     """
     path = find(name)
-    return {"name": path.stem, **override(read(path), overrides)}
+    return {"name": fitting(path.stem), **override(read(path), overrides)}
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -192,58 +214,3 @@ def validated(model: type[M], values: Any, prefix: str = "") -> M:
         return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, model, prefix)) from None
-
-
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Format pydantic's errors as lines that name the key, the value, and the nearest valid key."""
-    lines = []
-    for item in error.errors():
-        where, fields = _place(model, [str(part) for part in item["loc"]])
-        key = ".".join(where)
-        if item["type"] == "extra_forbidden" and (renamed := new_name(where[-1], fields)):
-            lines.append(f"{prefix}the key {key} is now called {'.'.join([*where[:-1], renamed])}")
-        elif item["type"] == "extra_forbidden":
-            known = (
-                f"; known here: {', '.join(sorted(fields))}"
-                if fields and not difflib.get_close_matches(where[-1], fields)
-                else ""
-            )
-            lines.append(f"{prefix}unknown key {key}{nearest(where[-1], fields)}{known}")
-        elif item["type"] == "missing":
-            lines.append(f"{prefix}{key} is missing")
-        elif item["type"] == "union_tag_not_found":
-            lines.append(f"{prefix}{key}.{item['ctx']['discriminator'].strip(chr(39))} is missing")
-        elif item["type"] == "union_tag_invalid":
-            tag, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "").split(", ")
-            own = ", or class: file.py:Class" if "class" in tags else ""
-            tags = [known for known in tags if known != "class"]
-            lines.append(f"{prefix}{key}: unknown {tag!r}{nearest(tag, tags)}; known here: {', '.join(tags)}{own}")
-        else:
-            message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            got = "" if isinstance(item["input"], dict) else f", got {item['input']!r}"
-            lines += [f"{prefix}{key + ': ' if key else ''}{line}{got}" for line in message.splitlines()]
-    return "\n".join(dict.fromkeys(lines))
-
-
-def _place(model: type[BaseModel], loc: list[str]) -> tuple[list[str], list[str]]:
-    """The key of an error as the user wrote it, and the field names that are valid there."""
-    key, models = [], [model]  # there are several models until the tag of a union decides
-    for i, part in enumerate(loc):
-        if part.startswith(("function-", "constrained-")):
-            continue
-        tags = {m.model_fields["name"].default: m for m in models if "name" in m.model_fields}
-        if len(models) > 1 and part in tags:
-            models = [tags[part]]
-            continue  # pydantic puts the tag of a union into the path, but it is no key
-        key.append(part)
-        info = models[0].model_fields.get(part)
-        if i < len(loc) - 1 and info is not None:  # else a list position
-            models = _models(info.annotation) or models
-    return key, [f.alias or name for name, f in models[0].model_fields.items()]
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models in a type such as ``Model | None`` or ``list[Annotated[A | B, …]]``."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for inner in typing.get_args(annotation) for model in _models(inner)]

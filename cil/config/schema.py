@@ -10,9 +10,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from cil.config.names import alike, check_name, check_plain
+from cil.config.numbers import check_order, check_range, is_number, mark_truth
+from cil.errors import shortened
+from cil.utils.paths import expand
+
+LARGEST_IMAGE = 2**14  # pixels per side
 Unit = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
+Deviation = Annotated[float, Field(ge=1e-6)]  # of pixels in [0, 1]
+Place = Annotated[Path, AfterValidator(expand)]
+"""A path, with ``~`` and environment variables expanded."""
+Name = Annotated[str, AfterValidator(check_name)]
+"""A name that becomes a folder."""
+Seed = Annotated[int, BeforeValidator(mark_truth), AfterValidator(check_order)]
+ClassOrder = Annotated[int | str | list[int] | list[str], BeforeValidator(mark_truth), AfterValidator(check_order)]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that PIL reads by default."""
@@ -25,29 +50,42 @@ def as_section(raw: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A section of a configuration: immutable, and unknown keys are errors."""
+    """A section of a configuration: immutable, unknown keys are errors, and numbers are finite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        numbers = {info.alias or key for key, info in cls.model_fields.items() if is_number(info.annotation)}
+        return {key: mark_truth(value) if key in numbers else value for key, value in raw.items()}
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
+        return check_range(value) if is_number(cls.model_fields[info.field_name or ""].annotation) else value
 
 
 class Normalization(Section):
     """Channel statistics in [0, 1] pixel units: (pixel / 255 − mean) / std."""
 
     mean: Unit
-    std: Unit
+    std: tuple[Deviation, Deviation, Deviation]
 
 
 class Augmentation(Section):
     """The training transform: random resized crop, flip and colour jitter (timm's, without random erasing)."""
 
-    scale: tuple[float, float] = Field(
+    scale: tuple[Positive, Positive] = Field(
         (0.08, 1.0), description="smallest and largest area of the random crop, as fractions of the image"
     )
-    ratio: tuple[float, float] = Field(
+    ratio: tuple[Positive, Positive] = Field(
         (3 / 4, 4 / 3), description="smallest and largest aspect ratio of the random crop"
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
-    color_jitter: Annotated[float, Field(ge=0)] | Unit | None = Field(
+    color_jitter: NonNegativeFloat | tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = Field(
         None, description="strength of brightness, contrast and saturation jitter: one number for all three, or three"
     )
     interpolation: Interpolation | None = Field(
@@ -62,7 +100,9 @@ class TransformConfig(Section):
         "backbone", description="pixel statistics: those of the backbone, none ([0, 1] pixels), or {mean: …, std: …}"
     )
     resize: PositiveInt | None = Field(
-        None, description="size in pixels to which images are resized, before they are cropped to the input size"
+        None,
+        le=LARGEST_IMAGE,
+        description="size in pixels to which images are resized, before they are cropped to the input size",
     )
     crop: Literal["center", "squash", "border"] | None = Field(
         None,
@@ -82,7 +122,7 @@ class DataConfig(Section):
         description="dataset: digits, folder (class folders or tars), torch/<set>, hfds/<org>/<set>, or your own "
         "function, as pkg.module:function or path/file.py:function",
     )
-    root: Path | None = Field(None, description="folder with the splits; downloads are stored there")
+    root: Place | None = Field(None, description="folder with the splits; downloads are stored there")
     train: str | None = Field(None, description="training split: a path below root, or the name of a split for hfds")
     test: str | None = Field(None, description="test split, in the same form as train")
     domains: list[str] | None = Field(
@@ -131,7 +171,7 @@ class BackboneConfig(Section):
         "vit_tiny_patch8_64.tinyimagenet100",
         description="timm name with its tag; default: the model that ships with cil",
     )
-    weights: Path | Literal["random"] | None = Field(
+    weights: Place | Literal["random"] | None = Field(
         None, description="local safetensors or torch file; random: untrained, from seed 0; default: pre-trained"
     )
     options: dict[str, Any] = Field({}, description="further arguments of timm.create_model, e.g. img_size")
@@ -146,18 +186,24 @@ class HardwareConfig(Section):
     """Settings of the machine. They are not part of a run's identity."""
 
     device: str = Field("auto", description="device: auto, cpu, cuda, cuda:1 or mps")
-    workers: int = Field(2, ge=0, description="number of processes or threads that decode images")
+    workers: int = Field(2, ge=0, le=1024, description="number of processes or threads that decode images")
     memory_gib: float = Field(
-        4.0, ge=0, description="GiB per split: decoded and transformed images are kept in memory if each set fits"
+        4.0,
+        ge=0,
+        allow_inf_nan=True,
+        description="GiB per split: decoded and transformed images are kept in memory if each set fits",
     )
     checkpoints: Literal["all", "last"] = Field("all", description="stages whose weights stay on disk")
-    feature_store: Literal["off"] | Path | None = Field(
+    feature_store: Literal["off"] | Place | None = Field(
         None,
         description="folder of computed features that all runs share, or off; default: features in $CIL_CACHE, or in "
         "cil's folder of the user's cache",
     )
     feature_store_gib: float = Field(
-        20.0, gt=0, description="GiB of that folder; above it the least recently used entries are removed"
+        20.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="GiB of that folder; above it the least recently used entries are removed",
     )
 
     @field_validator("feature_store", mode="before")
@@ -175,15 +221,16 @@ class LearnerEntry(BaseModel):
     cls: str | None = Field(
         None, alias="class", description="your own learner, as pkg.module:Class or path/file.py:Class"
     )
-    label: str | None = Field(None, description="name in results; distinguishes settings of the same learner")
-    orders: list[int | str | list[int] | list[str]] | None = None
-    seeds: list[int] | None = None
+    label: Name | None = Field(None, description="name in results; distinguishes settings of the same learner")
+    orders: list[ClassOrder] | None = None
+    seeds: list[Seed] | None = None
     chosen_by: str | None = None
 
     @model_validator(mode="after")
     def _one(self) -> LearnerEntry:
         if (self.name is None) == (self.cls is None):
             raise ValueError("give a learner either a name or a class")
+        check_name(self.title)
         return self
 
     @property
@@ -205,16 +252,19 @@ class LearnerEntry(BaseModel):
 class Config(Section):
     """A benchmark: one stream and backbone, and the learners, class orders and seeds to run on them."""
 
-    name: str = Field("benchmark", pattern=r"^[\w.\-]+$", description="name of the folder below the results folder")
+    name: Annotated[str, AfterValidator(check_plain)] = Field(
+        "benchmark",
+        description="name of the folder below the results folder; default: that of the configuration's file",
+    )
     data: DataConfig = DataConfig()
     stream: StreamConfig = StreamConfig()
     backbone: BackboneConfig = BackboneConfig()
     transform: TransformConfig = TransformConfig()
     learners: list[LearnerEntry] = Field(min_length=1)
-    orders: list[int | str | list[int] | list[str]] = Field(
+    orders: list[ClassOrder] = Field(
         [1993], min_length=1, description="class orders: seeds of permutations, natural, or lists of classes"
     )
-    seeds: list[int] = Field([0], min_length=1, description="training seeds")
+    seeds: list[Seed] = Field([0], min_length=1, description="training seeds")
     inference_batch_size: PositiveInt = Field(128, description="images per forward pass outside training")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="mixed precision of the backbone")
     chosen_by: str = Field(
@@ -241,10 +291,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> Config:
-        titles = [entry.title for entry in self.learners]
-        twice = sorted({t for t in titles if titles.count(t) > 1})
-        if twice:
-            raise ValueError(
-                f"two learners are called {twice[0]!r} and would share a results folder; give each a label"
-            )
+        found: dict[str, str] = {}
+        for title in (entry.title for entry in self.learners):
+            if alike(title) in found:
+                both = " and ".join(dict.fromkeys(shortened(one) for one in (found[alike(title)], title)))
+                raise ValueError(f"two learners are called {both} and would share a results folder; give each a label")
+            found[alike(title)] = title
         return self

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cil.data.folder import SPECIAL, Entry, Scan, printable, reason_to_skip
+from cil.data.folder import SPECIAL, Entry, Scan, as_text, reason_to_skip
 from cil.errors import CilError, DataError
 
 REPLACED = "replaced by a later member of the same name"
@@ -47,7 +47,7 @@ def scan_tar(path: Path, changed: int, size: int) -> Scan:
         DataError: The file is no plain tar file, is damaged, or has a member whose name leads out of the folder.
     """
     scan, members = Scan(), dict[str, Member]()
-    shown = printable(path)
+    shown = as_text(path)
     try:
         with tarfile.open(path, "r:", **NAMES) as tar:
             for name, member in _members(shown, tar):
@@ -115,9 +115,9 @@ def _members(shown: str, tar: tarfile.TarFile, folder: str = "", origin: int = 0
 def _parts(shown: str, name: str) -> list[str]:
     parts = name.split("/")
     if name.startswith("/") or ".." in parts:
-        raise DataError(f"{shown}: refused, because its member {printable(name)!r} would leave the folder")
+        raise DataError(f"{shown}: refused, because its member {as_text(name)!r} would leave the folder")
     if any(len(part.encode("utf-8", "surrogateescape")) > LONGEST for part in parts):
-        raise DataError(f"{shown}: refused, because the name of member {printable(name)[:40]!r}… is too long to unpack")
+        raise DataError(f"{shown}: refused, because the name of member {as_text(name)[:40]!r}… is too long to unpack")
     return [part for part in parts if part not in ("", ".")]
 
 

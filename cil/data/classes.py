@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cil.data.folder import OUTSIDE, Entry, Findings, Scan, image_types, in_order, natural_key, printable, some
+from cil.data.folder import OUTSIDE, Entry, Findings, Scan, as_text, image_types, in_order, natural_key, some
 from cil.errors import DataError
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "eval")}
@@ -39,8 +39,7 @@ def find_split(root: Path, name: str | None, split: str) -> tuple[Path, tuple[st
         there = [candidate for candidate in packed if (root / candidate).exists()]
         hint = f", or unpack {there[0]}" if there else ""
         raise NoSplitError(
-            f"data.{split}: {printable(root)} holds none of {', '.join(candidates)}; "
-            f"set data.root and data.{split}{hint}"
+            f"data.{split}: {as_text(root)} holds none of {', '.join(candidates)}; set data.root and data.{split}{hint}"
         )
     return root / found[0], tuple(found[1:])
 
@@ -79,7 +78,7 @@ def index(scan: Scan, where: str) -> Index:
     _refuse_splits(where, top, folders | set(raw), parts)
     for name in in_order(folders - set(raw)):
         raise DataError(_empty(where, f"{top}{name}/", name, scan.left_out))
-    names = [printable(name) for name in raw]
+    names = [as_text(name) for name in raw]
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"{where}: two class folders would both be called {name!r}; rename one of them")
@@ -117,15 +116,15 @@ def _empty(where: str, path: str, name: str, left_out: dict[str, list[str]]) -> 
     held = {reason: [n for n in names if n.startswith(path)] for reason, names in left_out.items()}
     reasons = "; ".join(f"{len(names)} {reason} ({some(names)})" for reason, names in held.items() if names)
     instead = f"; left out there: {reasons}; types that are read: {' '.join(sorted(image_types()))}" if reasons else ""
-    return f"{where}: class folder {printable(name)!r} holds no images; fill or remove it{instead}"
+    return f"{where}: class folder {as_text(name)!r} holds no images; fill or remove it{instead}"
 
 
 def _notes(top: str, names: Sequence[str], images: Sequence[Sequence[str]]) -> Iterable[str]:
     if top and top.split("/")[-2].lower() not in SPLIT_NAMES:
-        yield f"the classes are the folders in {printable(top)}"
+        yield f"the classes are the folders in {as_text(top)}"
     deep = [parts for parts in images if len(parts) > 2]
     if deep:
-        example = printable("/".join(deep[0]))
+        example = as_text("/".join(deep[0]))
         yield f"images in subfolders belong to the class folder above: {len(deep)}, e.g. {example}"
     alike: dict[str, list[str]] = {}
     for name in names:

@@ -70,14 +70,14 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (natural_key(name), name))
 
 
-def printable(name: str | Path) -> str:
+def as_text(name: str | Path) -> str:
     r"""A file name as text that every file and message can hold: bytes that are not UTF-8 become ``\xe9``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def some(names: Sequence[str], most: int = 2) -> str:
     """The first names, for a message."""
-    return ", ".join(printable(name) for name in sorted(names)[:most]) + (", …" if len(names) > most else "")
+    return ", ".join(as_text(name) for name in sorted(names)[:most]) + (", …" if len(names) > most else "")
 
 
 def reason_to_skip(name: str) -> str | None:
@@ -217,7 +217,7 @@ def _walk(top: Path, start: str, real: str, scan: Scan, seen: set[str]) -> list[
                     else:
                         _add_file(scan, name, child.stat(), real, link=False)
         except OSError as error:
-            raise DataError(f"{printable(top / folder)}: cannot be listed ({error.strerror})") from None
+            raise DataError(f"{as_text(top / folder)}: cannot be listed ({error.strerror})") from None
     return links
 
 
@@ -253,7 +253,7 @@ class Findings:
     def card(self) -> dict[str, Any]:
         """The same for ``metrics.json``, with the number of paths and the first five of them."""
         left_out = {
-            reason: {"count": len(names), "first": [printable(name) for name in sorted(names)[:5]]}
+            reason: {"count": len(names), "first": [as_text(name) for name in sorted(names)[:5]]}
             for reason, names in sorted(self.left_out.items())
         }
         return {"place": self.place, "not_taken": list(self.not_taken), "left_out": left_out, "notes": list(self.notes)}
@@ -278,8 +278,8 @@ def images_below(top: Path) -> tuple[list[Path], Findings]:
     """
     scan = scan_folder(top).once()
     if not scan.images:
-        raise DataError(f"{printable(top)}: no images in this folder; looked for {' '.join(sorted(image_types()))}")
-    return sorted(top / entry.name for entry in scan.images), Findings(printable(top), scan.left_out)
+        raise DataError(f"{as_text(top)}: no images in this folder; looked for {' '.join(sorted(image_types()))}")
+    return sorted(top / entry.name for entry in scan.images), Findings(as_text(top), scan.left_out)
 
 
 class FolderImages:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from cil.config import DataConfig, HardwareConfig, TransformConfig
 from cil.data.decoded import DecodedSource
-from cil.data.folder import printable
+from cil.data.folder import as_text
 from cil.data.opening import open_source
 from cil.data.pixels import VERSION as PIXELS
 from cil.data.reading import ImageReader, Item, WorkerReader, stack
@@ -218,7 +218,7 @@ class LoadedSplit:
         if split == "train":
             source = training_part(source, config)
         name = (config.train if split == "train" else config.test) or split
-        self.title = printable(config.root / name) if config.root else f"{config.dataset} {name}"
+        self.title = as_text(config.root / name) if config.root else f"{config.dataset} {name}"
         self.source, self.skipped = DecodedSource(source, self._memory, hardware.workers), []
         if config.on_error == "skip":
             broken = self._unreadable(source, store)

@@ -9,7 +9,7 @@ from cil.config import DataConfig
 from cil.config.plugins import arguments, load_object
 from cil.data import libraries, sources
 from cil.data.classes import find_split
-from cil.data.folder import printable
+from cil.data.folder import as_text
 from cil.data.sources import ImageSource
 from cil.errors import CilError, ConfigError, DataError, PluginError, nearest
 
@@ -61,7 +61,7 @@ def _split(root: Path, domain: str, name: str | None, split: str) -> ImageSource
     """The split of a folder dataset, or of one of its domains."""
     path, not_taken = find_split(root / domain, name, split)
     place = path.relative_to(root) if path.is_relative_to(root) else path
-    return sources.folder(path, printable(place.as_posix()), not_taken)
+    return sources.folder(path, as_text(place.as_posix()), not_taken)
 
 
 def _custom_source(config: DataConfig, split: str) -> ImageSource:

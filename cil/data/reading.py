@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from cil.config.schema import MAX_PIXELS
-from cil.data.folder import printable
+from cil.data.folder import as_text
 from cil.data.pixels import decode, why
 from cil.data.source import ImageSource
 from cil.data.transforms import Transforms
@@ -67,13 +67,13 @@ def read_image(path: Path, transforms: Transforms, max_pixels: int = MAX_PIXELS)
         DataError: The file does not exist, is not an image, or is too large.
     """
     if not path.is_file():
-        raise DataError(f"{printable(path)}: no such file")
+        raise DataError(f"{as_text(path)}: no such file")
     try:
         image = decode(path, max_pixels)
     except Exception as error:
-        raise DataError(f"{printable(path)}: {why(error, max_pixels, 'max_pixels')}") from None
+        raise DataError(f"{as_text(path)}: {why(error, max_pixels, 'max_pixels')}") from None
     with isolated():
-        pixels = torch.from_numpy(_evaluated(image, transforms, max_pixels, lambda: printable(path)))
+        pixels = torch.from_numpy(_evaluated(image, transforms, max_pixels, lambda: as_text(path)))
     return transforms.normalize(pixels[None])
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from cil.data.archive import TarImages, scan_tar
 from cil.data.arrays import from_arrays
 from cil.data.classes import index
-from cil.data.folder import FolderImages, printable, scan_folder
+from cil.data.folder import FolderImages, as_text, scan_folder
 from cil.data.pixels import Undecoded
 from cil.data.source import ImageSource
 from cil.errors import DataError
@@ -58,11 +58,11 @@ def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageS
             splits; the message names it.
     """
     if not path.exists():
-        raise DataError(f"{printable(path)}: no such folder or tar file")
+        raise DataError(f"{as_text(path)}: no such folder or tar file")
     is_tar = path.is_file()
     fact = path.stat()
     scan = scan_tar(path, fact.st_mtime_ns, fact.st_size) if is_tar else scan_folder(path)
-    found = index(scan, printable(path))
+    found = index(scan, as_text(path))
     digest = hashlib.sha256()
     for entry, label in zip(found.images, found.labels, strict=True):
         digest.update(f"{entry.written}\0{entry.size}\0{label}\n".encode("utf-8", "surrogateescape"))
@@ -77,7 +77,7 @@ def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageS
         TarImages(path, found.images) if is_tar else FolderImages(path, found.images),
         found.labels,
         found.class_names,
-        describe=lambda i: printable(f"{path}: {found.images[i].name}" if is_tar else path / found.images[i].name),
+        describe=lambda i: as_text(f"{path}: {found.images[i].name}" if is_tar else path / found.images[i].name),
         fingerprint=digest.hexdigest(),
         stamp=hashlib.sha256(np.array(changed).tobytes()).hexdigest(),
         identify=identify,

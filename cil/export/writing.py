@@ -23,6 +23,7 @@ from cil.prediction import Model, Trained, open_run
 from cil.runner.checkpoint import RunFolder, split_state, write_json
 from cil.runner.provenance import versions
 from cil.utils.files import flush, fresh, remove, remove_leftovers, reporting
+from cil.utils.paths import expand
 from cil.utils.stored import file_digest, sealed
 
 BATCHES = (1, 5)
@@ -66,8 +67,8 @@ def export(
         raise ExportError(f"format {format!r} is unknown{nearest(format, FORMATS)}; known: {', '.join(FORMATS)}")
     if format == "onnx":
         program.require_onnx()
-    run = Path(run)
-    out = Path(out) if out is not None else run / f"export-{format}"
+    run = expand(run)
+    out = expand(out) if out is not None else run / f"export-{format}"
     require_free(out, force)
     model = open_run(run, weights=weights, code=code)
     header, rows = results.read_header(run), RunFolder(run).rows()

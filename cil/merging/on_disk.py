@@ -25,6 +25,7 @@ from cil.merging.layout import HEADS, Entry, check_names, layout
 from cil.merging.statistics import Statistics
 from cil.merging.store import State, StateSpec, slot_name
 from cil.utils.files import flush, reporting
+from cil.utils.paths import expand
 
 log = logging.getLogger(__name__)
 FORMAT = "cil merge state 1"
@@ -70,14 +71,14 @@ def merge_files(
         RunError: ``out`` exists, ``state`` belongs to another merge, or writing failed.
     """
     config = rule_config(rule)
-    out, state = Path(out), None if state is None else Path(state)
+    out, state = expand(out), None if state is None else expand(state)
     if out.exists():
         raise RunError(f"{out}: exists already; remove it or choose another name")
     if state is not None and state.suffix != ".safetensors":
         raise ConfigError(f"{state}: the state's name must end in .safetensors")
     if not tasks:
         raise ConfigError("merge: no task given; name at least one fine-tuned checkpoint")
-    pretrained, finetuned = Checkpoint(base), [Checkpoint(task) for task in tasks]
+    pretrained, finetuned = Checkpoint(expand(base)), [Checkpoint(expand(task)) for task in tasks]
     merger, name = build_rule(config), config.cls if isinstance(config, CustomRule) else config.name
     if stats and not merger.needs:
         raise ConfigError(f"merge: {name} uses no statistics; leave --stats out")
@@ -86,7 +87,7 @@ def merge_files(
             f"merge: {name} needs statistics of every task (--stats once per task, in order): {len(tasks)} tasks, "
             f"{len(stats)} files; cil.merging.statistics computes them"
         )
-    statistics: list[Statistics | None] = [Statistics.load(file) for file in stats]
+    statistics: list[Statistics | None] = [Statistics.load(expand(file)) for file in stats]
     statistics = statistics or [None] * len(tasks)
     plan = layout(pretrained, exclude=exclude)
     for task in finetuned:  # this is cheap, and a mistake in the last task must not appear after an hour's work

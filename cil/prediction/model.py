@@ -20,7 +20,7 @@ from cil.backbone import Backbone, load_backbone
 from cil.config import BackboneConfig, Config
 from cil.config import code as custom
 from cil.config.schema import MAX_PIXELS
-from cil.data.folder import images_below, printable
+from cil.data.folder import as_text, images_below
 from cil.data.reading import read_image
 from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError
@@ -161,7 +161,7 @@ def find_images(places: Iterable[Path], say: Callable[[str], None] | None = None
                 for line in findings.lines():
                     say(line)
         else:
-            raise DataError(f"{printable(place)}: no such file or folder")
+            raise DataError(f"{as_text(place)}: no such file or folder")
     return list(paths)
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cil.errors import DataError
+from cil.errors import DataError, printable
 from cil.utils.files import remove_leftovers, replacing, reporting
 
 if TYPE_CHECKING:
@@ -41,10 +41,13 @@ def _json_lines(file: TextIO, columns: int) -> Iterator[Add]:
 
 @contextmanager
 def _csv(file: TextIO, columns: int) -> Iterator[Add]:
-    """A table path, class_1, score_1, class_2, … with a header; quoted as in RFC 4180."""
+    """A table path, class_1, score_1, class_2, … with a header; quoted as in RFC 4180, and control characters
+    in names are escaped, as on a terminal."""
     writer = csv.writer(file)
     writer.writerow(["path", *[f"{what}_{i}" for i in range(1, columns + 1) for what in ("class", "score")]])
-    yield lambda path, ranked: writer.writerow([path, *[cell for pair in ranked for cell in pair]])
+    yield lambda path, ranked: writer.writerow(
+        [printable(str(path)), *[cell for name, score in ranked for cell in (printable(name), score)]]
+    )
 
 
 FORMATS: dict[str, Callable[[TextIO, int], AbstractContextManager[Add]]] = {

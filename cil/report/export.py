@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cil.errors import RunError
+from cil.errors import RunError, printable
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
 from cil.report.protocols import Run
@@ -61,7 +61,7 @@ def latex(compared: Comparison, columns: Sequence[Column] = COLUMNS) -> str:
     places = "lr" + "r" * (len(head) - 2 - notes) + "l" * notes
     return "\n".join(
         [
-            f"% {compared.title}",
+            f"% {printable(compared.title)}",
             r"% \usepackage{booktabs}",
             rf"\begin{{tabular}}{{{places}}}",
             r"\toprule",
@@ -107,7 +107,7 @@ def _record(row: SettingRow, run: Run) -> dict[str, Any]:
         values = run["curves"][curve]
         values = values + [None] * (len(run["tasks"]) - len(values))  # the same columns for an unfinished run
         record |= {f"{curve}/{i + 1}": value for i, value in enumerate(values)}
-    return record
+    return {key: printable(value) if isinstance(value, str) else value for key, value in record.items()}
 
 
 def as_csv(compared: Comparison, columns: Sequence[Column] = COLUMNS) -> str:

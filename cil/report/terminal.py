@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from cil.errors import printable
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
 from cil.report.protocols import format_differences
@@ -19,8 +20,13 @@ TITLE_WIDTH = 32  # characters of a learner and its settings before they wrap
 def cells(compared: Comparison, columns: Sequence[Column]) -> list[list[str]]:
     """The table as texts: a heading, then one row per setting, each with learner, runs, the columns, and a note."""
     head = ["learner", "runs", *(column.title(compared.baseline) for column in columns), "note"]
-    return [head] + [
-        [row.title, str(len(row.runs)), *(column.cell(row, compared.baseline) for column in columns), row.note()]
+    return [[printable(cell) for cell in head]] + [
+        [
+            printable(row.title),
+            str(len(row.runs)),
+            *(column.cell(row, compared.baseline) for column in columns),
+            printable(row.note()),
+        ]
         for row in compared.rows
     ]
 
@@ -55,8 +61,13 @@ def table(
         rendered.add_column(head[-1], min_width=_longest_word(body))
     for row in body:
         rendered.add_row(*map(Text, row if notes else row[:-1]))
-    rendered.title = Text(f"{compared.number}. {compared.title}" if numbered else compared.title)
-    lines = [f"not to be ranked with the others: {format_differences(compared.differs)}"] if compared.differs else []
+    protocol = printable(compared.title)
+    rendered.title = Text(f"{compared.number}. {protocol}" if numbered else protocol)
+    lines = (
+        [f"not to be ranked with the others: {printable(format_differences(compared.differs))}"]
+        if compared.differs
+        else []
+    )
     if any(column.difference for column in columns) and compared.why_no_differences():
         lines.append(compared.why_no_differences())
     if count < len(available):

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from cil import results
 from cil.backbone import Backbone, load_backbone
 from cil.config import Config
+from cil.config.parsing import to_yaml
 from cil.data.classes import NoSplitError
 from cil.data.images import ImageSet, LoadedSplit
 from cil.data.transforms import Transforms
@@ -30,6 +30,7 @@ from cil.store import open_store
 from cil.stream import Stream
 from cil.stream.protocol import ClassIncremental, DomainIncremental, Order
 from cil.utils import hardware
+from cil.utils.paths import expand
 
 
 class Inputs:
@@ -69,7 +70,7 @@ def run(
 
     Args:
         config: The benchmark.
-        root: The results folder.
+        root: The results folder; ``~`` and environment variables are expanded, as everywhere.
         display: Terminal output; none by default.
         load: Loads data and backbone. Callers that run many benchmarks can pass one that caches.
         redo: Whether finished stages that depend on something that has changed since (settings, data, code), or from
@@ -81,7 +82,7 @@ def run(
     Raises:
         CilError: Wrong input, or a folder that cannot be used; the message says what to do.
     """
-    todo = list(plans(config))
+    root, todo = expand(root), list(plans(config))
     accelerator = hardware.accelerator(config.hardware.device, config.precision)
     display = display if display is not None and accelerator.is_main_process else Display()
     inputs = load(config, accelerator.device)
@@ -93,7 +94,7 @@ def run(
         for line in [line for split in (inputs.train, inputs.test) if split for line in split.lines()]:
             display.say(line)
         for plan, stream in zip(todo, streams, strict=True):
-            folder = RunFolder(Path(root) / plan.place, keep=config.hardware.checkpoints)
+            folder = RunFolder(root / plan.place, keep=config.hardware.checkpoints)
             header = make_header(plan, stream, backbone, inputs.transforms, inputs.train, inputs.test, accelerator)
             held = folder.locked() if accelerator.is_main_process else nullcontext()
             with held, folder.reported(only_full=True):
@@ -174,7 +175,7 @@ class _Recorder(Observer):
         super().__init__(display)
         self.folder, self.header, self.stages, self.title = folder, header, stages, title
         self.checksums: list[str] = []
-        folder.write("config.yaml", yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True))
+        folder.write("config.yaml", to_yaml(header["config"]))
         self.tracker = Tracker(folder.path, header)
 
     def __enter__(self) -> _Recorder:

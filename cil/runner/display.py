@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cil import metrics, results
+from cil.errors import printable
 from cil.results import StageRow
 
 
@@ -27,7 +28,7 @@ class Display:
     def __enter__(self) -> Display:
         if self._console is not None:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -48,7 +49,7 @@ class Display:
     def say(self, text: str) -> None:
         """A line above the bars."""
         if self._console is not None:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def track(self, items: Iterable[Any], description: str, length: int) -> Iterator[Any]:
         """Iterate with a bar and the time left; the bar goes when the loop is over."""

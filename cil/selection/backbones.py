@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
 from cil.backbone import load_backbone
 from cil.config import BackboneConfig, Config
+from cil.config.parsing import parse, to_yaml
 from cil.config.reading import validated
-from cil.errors import CilError, ConfigError, StreamError
+from cil.errors import CilError, ConfigError, StreamError, shortened
 from cil.features import FeatureCache
 from cil.runner.checkpoint import to_json
 from cil.runner.display import Display
@@ -30,6 +30,7 @@ from cil.selection.first_tasks import FirstTasks, first_order
 from cil.selection.transferability import RANKING, SCORES, Scores, agreement, scores
 from cil.utils import hardware
 from cil.utils.files import write
+from cil.utils.paths import expand
 
 Candidate = str | Mapping[str, Any] | BackboneConfig
 
@@ -110,7 +111,7 @@ def rank_backbones(
             scored.append(result)
     ranked = tuple(sorted(scored, key=lambda one: -getattr(one.scores, by)))
     taus = agreement({score: [getattr(one.scores, score) for one in ranked] for score in SCORES})
-    ranking = Ranking(ranked, taus, Path(root) / config.name / "backbones.json")
+    ranking = Ranking(ranked, taus, expand(root) / config.name / "backbones.json")
     if accelerator.is_main_process:
         record = {
             "measure": "scores of frozen features of the first task's training images",
@@ -150,10 +151,7 @@ def _section(candidate: str | Mapping[str, Any]) -> BackboneConfig:
     """The section of a candidate: a name, a section in YAML, or a mapping."""
     raw: Any = candidate
     if isinstance(candidate, str):
-        try:
-            raw = yaml.safe_load(candidate)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--backbone {candidate}: not valid YAML: {' '.join(str(error).split())}") from None
+        raw = parse(candidate, f"--backbone {shortened(candidate)}")
         raw = {"name": raw} if isinstance(raw, str) else raw
     if not isinstance(raw, Mapping) or "name" not in raw:
         raise ConfigError(
@@ -168,7 +166,7 @@ def _title(section: BackboneConfig) -> str:
     raw = {"name": section.name, **changed}
     if len(raw) == 1:
         return section.name
-    return yaml.safe_dump(raw, sort_keys=False, default_flow_style=True, width=10_000, allow_unicode=True).strip()
+    return to_yaml(raw, default_flow_style=True, width=10_000).strip()
 
 
 @contextmanager

@@ -13,10 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from cil import metrics
 from cil.config import Config, StreamConfig
+from cil.config.parsing import to_yaml
 from cil.config.reading import validated
 from cil.errors import ConfigError, TrainingError
 from cil.learners import registry
@@ -30,6 +29,7 @@ from cil.selection.first_tasks import FirstTasks, first_order
 from cil.sweep.grid import Setting, expand_grid
 from cil.utils import hardware
 from cil.utils.files import write
+from cil.utils.paths import expand
 
 FRACTION = 0.2
 """Fraction of each class's training images to hold out, unless the configuration sets ``stream.validation``."""
@@ -134,7 +134,7 @@ def tune(
             display.say(f"{setting.learner} {result.title}  " + (result.reason or f"{100 * result.accuracy:.1f} %"))
     choices = tuple(_choice(learner, outcomes) for learner, outcomes in tried.items())
     chosen_by = WORDS[first_tasks] if first_tasks < len(WORDS) else f"first_{first_tasks}_tasks"
-    place = results / config.name
+    place = expand(results) / config.name
     record = {
         "chosen_by": chosen_by,
         "measure": "accuracy on held-out training images over all classes of these tasks, mean over seeds",
@@ -235,5 +235,5 @@ def _as_yaml(choices: Sequence[Choice], chosen_by: str) -> str:
     count = sum(len(choice.ranked) for choice in choices)
     return (
         f"# Written by cil tune: selected among {count} settings on held-out training images; see tuned.json.\n"
-        + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        + to_yaml(raw, default_flow_style=None)
     )

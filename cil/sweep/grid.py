@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from cil.config import Config, LearnerEntry, as_section
+from cil.config.names import MOST_BYTES
+from cil.config.parsing import parse, to_yaml
 from cil.config.reading import override, read_raw, validated
-from cil.errors import ConfigError
+from cil.errors import ConfigError, clipped, shortened
 
 if TYPE_CHECKING:
     from cil.runner.plan import Plan
@@ -149,22 +149,21 @@ def _axis(text: str, raw: dict[str, Any], titles: list[str]) -> Axis:
     key, equals, listed = text.partition("=")
     head, *path = key.split(".")
     if not equals or not listed.strip():
-        raise ConfigError(f"--grid {text!r}: write KEY=VALUE,VALUE, e.g. learner.lr=0.1,0.01")
-    try:
-        values = yaml.safe_load(f"[{listed}]")
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--grid {text!r}: the values are not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--grid {shortened(text)}: write KEY=VALUE,VALUE, e.g. learner.lr=0.1,0.01")
+    values = parse(f"[{listed}]", f"--grid {shortened(text)}")
     if head in ELSEWHERE and not (head in ("learner", "learners") and path):
-        raise ConfigError(f"--grid {text!r}: {head} cannot be an axis of a grid; {ELSEWHERE[head]}")
+        raise ConfigError(f"--grid {shortened(text)}: {head} cannot be an axis of a grid; {ELSEWHERE[head]}")
     texts = [flow(value) for value in values]
     for one in texts:
         if texts.count(one) > 1:
-            raise ConfigError(f"--grid {text!r}: {one} is given twice")
+            raise ConfigError(f"--grid {shortened(text)}: {clipped(one)} is given twice")
         override(raw, [f"{key}={one}"])  # a wrong key raises the same error as in `cil run`
     learner = {"learner": titles[0], "learners": path[0] if path else None}.get(head)
     axis = Axis(key, learner, tuple(values))
     if learner is not None and axis.inner in ("name", "class", "label", "orders", "seeds", "chosen_by"):
-        raise ConfigError(f"--grid {text!r}: {axis.inner} cannot be an axis of a grid; {ELSEWHERE['learners']}")
+        raise ConfigError(
+            f"--grid {shortened(text)}: {axis.inner} cannot be an axis of a grid; {ELSEWHERE['learners']}"
+        )
     return axis
 
 
@@ -196,8 +195,11 @@ def label_of(title: str, assignments: Sequence[str]) -> str:
     'ranpac_strength=10_tuner=name-lora-rank-4'
     """
     text = "_".join([title, *assignments])
-    name = re.sub(r"[^\w.=+\-]+", "-", re.sub(r"[{}\[\]'\"]", "", text)).strip("-")
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    name = re.sub(r"[^\w.=+\-]+", "-", re.sub(r"[{}\[\]'\"]", "", text)).strip("-").strip(".")
+    if len(name) <= LONGEST and len(name.encode()) <= MOST_BYTES:
+        return name
+    first = name[:LONGEST].encode()[: MOST_BYTES - 9].decode(errors="ignore")
+    return f"{first}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def plain(value: Any) -> str:
@@ -207,7 +209,7 @@ def plain(value: Any) -> str:
 
 def flow(value: Any) -> str:
     """A value as YAML on one line, which parses to the same value."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
+    text = to_yaml(value, default_flow_style=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -76,7 +76,7 @@ def write(path: Path, content: str | bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         with replacing(path) as half:
-            half.write_bytes(content.encode() if isinstance(content, str) else content)
+            half.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     return path
 
 
