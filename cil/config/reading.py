@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     where, raw = clipped(str(path), 200), _yaml(path)
     if "base" in raw:
-        raise ConfigError(f"{where}: the key base is now called extends; write extends: {shortened(raw['base'])}")
+        raise ConfigError(f"{where}: the key base is now called extends; write extends: {clipped(str(raw['base']))}")
     base = raw.pop("extends", None)
     if base is None:
         return raw

@@ -46,7 +46,7 @@ def _csv(file: TextIO, columns: int) -> Iterator[Add]:
     writer = csv.writer(file)
     writer.writerow(["path", *[f"{what}_{i}" for i in range(1, columns + 1) for what in ("class", "score")]])
     yield lambda path, ranked: writer.writerow(
-        [printable(str(path)), *[cell for name, score in ranked for cell in (printable(name), score)]]
+        [path, *[cell for name, score in ranked for cell in (printable(name), score)]]
     )
 
 
