@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cil.utils.files import replacing
+from cil.utils.paths import expand
 from cil.utils.stored import digest
 from cil.utils.units import remove_if_empty, unit_files
 
@@ -277,7 +278,7 @@ def open_store(hardware: HardwareConfig) -> FeatureStore | None:
     """The store that a configuration names; None for ``off``."""
     if hardware.feature_store == "off":
         return None
-    place = Path(hardware.feature_store).expanduser() if hardware.feature_store else default_place()
+    place = Path(hardware.feature_store) if hardware.feature_store else default_place()
     return FeatureStore(place, hardware.feature_store_gib * GIB)
 
 
@@ -286,7 +287,7 @@ def default_place() -> Path:
     from platformdirs import user_cache_path
 
     cache = os.environ.get("CIL_CACHE")
-    return (Path(cache).expanduser() if cache else user_cache_path("cil", appauthor=False)) / "features"
+    return (expand(cache) if cache else user_cache_path("cil", appauthor=False)) / "features"
 
 
 def _check_line(file: Path, features: Tensor) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from comparisons import header, rows, write
+from comparisons import falling, write
 from rich.console import Console
 from test_cli import cil  # noqa: F401 - a fixture
 
@@ -47,7 +47,7 @@ def test_names_are_escaped_on_terminals_and_in_csv(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", ODD)
 def test_names_in_comparisons_are_escaped(name, tmp_path):
     """A run's files may come from elsewhere, and from before labels were checked."""
-    write(tmp_path / "run", header(name), rows([[90], [80, 90], [70, 80, 90]]))
+    write(tmp_path, name, falling(80))
     [compared] = report.compare_runs([tmp_path])
     for width in (None, 80, 1):
         console = Console(file=io.StringIO(), width=width or 500)
@@ -107,7 +107,7 @@ def test_closed_streams_and_those_of_tests_are_left_or_replaced(monkeypatch):
 def test_a_terminal_of_any_width(columns, tmp_path, monkeypatch, capsys):
     from cil.cli.benchmark import compare
 
-    write(tmp_path / "run", header("ncm"), rows([[90], [80, 90], [70, 80, 90]]))
+    write(tmp_path, "ncm", falling(80))
     monkeypatch.setenv("COLUMNS", columns)
     compare([tmp_path])
     assert "A_last" in "".join(capsys.readouterr().out.split()) or columns == "1"

@@ -24,6 +24,7 @@ from pydantic.errors import PydanticUserError
 from cil.config.reading import validated
 from cil.config.schema import Section
 from cil.errors import PluginError, nearest
+from cil.utils.paths import expand
 
 
 def load_object(spec: str, what: str) -> Any:
@@ -37,11 +38,12 @@ def load_object(spec: str, what: str) -> Any:
 
     Raises:
         PluginError: Missing file or module, an exception while importing it, or no such name in it.
+        ConfigError: The path cannot be expanded.
     """
     place, _, attribute = spec.rpartition(":")
+    path = expand(place) if place.endswith(".py") else None
     try:
-        if place.endswith(".py"):
-            path = Path(place).expanduser()
+        if path is not None:
             if not path.is_file():
                 raise PluginError(f"{what} {spec!r}: no such file {path}")
             status = path.stat()
