@@ -187,7 +187,7 @@ def test_overrides_of_learners_that_are_none(learners):
 # ---- numbers
 
 
-@pytest.mark.parametrize("number", [-1, 2**32, 5_000_000_000, 10**5000, True, math.nan, math.inf, 0.5])
+@pytest.mark.parametrize("number", [-1, 2**32, 5_000_000_000, 10**100, True, math.nan, math.inf, 0.5])
 @pytest.mark.parametrize("key", ["orders", "seeds"])
 def test_seeds_are_those_of_numpy(key, number):
     refused(lambda: validated(Config, {"learners": ["ncm"], key: [number]}), f"{key}.0: ")
@@ -281,7 +281,7 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", PATHS, ids=range(len(PATHS)))
 def test_no_name_acts_as_a_path(name):
     with pytest.raises(ConfigError, match=r"learners\.0\.label: "):
         validated(Config, {"learners": [{"name": "ncm", "label": name}]})
@@ -334,7 +334,7 @@ def test_paths_are_expanded_or_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("UNSET", raising=False)
-    assert expand("~/r") == tmp_path / "r" and str(expand("$SCRATCH/${SCRATCH}x")) == "/scratch//scratchx"
+    assert expand("~/r") == tmp_path / "r" and str(expand("$SCRATCH/${SCRATCH}x")) == "/scratch/scratchx"
     assert str(expand("a/$5/~")) == "a/$5/~" and str(expand("caf\udce9")) == "caf\udce9"
     for wrong in ("$UNSET/x", "${UNSET}", "$EMPTY/x", "~nobody_here/x", "a\0b", "x" * 256, "a/" * 5000, "\ud800"):
         refused(lambda wrong=wrong: expand(wrong))

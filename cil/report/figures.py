@@ -12,6 +12,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cil.errors import printable
+
 # Okabe and Ito's colour-blind-safe cycle; the lower and upper bound look the same in every figure
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#44AA99", "#332288")
 LINES = ("-", "-.", ":")  # one style for each use of the whole cycle
@@ -84,13 +86,18 @@ def _draw(axes: Sequence[Any], groups: dict[str, list[dict[str, Any]]]) -> None:
             mean, spread = band(runs, key)
             stages = np.arange(1, len(mean) + 1)
             colour, line = style[name]
-            ax.plot(stages, mean, line, color=colour, marker="o", label=name)
+            ax.plot(stages, mean, line, color=colour, marker="o", label=_plain(name))
             if len(runs) > 1:
                 ax.fill_between(stages, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         ax.set(xlabel="stage", ylabel=label)
         ax.grid(alpha=0.25)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylim(0, 102)
+
+
+def _plain(text: str) -> str:
+    """A name for matplotlib, which would set what is between two dollar signs as a formula, or fail to."""
+    return printable(text).replace("$", r"\$")
 
 
 def _columns(names: Iterable[str], width: float, size: float) -> int:
@@ -112,7 +119,7 @@ def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
         figure.legend(handles, names, frameon=False, fontsize=8, ncols=columns, loc="outside lower center")
     else:
         axes[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     return figure
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from cil.errors import printable
 from cil.report import figures
 from cil.report.columns import COLUMNS, Column
 from cil.report.comparison import Comparison
@@ -60,7 +61,9 @@ def page(compared: Sequence[Comparison], columns: Sequence[Column] = COLUMNS) ->
         compared: The comparisons.
         columns: Columns of the tables.
     """
-    environment = Environment(loader=PackageLoader("cil.report", "assets"), autoescape=True, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("cil.report", "assets"), autoescape=True, trim_blocks=True, finalize=_shown
+    )
     # keeps the order of the dictionaries, and saves a quarter of the bytes of long runs
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
     return environment.get_template("page.html").render(
@@ -69,6 +72,11 @@ def page(compared: Sequence[Comparison], columns: Sequence[Column] = COLUMNS) ->
         style=_palette() + _asset("page.css"),
         script=_asset("charts.js") + _asset("scatter.js") + _asset("page.js"),
     )
+
+
+def _shown(value: Any) -> Any:
+    """A value for the page, where autoescaping leaves control characters and invisible marks as they are."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _asset(name: str) -> Markup:
@@ -140,7 +148,7 @@ def _data(compared: Comparison) -> dict[str, Any]:
         costs = {key: row.values(key) for key in COSTS}
         lines.append(
             {
-                "title": row.title,
+                "title": printable(row.title),
                 "colour": row.title if bound else str(figures.CYCLE.index(colour)),
                 "dash": DASHES[line],
                 "shown": len(compared.rows) <= MOST_AT_FIRST or i < MOST_AT_FIRST - 2 or bound,

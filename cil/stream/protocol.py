@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cil.errors import StreamError, nearest
+from cil.errors import StreamError, nearest, shortened
 
 Order = int | str | Sequence[int] | Sequence[str]
 
@@ -37,7 +37,7 @@ def class_order(names: Sequence[str], order: Order) -> list[int]:
         return list(range(count))
     if isinstance(order, str):
         raise StreamError(
-            f"orders: unknown class order {order!r}; allowed: natural, an integer seed, a list of classes"
+            f"orders: unknown class order {shortened(order)}; allowed: natural, an integer seed, a list of classes"
         )
     if isinstance(order, (int, np.integer)):
         return [int(c) for c in np.random.RandomState(int(order)).permutation(count)]
@@ -45,7 +45,7 @@ def class_order(names: Sequence[str], order: Order) -> list[int]:
     positions = []
     for item in order:
         if isinstance(item, str) and item not in position:
-            raise StreamError(f"orders: class {item!r} is not in the dataset{nearest(item, names)}")
+            raise StreamError(f"orders: class {shortened(item)} is not in the dataset{nearest(item, names)}")
         positions.append(position[item] if isinstance(item, str) else int(item))
     if sorted(positions) != list(range(count)):
         missing = [names[i] for i in range(count) if i not in set(positions)][:5]
@@ -89,7 +89,8 @@ def task_sizes(
                 else task_sizes(count, increment=min(count, 10))
             )
             raise StreamError(
-                f"stream.sizes: {list(sizes)} adds up to {total}, the dataset has {count} classes; would fit: {fit}"
+                f"stream.sizes: {shortened(list(sizes))} adds up to {total}, the dataset has {count} classes; "
+                f"would fit: {shortened(fit)}"
             )
         return list(sizes)
     if increment is None:
