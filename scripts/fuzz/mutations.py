@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,18 @@ def case(number: int, seed: int, known: list[tuple[Path, bytes]]) -> Case:
     """The configuration of this number; the same for the same seed."""
     rng = random.Random(f"{seed} {number}")
     folder, text = rng.choice(known)
-    raw = parse(text.decode(), "seed")
+    raw = _parsed(text)
     overrides = [_override(rng, raw) for _ in range(rng.choice((0, 0, 1, 2)))]
     if rng.random() < 0.6:
         text = _values(rng, raw)
     for _ in range(rng.choice((0, 0, 0, 1, 2))):
         text = rng.choice(BYTES)(rng, text or b" ")
     return Case(folder, text, tuple(overrides))
+
+
+@cache
+def _parsed(text: bytes) -> Any:
+    return parse(text.decode(), "seed")
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -149,7 +155,11 @@ def _values(rng: random.Random, raw: Any) -> bytes:
 
 def _override(rng: random.Random, raw: Any) -> str:
     """An override of something in the configuration, of something near it, or of nothing."""
-    path = [str(key) for key in rng.choice(places(raw))]
+    place = list(rng.choice(places(raw)))
+    if place[:1] == ["learners"] and len(place) > 1 and rng.random() < 0.8:
+        entry = raw["learners"][place[1]]
+        place[1] = entry.get("label", entry.get("name")) if isinstance(entry, dict) else entry
+    path = list(map(str, place))
     if rng.random() < 0.4:
         path[rng.randrange(len(path))] = rng.choice((*KEYS, "0", "-1", "*"))
     if rng.random() < 0.2:
@@ -160,7 +170,7 @@ def _override(rng: random.Random, raw: Any) -> str:
 def _flip(rng: random.Random, text: bytes) -> bytes:
     changed = bytearray(text)
     for _ in range(rng.randint(1, 4)):
-        changed[rng.randrange(len(changed))] = rng.randrange(256)
+        changed[rng.randrange(len(changed))] = rng.randrange(rng.choice((128, 128, 128, 256)))
     return bytes(changed)
 
 
