@@ -48,8 +48,8 @@ def prepare_streams() -> None:
         if stream is None:  # closed by the caller
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif type(stream) is io.TextIOWrapper:
-            buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            setattr(sys, name, Output(stream.buffer, encoding=stream.encoding, errors="replace", **buffering))
+            at_once = stream.line_buffering
+            setattr(sys, name, Output(stream.buffer, stream.encoding, "replace", line_buffering=at_once))
 
 
 def say(text: str, *, err: bool = False, file: TextIO | None = None) -> None:

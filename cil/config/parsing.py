@@ -59,10 +59,10 @@ def parse(text: str, where: str) -> Any:
         ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = clipped(error.problem or error.context or "", 200)
         advice = "; indent with spaces" if "'\\t'" in problem else ""
-        raise ConfigError(f"{where}: not valid YAML: {line}{problem}{advice}") from None
+        raise ConfigError(f"{where}: not valid YAML: {place}{problem}{advice}") from None
 
 
 def to_yaml(value: Any, **options: Any) -> str:
