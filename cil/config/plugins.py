@@ -23,7 +23,7 @@ from pydantic.errors import PydanticUserError
 
 from cil.config.reading import validated
 from cil.config.schema import Section
-from cil.errors import PluginError, nearest
+from cil.errors import PluginError, clipped, nearest, shortened
 from cil.utils.paths import expand
 
 
@@ -41,11 +41,12 @@ def load_object(spec: str, what: str) -> Any:
         ConfigError: The path cannot be expanded.
     """
     place, _, attribute = spec.rpartition(":")
+    named = f"{what} {clipped(repr(spec), 200)}"
     path = expand(place) if place.endswith(".py") else None
     try:
         if path is not None:
             if not path.is_file():
-                raise PluginError(f"{what} {spec!r}: no such file {path}")
+                raise PluginError(f"{named}: no such file {clipped(str(path), 150)}")
             status = path.stat()
             module = _run_file(path.resolve(), status.st_mtime_ns, status.st_size)
         else:
@@ -53,10 +54,15 @@ def load_object(spec: str, what: str) -> Any:
     except PluginError:
         raise
     except Exception as error:  # the user's own code may fail in any way
-        raise PluginError(f"{what} {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
+        raise PluginError(
+            f"{named}: importing {clipped(place, 150)} failed with {type(error).__name__}: {clipped(str(error), 150)}"
+        ) from error
     if not hasattr(module, attribute):
         own = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__]
-        raise PluginError(f"{what} {spec!r}: {place} has no {attribute!r}{nearest(attribute, own)}; it defines {own}")
+        raise PluginError(
+            f"{named}: {clipped(place, 150)} has no {shortened(attribute)}{nearest(attribute, own)}; "
+            f"it defines {shortened(own)}"
+        )
     return getattr(module, attribute)
 
 
@@ -154,7 +160,9 @@ class CustomObject(Section):
         """
         custom, kind = load_object(spec, cls.what), cls.kind()
         if not (isinstance(custom, type) and issubclass(custom, kind)):
-            raise PluginError(f"{cls.what} {spec!r} is {custom!r}; it must be a subclass of {kind.__name__}")
+            raise PluginError(
+                f"{cls.what} {clipped(repr(spec), 200)} is {shortened(custom)}; it must be a subclass of {kind.__name__}"
+            )
         return custom
 
     @model_validator(mode="before")
@@ -168,7 +176,8 @@ class CustomObject(Section):
         try:
             filled = arguments(cls.resolve(spec), values, given=cls.given, skip=(*cls.skip, *ours))
         except PluginError as error:
-            raise PluginError(str(error) if spec in str(error) else f"{cls.what} {spec!r}: {error}") from error
+            shown = clipped(repr(spec), 200)
+            raise PluginError(str(error) if shown in str(error) else f"{cls.what} {shown}: {error}") from error
         return {**{key: value for key, value in raw.items() if key in ours}, **filled}
 
     @model_serializer(mode="wrap")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cil.config import LearnerEntry, as_section
 from cil.config.plugins import load_object
 from cil.config.reading import validated
-from cil.errors import PluginError, nearest
+from cil.errors import PluginError, nearest, shortened
 
 if TYPE_CHECKING:
     from cil.backbone import Backbone
@@ -69,17 +69,18 @@ def resolve(spec: str) -> type[Learner]:
             cls = installed()[spec].load()
         except Exception as error:  # importing another package may fail in any way
             raise PluginError(
-                f"learner {spec!r} (entry point {installed()[spec].value}): {type(error).__name__}: {error}"
+                f"learner {shortened(spec)} (entry point {installed()[spec].value}): {type(error).__name__}: {error}"
             ) from error
     else:
         known = sorted([*BUILTIN, *installed()])
         raise PluginError(
-            f"unknown learner {spec!r}{nearest(spec, known)}; known: {', '.join(known)}, or class: file.py:Class"
+            f"unknown learner {shortened(spec)}{nearest(spec, known)}; known: {', '.join(known)}, "
+            "or class: file.py:Class"
         )
     from cil.learner import Learner
 
     if not (isinstance(cls, type) and issubclass(cls, Learner)):
-        raise PluginError(f"learner {spec!r} is {cls!r}; it must be a subclass of cil.Learner")
+        raise PluginError(f"learner {shortened(spec)} is {shortened(cls)}; it must be a subclass of cil.Learner")
     return cls
 
 
