@@ -160,9 +160,8 @@ class CustomObject(Section):
         """
         custom, kind = load_object(spec, cls.what), cls.kind()
         if not (isinstance(custom, type) and issubclass(custom, kind)):
-            raise PluginError(
-                f"{cls.what} {clipped(repr(spec), 200)} is {shortened(custom)}; it must be a subclass of {kind.__name__}"
-            )
+            named = f"{cls.what} {clipped(repr(spec), 200)}"
+            raise PluginError(f"{named} is {shortened(custom)}; it must be a subclass of {kind.__name__}")
         return custom
 
     @model_validator(mode="before")
