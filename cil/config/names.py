@@ -20,12 +20,12 @@ def check_name(name: str) -> str:
         ValueError: It is empty or too long, would lead elsewhere or hide the folder, or is the name of another file.
     """
     problem = None
-    if name != name.strip(" ."):
-        problem = "begins or ends with a space or a dot"
-    elif not name:
+    if not name:
         problem = "is empty"
     elif "/" in name or "\\" in name:
         problem = "has a slash or backslash"
+    elif name != name.strip(" ."):
+        problem = "begins or ends with a space or a dot"
     elif not name.isprintable():
         problem = "has a control character or an invisible one"
     elif len(name.encode()) > MOST_BYTES:
