@@ -1,7 +1,9 @@
 """The frozen backbone, and the hooks through which a tuner changes its forward pass."""
 
-from cil.backbone.backbone import EMBEDDED, FROZEN, Backbone, embedded_card, fingerprint, load_backbone, read_tensors
+from cil.backbone.backbone import FROZEN, Backbone, fingerprint
+from cil.backbone.loading import EMBEDDED, embedded_card, load_backbone
 from cil.backbone.vit import Tuner
+from cil.backbone.weights import read_tensors
 
 __all__ = [
     "EMBEDDED",
