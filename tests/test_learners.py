@@ -236,6 +236,20 @@ class Overflows(Good):
         }
 
 
+class TrainsNothing(Good):
+    """Gives an optimiser a parameter that its loss does not use."""
+
+    def __init__(self, config, backbone):
+        super().__init__(config, backbone)
+        self.used, self.unused = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+
+    def learn(self, task, ctx):
+        super().learn(task, ctx)
+        optimizer = torch.optim.SGD([self.used, self.unused], 0.1)
+        self.used.square().sum().backward()
+        optimizer.step()
+
+
 class Guesses(Good):
     """Always answers the last class."""
 
@@ -262,6 +276,7 @@ BROKEN = {
     "old_images_are_gone": HoardsImages,
     "test_data_unreachable": Peeks,
     "bfloat16": Overflows,
+    "trains_all_it_should": TrainsNothing,
     "learns": Guesses,
     "documented": NoDocstring,
 }
@@ -279,6 +294,11 @@ def test_the_check_catches_it(name):
             _with_weights_restored(lambda: CHECKS[name](Case(cls)))
         else:
             CHECKS[name](Case(cls))
+
+
+def test_what_is_not_trained_is_named():
+    with pytest.raises(AssertionError, match="stage 0: no step of an optimiser had a gradient of unused;"):
+        CHECKS["trains_all_it_should"](Case(TrainsNothing))
 
 
 def _with_weights_restored(run):

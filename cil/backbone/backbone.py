@@ -45,6 +45,12 @@ class Backbone(nn.Module):
         return self.tuned_forward.model
 
     @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images, from the data configuration or else from the model."""
+        timm_model: Any = self.model
+        return tuple(self.data_config.get("input_size") or (3, *timm_model.patch_embed.img_size))
+
+    @property
     def device(self) -> torch.device:
         """Device of the frozen weights."""
         return next(self.model.parameters()).device

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from cil.errors import StreamError
+from cil.errors import StreamError, TrainingError
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, check_trained
 from cil.results import Costs, StageRow
@@ -20,6 +20,7 @@ from cil.runner.evaluation import Predictions, count_correct, evaluate
 from cil.store import FeatureStore
 from cil.stream import Stream, Task
 from cil.utils import hardware
+from cil.utils.gradients import watched_gradients
 
 
 class Observer:
@@ -107,6 +108,7 @@ def run_stages(
     Raises:
         StreamError: The learner is not defined on this kind of stream.
         RunError: The folder's state is damaged or belongs to another learner, or the disk is full.
+        TrainingError: Training failed, or trained nothing of a tensor that it should train.
     """
     require_supported(type(learner), stream)
     accelerator = accelerator or hardware.accelerator("auto")
@@ -156,7 +158,8 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         The stage's row of ``metrics.json``, and the predictions for every test image of the tasks so far.
 
     Raises:
-        TrainingError: The learner's parameters are not finite.
+        TrainingError: The learner's parameters are not finite, or in the first stage a tensor that an optimiser was given
+            never had a gradient.
     """
     learner, cache = session.learner, session.cache
     accelerator, logged = cache.accelerator, list[tuple[str, float]]()
@@ -164,7 +167,10 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
     passes, read, started = learner.backbone.passes + cache.passes_saved, cache.read, time.perf_counter()
     learner.begin(task, ctx)
     learner.train()
-    learner.learn(task, ctx)
+    if task.index == 0:
+        _learn_first(learner, task, ctx)
+    else:
+        learner.learn(task, ctx)
     learner.eval()
     check_trained(ctx)
     train_passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
@@ -193,6 +199,25 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         "histograms": ctx.histograms,
     }
     return row, predictions
+
+
+def _learn_first(learner: Learner, task: Task, ctx: Context) -> None:
+    """Learn the first task, and refuse to continue if a part of what is trained is not trained at all.
+
+    Later tasks are not watched: there an optimiser may be given the rows of old classes, which have no gradient.
+
+    Raises:
+        TrainingError: An optimiser was given a tensor that never had a gradient.
+    """
+    with watched_gradients() as gradients:
+        learner.learn(task, ctx)
+    if never := gradients.never(learner):
+        shown = ", ".join(never[:3]) + (f" and {len(never) - 3} more" if len(never) > 3 else "")
+        raise TrainingError(
+            f"{learner.name or type(learner).__name__}, stage {task.index}: no step of an optimiser had a gradient of "
+            f"{shown}; the backbone or the loss does not use what it should train: choose another tuner or other "
+            "targets, or do not give it to the optimiser"
+        )
 
 
 def require_supported(cls: type[Learner], stream: Stream) -> None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cil.errors import CilError
+from cil.errors import CilError, TrainingError
 from cil.learner import Learner
 from cil.runner.checkpoint import RunFolder
 from cil.testing.isolation import (
@@ -200,6 +200,14 @@ def check_learns(case: Case) -> None:
     )
 
 
+def check_trains_all_it_should(case: Case) -> None:
+    """Every tensor that an optimiser is given in the first task has a gradient in at least one step."""
+    try:
+        case.after(1)
+    except TrainingError as error:
+        raise AssertionError(str(error)) from None
+
+
 def check_documented(case: Case) -> None:
     """The class has a docstring, names its source, and describes its own hyper-parameters."""
     require(bool((case.cls.__doc__ or "").strip()), "the class has no docstring")
@@ -228,6 +236,7 @@ CHECKS: dict[str, Check] = {
         check_old_images_are_gone,
         check_test_data_unreachable,
         check_bfloat16,
+        check_trains_all_it_should,
         check_learns,
         check_documented,
     )

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from cil.backbone.vit import Tuner
 from cil.errors import BackboneError, nearest
 from cil.tuning.frozen import Frozen, shared_tree, tie_buffers
 from cil.tuning.peft_config import Kind, make_config, require_targets
-from cil.utils.randomness import isolated
+from cil.tuning.peft_tree import adapter_modules, inject, layers_of, uncalled
 
 KEYS = "base_model.model."
 """Prefix of every layer's name in PEFT's files."""
@@ -43,9 +42,13 @@ class PeftTuner(Tuner):
     ============ ================================================================================== ===================
 
     Before training, none of them changes the features (OSF and DoRA up to rounding). They fit every timm model that has
-    the target layers. Which adapters are *active* (part of the forward pass; LoRA's updates add up) and which are
-    *trainable* are two settings, checked after every change. The state dict contains only the adapters' tensors; before
-    loading one, ``add`` the adapters it names.
+    the target layers and calls them. Some attentions (BEiT, EVA, DINOv3 with biases, Swin V2) only read the weight of
+    such a layer, so that PEFT's layer would never run: there LoRA without dropout adds its ΔW to the weights instead,
+    and the other kinds are refused. One blank image is sent through the backbone to find such layers.
+
+    Which adapters are *active* (part of the forward pass; LoRA's updates add up) and which are *trainable* are two
+    settings, checked after every change. The state dict contains only the adapters' tensors; before loading one,
+    ``add`` the adapters it names.
 
     Args:
         backbone: The frozen backbone; it is never modified.
@@ -62,7 +65,8 @@ class PeftTuner(Tuner):
 
     Raises:
         BackboneError: A target matches no layer, an option is unknown, an argument belongs to another kind, the name is
-            bad, or an option would modify the frozen weights.
+            bad, an option would modify the frozen weights, or the backbone never calls a target layer and the kind is
+            not LoRA without dropout.
     """
 
     rides_blocks = False
@@ -85,6 +89,8 @@ class PeftTuner(Tuner):
         require_targets(backbone.model, targets)
         self._config = make_config(kind, rank, alpha, dropout, targets, dict(options or {}))
         self._frozen = Frozen(backbone.model)
+        self._input_size = backbone.input_size
+        self._reads_weights = False  # whether the backbone reads the weights of some layers without calling them
         self._tree = [shared_tree(backbone.model)]  # in a list, or the frozen weights would become part of this module
         self.layers = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
@@ -96,7 +102,16 @@ class PeftTuner(Tuner):
     def model(self, model: nn.Module) -> nn.Module:
         if model is not self._frozen.model:
             raise BackboneError(f"this {self.kind} tuner was built on another backbone; build one on this backbone")
-        return self._tree[0]
+        return model if self._reads_weights else self._tree[0]
+
+    def weights(self) -> Mapping[str, Tensor]:
+        if not self._reads_weights:
+            return {}
+        return {
+            f"{key}.weight": layer.get_base_layer().weight
+            + sum(layer.get_delta_weight(name) for name in self._active if name in layer.lora_A)
+            for key, layer in layers_of(self._tree[0])
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,8 +161,8 @@ class PeftTuner(Tuner):
         """Draw initial values again for the trainable adapters; the others do not change."""
         for name in self._trainable:
             tree = shared_tree(self._frozen.model)  # a second tree with one adapter, to copy its initial values
-            _inject(tree, self._tree[0].peft_config[name], name, generator)  # type: ignore[index]
-            values = dict(_adapter_modules(tree).named_parameters())
+            inject(tree, self._tree[0].peft_config[name], name, generator)  # type: ignore[index]
+            values = dict(adapter_modules(tree).named_parameters())
             with torch.no_grad():
                 for key, value in self._of(name):
                     value.copy_(values[key.removeprefix("layers.")])
@@ -162,7 +177,7 @@ class PeftTuner(Tuner):
         (name,) = self._known(name)
         if self.kind not in ("lora", "osf") or getattr(self._config, "use_dora", False):
             raise BackboneError(f"{self.kind}: only lora and osf add a ΔW to the weights")
-        layers = dict(_layers(self._tree[0]))
+        layers = dict(layers_of(self._tree[0]))
         return {f"{key}.weight": layer.get_delta_weight(name).detach().clone() for key, layer in layers.items()}
 
     def save(self, folder: str | Path, name: str = "default") -> None:
@@ -228,7 +243,7 @@ class PeftTuner(Tuner):
         copied.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         tie_buffers(copied._tree[0], copied._frozen.model)
         if self.kind == "osf":  # deepcopy does not copy the tensors' gradient hooks
-            for _, layer in _layers(copied._tree[0]):
+            for _, layer in layers_of(copied._tree[0]):
                 layer.hook_handles.clear()
                 for name in copied.names:
                     layer._attach_hooks(name)
@@ -238,10 +253,33 @@ class PeftTuner(Tuner):
         known = self.names if hasattr(self._tree[0], "peft_config") else ()
         if name in known or not name or "." in name:
             raise BackboneError(f"adapter name {name!r} is taken, empty or has a dot; there are {', '.join(known)}")
-        _inject(self._tree[0], copy.deepcopy(config), name, generator)
-        self.layers = _adapter_modules(self._tree[0])
+        inject(self._tree[0], copy.deepcopy(config), name, generator)
+        self.layers = adapter_modules(self._tree[0])
         self.train(self.training)  # a new dropout starts in training mode
         self._apply_settings()
+        self._reads_weights = self._uses_weights_only(config)
+
+    def _uses_weights_only(self, config: Any) -> bool:
+        """Whether the backbone reads the weights of some target layers instead of calling the layers.
+
+        Raises:
+            BackboneError: It does, and an adapter of this configuration would train nothing.
+        """
+        layers = dict(layers_of(self._tree[0]))
+        unused = uncalled(self._tree[0], layers, self._input_size)
+        if not unused:
+            return False
+        plain = self.kind == "lora" and not config.use_dora
+        if plain and not config.lora_dropout and not config.lora_bias:
+            return True
+        reader = type(self._frozen.model.get_submodule(unused[0].rpartition(".")[0])).__name__
+        called = sorted({key.rsplit(".", 1)[-1] for key in layers if key not in unused})
+        others = f", give other targets ({', '.join(called)})" if called else ", give other targets"
+        raise BackboneError(
+            f"{self.kind}{' with dropout or a bias' if plain else ''}: {len(unused)} target layers, {unused[0]} … "
+            f"{unused[-1]}, are read, not called, by {reader}, so the tuner would train nothing; use lora without "
+            f"dropout{others}, or a tuner of weights such as bitfit"
+        )
 
     def _known(self, names: str | Iterable[str]) -> tuple[str, ...]:
         chosen = (names,) if isinstance(names, str) else tuple(names)
@@ -260,47 +298,15 @@ class PeftTuner(Tuner):
         from peft.functional import set_requires_grad
 
         tree = self._tree[0]
-        for _, layer in _layers(tree):
+        for _, layer in layers_of(tree):
             layer.set_adapter(list(self._active), inference_mode=True)
         set_requires_grad(tree, list(self._trainable), requires_grad=True)
         # PEFT leaves older adapters trainable after adding one, and its versions differ in this: check the result
         wrong = [k for k, p in self.named_parameters() if p.requires_grad != (k.split(".")[3] in self._trainable)]
         wrong += [key for key, p in self._frozen.model.named_parameters() if p.requires_grad]
-        wrong += [key for key, layer in _layers(tree) if tuple(layer.active_adapters) != self._active]
+        wrong += [key for key, layer in layers_of(tree) if tuple(layer.active_adapters) != self._active]
         if wrong:
             raise RuntimeError(
                 f"PEFT did not set active {self._active} and trainable {self._trainable} at {wrong[:3]}: "
                 "please report this with the version of peft"
             )
-
-
-def _layers(tree: nn.Module) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return ((name, module) for name, module in tree.named_modules() if isinstance(module, BaseTunerLayer))
-
-
-def _adapter_modules(tree: nn.Module) -> nn.ModuleDict:
-    """The modules that PEFT added to the tree: the same objects, so that moving and loading them changes the tree."""
-    return nn.ModuleDict(
-        {
-            name.replace(".", "/"): nn.ModuleDict(
-                {part: child for part, child in layer.named_children() if part != "base_layer"}
-            )
-            for name, layer in _layers(tree)
-        }
-    )
-
-
-def _inject(tree: nn.Module, config: Any, name: str, generator: torch.Generator) -> None:
-    from peft import inject_adapter_in_model
-
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    try:
-        with isolated(seed), warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Invalid `")  # OFT would silently use another block size
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are intended
-            inject_adapter_in_model(config, tree, adapter_name=name)
-    except (ValueError, TypeError, KeyError, UserWarning) as error:
-        getattr(tree, "peft_config", {}).pop(name, None)
-        raise BackboneError(f"PEFT refuses: {str(error).splitlines()[0]}") from None

@@ -30,8 +30,12 @@ def require_targets(model: nn.Module, targets: Iterable[str] | str) -> None:
 
     for target in [targets] if isinstance(targets, str) else sorted(targets):
         if not matches(target):
+            separate = ("q_proj", "k_proj", "v_proj")  # what other models have instead of one qkv
+            hint = nearest(target, linear)
+            if target == "qkv" and set(separate) <= set(linear):
+                hint = f", give targets: [{', '.join(separate)}]"
             raise BackboneError(
-                f"targets: no layer of {type(model).__name__} matches {target!r}{nearest(target, linear)}; "
+                f"targets: no layer of {type(model).__name__} matches {target!r}{hint}; "
                 f"its linear layers: {', '.join(linear)}"
             )
 
