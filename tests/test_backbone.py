@@ -62,11 +62,11 @@ def test_equals_timm_when_nothing_rides_along(variant):
     ("name", "options"),
     [
         pytest.param("swin_tiny_patch4_window7_224", {}, marks=pytest.mark.slow),
-        ("eva02_tiny_patch14_224", {"depth": 2}),
+        ("eva02_tiny_patch14_224", {"depth": 2, "use_post_norm": True}),
         ("resnet18", {}),
         ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock, "depth": 2}),
     ],
-    ids=["swin", "eva", "resnet", "post-norm blocks"],
+    ids=["swin", "eva with post-norm blocks", "resnet", "post-norm blocks"],
 )
 def test_other_families_give_features_and_refuse_token_tuners(name, options):
     with isolated(0):

@@ -1,4 +1,4 @@
-"""The forward pass of a ViT with a tuner. This is the only file that depends on timm's block layout.
+"""The forward pass of a ViT with a tuner. This file and ``views.py`` alone depend on timm's block layout.
 
 A :class:`Tuner` adds trainable parameters to a frozen vision transformer. The forward pass calls its hooks after the
 position embedding, around every block and before pooling, and asks ``weights`` for replacement weights. The transformer
@@ -13,38 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
+from cil.backbone.views import Place, PlainView, View, attend, require_views, started
 from cil.errors import BackboneError
-
-
-def require_plain_vit(model: nn.Module) -> None:
-    """Refuse models that token-level tuners do not fit.
-
-    Raises:
-        BackboneError: The model is not timm's VisionTransformer, or has other blocks than its plain pre-norm ``Block``
-            or another attention than its plain ``Attention`` without a gate.
-    """
-    what = ""
-    if not isinstance(model, VisionTransformer):
-        what = type(model).__name__
-    else:
-        for block in model.blocks:
-            attention = getattr(block, "attn", None)
-            if type(block) is not Block:
-                what = f"one with {type(block).__name__}"
-            elif type(attention) is not Attention:
-                what = f"one with {type(attention).__name__}"
-            elif getattr(attention, "gate", None) is not None:
-                what = "one with gated attention"
-    if what:
-        raise BackboneError(
-            "token-level tuners fit timm's VisionTransformer with plain pre-norm blocks (ViT, DeiT, CLIP, DINOv2, "
-            f"SigLIP); this backbone is {what}. Tuners that change weights (LoRA, BitFit, full) and learners on frozen "
-            "features work with it"
-        )
 
 
 def attention_input(block: Any, tokens: Tensor) -> Tensor:
@@ -78,7 +50,7 @@ def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor, *,
     The prefix is split over the heads as it is: neither the qkv projection nor the key norm is applied to it.
 
     Args:
-        block: A plain ``Block``.
+        block: A plain ``Block``, or the view of a block of another family.
         tokens: [B, N, D], not yet normalised.
         keys: Keys [P, A], or [B, P, A] with one prefix per image; A is the attention width, heads × head width.
         values: Values, of the same shape as ``keys``.
@@ -88,61 +60,81 @@ def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor, *,
     Returns:
         [B, N, D].
     """
-    attention = block.attn
-    qkv = attention.qkv(block.norm1(tokens)).unflatten(2, (3, attention.num_heads, attention.head_dim))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head width] each
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    view = block if isinstance(block, View) else PlainView(block)
+    attention = view.block.attn
+    u = view.norm1(tokens)
+    q, k, v = view.qkv(u)  # [B, heads, N, head width] each
+    mask = view.mask(tokens.shape[1])
 
     def over_heads(prefix: Tensor, own: Tensor) -> Tensor:
-        heads = prefix.to(own.dtype).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(-3, -2)
+        heads = prefix.to(own.dtype).unflatten(-1, (own.shape[1], own.shape[3])).transpose(-3, -2)
         return heads.expand(tokens.shape[0], -1, -1, -1)  # len() would fix the batch size of an exported program
 
-    def attend(k: Tensor, v: Tensor) -> Tensor:
-        if attention.fused_attn:
-            dropout = attention.attn_drop.p if attention.training else 0.0
-            return functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        # timm's explicit computation, which is faster on some machines
-        return attention.attn_drop((q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-
     keys, values = over_heads(keys, k), over_heads(values, v)
+    if mask is not None:
+        mask = torch.cat([mask.new_zeros(*mask.shape[:-1], keys.shape[2]), mask], dim=-1)
     # with compensation the prefix takes part in the joint softmax with values of 0, and has a separate softmax as well
     shared = torch.zeros_like(values) if compensate else values
-    mixed = attend(torch.cat([keys, k], dim=2), torch.cat([shared, v], dim=2))
+    mixed = attend(attention, q, torch.cat([keys, k], dim=2), torch.cat([shared, v], dim=2), mask)
     if compensate and keys.shape[2]:
-        mixed = mixed + attend(keys, values)
-    mixed = attention.norm(mixed.transpose(1, 2).flatten(2))
-    return block.ls1(attention.proj_drop(attention.proj(mixed)))
+        mixed = mixed + attend(attention, q, keys, values, None)
+    return view.ls1(view.mix(u, mixed))
 
 
 def attention_width(model: Any) -> int:
-    """The width of keys and values, heads × head width; it equals D in most models."""
-    attention = model.blocks[0].attn
-    return int(attention.num_heads * attention.head_dim)
+    """The width A of keys and values, heads × head width; it equals D in most models."""
+    return int(model.blocks[0].attn.proj.in_features)
 
 
 def class_position(model: Any) -> Tensor:
     """The position embedding of the class token, [1, 1, D]; zeros if the model has none."""
-    if model.pos_embed is None or model.no_embed_class or not model.has_class_token:
+    if model.pos_embed is None or getattr(model, "no_embed_class", False) or model.cls_token is None:
         return torch.zeros(1, 1, int(model.embed_dim), device=next(model.parameters()).device)
     return model.pos_embed[:, :1]
 
 
-def affine_layers(model: nn.Module) -> list[str]:
-    """Names of the layers whose outputs scale-and-shift tuning (SSF) changes.
+def key_value_rows(model: Any, i: int) -> dict[str, int]:
+    """Where block i's weights compute keys and values: name of each weight → its first such row.
 
-    These are the patch projection; both norms, qkv, the attention projection and the MLP's linear layers of every
-    block; and the final norm (``fc_norm`` in models where timm applies it after pooling).
+    One fused weight computes both, in this order; separate ones are two entries, keys first.
 
     Raises:
-        BackboneError: The model is not a plain ViT, see :func:`require_plain_vit`.
+        BackboneError: Several heads of queries share keys and values.
     """
-    require_plain_vit(model)
+    attention, at = model.blocks[i].attn, f"blocks.{i}.attn"
+    width = attention_width(model)
+    if attention.qkv is not None:
+        return {f"{at}.qkv.weight": width}
+    if attention.k_proj.out_features != width:
+        raise BackboneError(
+            f"lora_kv: heads share keys and values in {at} ({attention.k_proj.out_features} of {width} rows), which "
+            "this tuner has no parameters for; use lora with targets: [k_proj, v_proj]"
+        )
+    return {f"{at}.k_proj.weight": 0, f"{at}.v_proj.weight": 0}
+
+
+def affine_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The layers whose outputs scale-and-shift tuning (SSF) changes, with the names of their biases.
+
+    These are the patch projection; both norms, the projections of the attention and the MLP's linear layers of every
+    block; and the final norm (``fc_norm`` in models where timm applies it after pooling). A layer has one bias, of its
+    own name. Only where timm keeps three biases beside a fused qkv, the layer has these, each for a third of the rows.
+
+    Raises:
+        BackboneError: The model's blocks have no views, see :func:`cil.backbone.views.require_views`.
+    """
+    require_views(model)
     names = ["patch_embed.proj"]
+    biases: dict[str, tuple[str, ...]] = {}
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
         linear = [name for name, layer in block.mlp.named_modules() if isinstance(layer, nn.Linear)]
-        inside = ["norm1", "attn.qkv", "attn.proj", "norm2", *(f"mlp.{name}" for name in linear)]
+        fused = block.attn.qkv is not None
+        projections = ["attn.qkv"] if fused else ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
+        inside = ["norm1", *projections, "attn.proj", "norm2", *(f"mlp.{name}" for name in linear)]
         names += [f"blocks.{i}.{name}" for name in inside]
-    return names + final_norms(model)
+        if fused and getattr(block.attn, "q_bias", None) is not None:
+            biases[f"blocks.{i}.attn.qkv"] = tuple(f"blocks.{i}.attn.{part}_bias" for part in "qkv")
+    return {name: biases.get(name, (f"{name}.bias",)) for name in names + final_norms(model)}
 
 
 def final_norms(model: nn.Module) -> list[str]:
@@ -168,8 +160,11 @@ class Tuner(nn.Module):
     """A small trainable module inserted into a frozen ViT. A hook that is not overridden changes nothing."""
 
     rides_blocks: bool = True
-    """Whether the tuner needs the hooks on tokens and blocks, and thus a plain ViT. A tuner that only replaces weights
-    or modules sets it to False and fits any timm model."""
+    """Whether the tuner needs the hooks on tokens and blocks, and thus a ViT whose blocks have views. A tuner that only
+    replaces weights or modules sets it to False and fits any timm model."""
+    prompts_at: Place = "end"
+    """Where the tuner inserts tokens of its own, if it does: ``front``, right behind the model's class and register
+    tokens, or ``end``, after all tokens. Models with rotary or relative positions must know it."""
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw initial values again from ``generator`` (on the CPU); by default there is nothing to draw."""
@@ -215,9 +210,9 @@ class TunedForward(nn.Module):
         vit: Any = self.model if tuner is None else tuner.model(self.model)  # timm's modules are not typed
         if tuner is None or not tuner.rides_blocks:
             return vit.forward_head(vit.forward_features(images), pre_logits=True)
-        require_plain_vit(vit)
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        require_views(vit)
+        tokens, blocks = started(vit, images, tuner.prompts_at)
         tokens = tuner.embed(tokens)
-        for i, block in enumerate(vit.blocks):
+        for i, block in enumerate(blocks):
             tokens = tuner.block(i, block, tokens)
         return tuner.pool(vit, vit.norm(tokens))

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, views
 from cil.backbone.vit import Tuner
 from cil.tuning.frozen import Frozen
 
@@ -45,7 +45,8 @@ def seen_through(view: Callable[[Tensor], Tensor]) -> tuple[Backbone, Tuner | No
 
 def backbone_digest(backbone: Backbone) -> str | None:
     """Hex digest of a frozen backbone as a function; None for a model that is not timm's."""
-    digest = hashlib.sha256(f"{backbone.fingerprint} {_code(Backbone.__module__)} {_code(Tuner.__module__)}".encode())
+    code = " ".join(_code(module) for module in (Backbone.__module__, Tuner.__module__, views.__name__))
+    digest = hashlib.sha256(f"{backbone.fingerprint} {code}".encode())
     try:
         _structure(digest, backbone.tuned_forward, backbone, strict=False)
     except _Unknown:

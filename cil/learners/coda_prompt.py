@@ -10,7 +10,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.backbone.vit import attention_width, require_plain_vit
+from cil.backbone.views import require_views
+from cil.backbone.vit import attention_width
 from cil.classifiers import LinearHead
 from cil.classifiers.heads import HeadStart
 from cil.learner import Context
@@ -61,7 +62,7 @@ class CODAPrompt(PromptLearner):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.head = LinearHead(backbone.feature_dim, start=config.head_start)
-        require_plain_vit(backbone.model)
+        require_views(backbone.model)
         chosen_blocks(backbone.model, config.blocks)
         # one entry per task: [blocks, m, F], [blocks, m, F], [blocks, m, L · A]
         self.keys, self.attention, self.prompts = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()

@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.backbone.vit import attention_width, require_plain_vit
+from cil.backbone.views import require_views
+from cil.backbone.vit import attention_width
 from cil.errors import BackboneError
 from cil.learner import Context
 from cil.learners.bases.prompting import PromptLearner, PromptRecipe, draw_uniform, similarity
@@ -53,7 +54,7 @@ class DualPrompt(PromptLearner):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        require_plain_vit(backbone.model)
+        require_views(backbone.model)
         chosen_blocks(backbone.model, config.general_blocks)
         chosen_blocks(backbone.model, config.expert_blocks)
         both = sorted(set(config.general_blocks) & set(config.expert_blocks))

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.backbone.vit import require_plain_vit
+from cil.backbone.views import require_views
 from cil.learner import Context
 from cil.learners.bases.prompting import PromptLearner, PromptRecipe, draw_uniform, similarity
 from cil.stream import Task
@@ -59,7 +59,7 @@ class L2P(PromptLearner):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        require_plain_vit(backbone.model)
+        require_views(backbone.model)
         width: Any = backbone.model.embed_dim
         self.keys = nn.Parameter(torch.empty(config.pool, backbone.feature_dim))
         self.prompts = nn.Parameter(torch.empty(config.pool, config.length, width))

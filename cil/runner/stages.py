@@ -158,8 +158,8 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         The stage's row of ``metrics.json``, and the predictions for every test image of the tasks so far.
 
     Raises:
-        TrainingError: The learner's parameters are not finite, or in the first stage a tensor that an optimiser was given
-            never had a gradient.
+        TrainingError: The learner's parameters are not finite, or in the first stage a tensor that an optimiser was
+            given never had a gradient.
     """
     learner, cache = session.learner, session.cache
     accelerator, logged = cache.accelerator, list[tuple[str, float]]()

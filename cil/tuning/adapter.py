@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cil.backbone import Backbone
+from cil.backbone.views import require_views
 from cil.backbone.vit import (
     Tuner,
     attention_branch,
@@ -19,7 +20,6 @@ from cil.backbone.vit import (
     attention_input,
     mlp_branch,
     mlp_half,
-    require_plain_vit,
 )
 from cil.errors import BackboneError
 from cil.tuning.blocks import chosen_blocks
@@ -84,7 +84,7 @@ class Adapter(Tuner):
         blocks: Indices of the blocks with adapters, counted from 0; None: all blocks.
 
     Raises:
-        BackboneError: The backbone is not a plain ViT, ``bottleneck`` is below 1, or a block does not exist or is
+        BackboneError: The backbone's blocks have no views, ``bottleneck`` is below 1, or a block does not exist or is
             repeated.
     """
 
@@ -101,7 +101,7 @@ class Adapter(Tuner):
         blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        require_plain_vit(backbone.model)
+        require_views(backbone.model)
         if bottleneck < 1:
             raise BackboneError(f"adapter: bottleneck must be at least 1, got {bottleneck}")
         width = int(backbone.model.embed_dim)  # type: ignore[arg-type]

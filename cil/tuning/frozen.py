@@ -55,5 +55,9 @@ def replaced_tree(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     tree.reset_classifier(0)
     for name, value in weights.items():
         path, _, parameter = name.rpartition(".")
-        setattr(tree.get_submodule(path), parameter, nn.Parameter(value.detach(), requires_grad=False))
+        module = tree.get_submodule(path)
+        if parameter in module._buffers:  # the dictionary is the model's own, see tie_buffers
+            module._buffers = {**module._buffers, parameter: value.detach()}
+        else:
+            setattr(module, parameter, nn.Parameter(value.detach(), requires_grad=False))
     return tree

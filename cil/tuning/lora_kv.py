@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.backbone.vit import Tuner, attention_width, require_plain_vit
+from cil.backbone.views import require_views
+from cil.backbone.vit import Tuner, attention_width, key_value_rows
 from cil.errors import BackboneError
 from cil.tuning.blocks import chosen_blocks
 from cil.tuning.frozen import Frozen
@@ -19,9 +20,9 @@ class KeyValueLora(Tuner):
     """LoRA on keys and values, as in LAE (Gao et al. 2023, arXiv 2303.10070).
 
     ΔW_k = s_k B_k A_k and ΔW_v = s_v B_v A_v are added to the rows of the fused qkv weight that compute keys and
-    values; the rows that compute queries do not change. Initially A [r, D] is Kaiming-uniform (a = √5), that is
-    U(±1/√D), B [w, r] is zero, and the learned s is one. There are 2 · L · (r (D + w) + 1) parameters for L chosen
-    blocks and attention width w.
+    values, or to the weights of separate projections; what computes queries does not change. Initially A [r, D] is
+    Kaiming-uniform (a = √5), that is U(±1/√D), B [w, r] is zero, and the learned s is one. There are
+    2 · L · (r (D + w) + 1) parameters for L chosen blocks and attention width w.
 
     Args:
         backbone: The frozen backbone whose weights are updated; it is kept by reference and never modified.
@@ -32,7 +33,8 @@ class KeyValueLora(Tuner):
         down: A, [L, 2, r, D], keys first; up: B, [L, 2, w, r]; scales: s, [L, 2].
 
     Raises:
-        BackboneError: The backbone is not a plain ViT, ``rank`` is below 1, or a block does not exist or is repeated.
+        BackboneError: The backbone's blocks have no views, ``rank`` is below 1, a block does not exist or is repeated,
+            or heads share keys and values.
     """
 
     # PEFT is not used: its LoRA has one A for the whole fused weight, queries included, and no learned scale
@@ -40,12 +42,12 @@ class KeyValueLora(Tuner):
 
     def __init__(self, backbone: Backbone, rank: int = 5, *, blocks: Sequence[int] | None = None) -> None:
         super().__init__()
-        require_plain_vit(backbone.model)
+        require_views(backbone.model)
         if rank < 1:
             raise BackboneError(f"lora_kv: rank must be at least 1, got {rank}")
         self._frozen = Frozen(backbone.model)
-        self.names = [f"blocks.{i}.attn.qkv.weight" for i in chosen_blocks(backbone.model, blocks)]
-        width, count = int(backbone.model.embed_dim), len(self.names)  # type: ignore[arg-type]
+        self.rows = [key_value_rows(backbone.model, i) for i in chosen_blocks(backbone.model, blocks)]
+        width, count = int(backbone.model.embed_dim), len(self.rows)  # type: ignore[arg-type]
         self.down = nn.Parameter(torch.empty(count, 2, rank, width))
         self.up = nn.Parameter(torch.empty(count, 2, attention_width(backbone.model), rank))
         self.scales = nn.Parameter(torch.empty(count, 2))
@@ -61,10 +63,11 @@ class KeyValueLora(Tuner):
         self.scales.fill_(1)
 
     def weights(self) -> Mapping[str, Tensor]:
-        updates = (self.scales[..., None, None] * (self.up @ self.down)).flatten(1, 2)  # [L, 2 w, D]
+        updates = self.scales[..., None, None] * (self.up @ self.down)  # [L, 2, w, D]
         weights = {}
-        for name, update in zip(self.names, updates, strict=True):
-            weight = self._frozen.model.get_parameter(name)
-            queries = len(weight) - len(update)
-            weights[name] = torch.cat([weight[:queries], weight[queries:] + update])
+        for rows, update in zip(self.rows, updates, strict=True):
+            parts = [update.flatten(0, 1)] if len(rows) == 1 else update.unbind(0)  # keys, then values
+            for (name, first), part in zip(rows.items(), parts, strict=True):
+                weight = self._frozen.model.get_parameter(name)
+                weights[name] = torch.cat([weight[:first], weight[first:] + part])
         return weights

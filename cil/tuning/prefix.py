@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.backbone.vit import Tuner, attention_half, attention_width, prefixed_branch, require_plain_vit
+from cil.backbone.views import require_views
+from cil.backbone.vit import Tuner, attention_half, attention_width, prefixed_branch
 from cil.errors import BackboneError
 from cil.tuning.blocks import chosen_blocks
 
@@ -62,7 +63,7 @@ class Prefix(ExternalPrefix):
             then sum to more than 1.
 
     Raises:
-        BackboneError: The backbone is not a plain ViT, ``length`` is negative, or a block is missing or repeated.
+        BackboneError: The backbone's blocks have no views, ``length`` is negative, or a block is missing or repeated.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Prefix(ExternalPrefix):
         compensate: bool = False,
     ) -> None:
         super().__init__({}, compensate)
-        require_plain_vit(backbone.model)
+        require_views(backbone.model)
         if length < 0:
             raise BackboneError(f"prefix: length must be at least 0, got {length}")
         self.init = init

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.backbone.vit import Tuner, class_position, require_plain_vit
+from cil.backbone.views import require_views
+from cil.backbone.vit import Tuner, class_position
 from cil.errors import BackboneError
 
 
@@ -25,12 +26,12 @@ class VisualPrompts(Tuner):
         deep: Whether every block has its own prompts.
 
     Raises:
-        BackboneError: The backbone is not a plain ViT, or ``length`` is negative.
+        BackboneError: The backbone's blocks have no views, or ``length`` is negative.
     """
 
     def __init__(self, backbone: Backbone, length: int = 5, deep: bool = True) -> None:
         super().__init__()
-        require_plain_vit(backbone.model)
+        require_views(backbone.model)
         if length < 0:
             raise BackboneError(f"prompts: length must be at least 0, got {length}")
         vit = backbone.model
@@ -72,6 +73,8 @@ class PooledPrompts(Tuner):
         backbone: The frozen backbone.
         prompts: Prompts [B, P, D], one set per image; with P = 0 the features are the frozen ones.
     """
+
+    prompts_at = "front"
 
     def __init__(self, backbone: Backbone, prompts: Tensor) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ class SSF(Tuner):
         backbone: The frozen backbone whose weights are scaled; it is kept by reference and never modified.
 
     Raises:
-        BackboneError: The backbone is not a plain ViT, or one of its norms has no weight and bias (RMSNorm).
+        BackboneError: The backbone's blocks have no views, or one of its norms has no weight and bias (RMSNorm).
     """
 
     rides_blocks = False
@@ -36,7 +36,8 @@ class SSF(Tuner):
         super().__init__()
         self._frozen = Frozen(backbone.model)
         self.gamma, self.beta = nn.ParameterDict(), nn.ParameterDict()
-        for name in affine_layers(backbone.model):
+        self.biases = affine_layers(backbone.model)
+        for name in self.biases:
             layer = backbone.model.get_submodule(name)
             # a linear layer without bias still has the entry that functional_call fills; RMSNorm does not
             weight = layer._parameters.get("weight")
@@ -59,7 +60,11 @@ class SSF(Tuner):
         for key, gamma in self.gamma.items():
             name, beta = key.replace("/", "."), self.beta[key]
             layer = self._frozen.model.get_submodule(name)
-            weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+            weight = layer._parameters["weight"]
             weights[f"{name}.weight"] = weight * gamma.view(-1, *[1] * (weight.ndim - 1))  # type: ignore[union-attr]
-            weights[f"{name}.bias"] = beta if bias is None else bias * gamma + beta
+            parts = self.biases[name]  # three beside a fused qkv of some families, one of which is a buffer of zeros
+            for entry, scale, shift in zip(parts, gamma.chunk(len(parts)), beta.chunk(len(parts)), strict=True):
+                owner, _, key = entry.rpartition(".")
+                bias = getattr(self._frozen.model.get_submodule(owner), key)
+                weights[entry] = shift if bias is None else bias * scale + shift
         return weights

@@ -68,8 +68,11 @@ class Weights(Mergeable):
 
     def __init__(self, config: TunerConfig, backbone: Backbone) -> None:
         self.config, self.backbone = config, backbone
+        tuner = build_tuner(config, backbone)
         self.initial = dict(backbone.model.named_parameters())
-        self.names = tuple(self.update(build_tuner(config, backbone), self.initial))
+        for name, value in tuner.weights().items():  # SSF gives a bias to layers that have none, which is one of zeros
+            self.initial.setdefault(name, torch.zeros_like(value))
+        self.names = tuple(self.update(tuner, self.initial))
 
     def tuner(self, theta: Mapping[str, Tensor], generator: torch.Generator) -> Tuner:
         backbone = self.backbone
