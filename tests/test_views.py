@@ -14,7 +14,8 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, fits, loading
+from cil.backbone.views import require_views
 from cil.errors import BackboneError
 from cil.tuning import Adapter, ExternalPrefix, KeyValueLora, PooledPrompts, Prefix, Tuner, VisualPrompts, build_tuner
 from cil.utils.randomness import isolated
@@ -367,3 +368,24 @@ def test_post_norm_blocks_stay_refused():
     backbone = Backbone(model, "post", timm.data.resolve_data_config({"img_size": 32}, model=model))
     with pytest.raises(BackboneError, match="EvaBlockPostNorm"):
         Adapter(backbone)
+
+
+@pytest.mark.slow
+def test_the_list_says_what_fits_every_architecture():
+    from timm.models import model_entrypoint
+
+    modules = {f"timm.models.{module}" for module in loading.ENTERED}
+    names = [name for name in timm.list_models() if model_entrypoint(name).__module__ in modules]
+    assert len(names) > 300
+    wrong = []
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+        try:
+            require_views(model)
+            entered = True
+        except BackboneError:
+            entered = False
+        if entered != ("token-level" in fits(name)):
+            wrong.append(name)
+    assert not wrong

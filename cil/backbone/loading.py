@@ -6,6 +6,7 @@ Models and weights are timm's: its own loader renames and resizes the weights of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +33,11 @@ from cil.utils.randomness import isolated
 
 EMBEDDED = "vit_tiny_patch8_64.tinyimagenet100"
 """Name of the backbone that ships with the package."""
+
+ENTERED = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")
+"""timm's modules of the families whose blocks token-level tuners can enter, see :mod:`cil.backbone.views` …"""
+NOT_ENTERED = re.compile(r"_rpn_|_18x2_|_xp_|_(d|p|dp)wee_|_dlittle_|^eva02_enormous")
+"""… and the names of their architectures with other blocks: post-norm, parallel or differential ones."""
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "in_chans": (3, "images have 3 channels"),
@@ -75,9 +81,36 @@ def load_backbone(config: BackboneConfig | str = EMBEDDED, device: str | torch.d
     return Backbone(model, _recorded_name(config, model), _data_config(model, config, config.options)).to(device)
 
 
+def fits(name: str) -> str:
+    """What fits a timm model, by its architecture and without building it, for lists.
+
+    >>> fits("vit_base_patch16_dinov3.lvd1689m"), fits("convnext_tiny.in12k")
+    ('features, LoRA, token-level tuners', 'features, LoRA')
+    """
+    architecture = name.split(".")[0]
+    module = timm.models.model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
+    entered = module in ENTERED and not NOT_ENTERED.search(architecture)
+    return "features, LoRA, token-level tuners" if entered else "features, LoRA"
+
+
 def embedded_card() -> dict[str, Any]:
     """Read the facts about the shipped backbone: architecture, input, training data, recipe, measured accuracy."""
     return json.loads((files("cil") / "weights" / f"{EMBEDDED}.json").read_text(encoding="utf-8"))
+
+
+def without_source(section: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
+    """Name and options that build the backbone's architecture anywhere: without the folder or Hub that it came from.
+
+    Args:
+        section: The keys ``name`` and ``options`` of the section ``backbone`` of a configuration.
+        backbone: The backbone that it names.
+    """
+    name, options = section["name"], section["options"]
+    if ":" not in name:
+        return {"name": name, "options": options}
+    model: Any = backbone.model
+    given = {key: value for key, value in model.pretrained_model_args.items() if key not in REFUSED}
+    return {"name": model.pretrained_cfg["architecture"], "options": {**given, **options}}
 
 
 def _require_known(config: BackboneConfig) -> None:

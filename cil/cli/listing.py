@@ -148,17 +148,20 @@ def backbones() -> Listing:
     """The embedded default and timm's pre-trained models."""
     import timm
 
-    from cil.backbone import EMBEDDED
+    from cil.backbone import EMBEDDED, fits
 
-    def pixels(name: str) -> list[str]:
+    def cells(name: str) -> list[str]:
         cfg = timm.get_pretrained_cfg(name)
-        return [f"{cfg.input_size[-1]}×{cfg.input_size[-1]} pixels" if cfg else ""]
+        return [f"{cfg.input_size[-1]}×{cfg.input_size[-1]} pixels" if cfg else "", fits(name)]
 
+    every = fits("vit_tiny_patch16_224")  # the architecture of the default
     rows: dict[str, Callable[[], Iterable[str]]] = {
-        EMBEDDED: lambda: ["the embedded default: 2.7 M weights, 64×64 pixels, 192 features"]
+        EMBEDDED: lambda: ["the embedded default: 2.7 M weights, 64×64 pixels, 192 features", every],
+        "hf-hub:<org>/<model>": lambda: ["a timm model of a repository on the Hugging Face Hub", "as its architecture"],
+        "local-dir:<folder>": lambda: ["a timm model of a folder: config.json and its weights", "as its architecture"],
     }
-    rows |= {name: partial(pixels, name) for name in timm.list_pretrained()}
-    return Listing(("backbone.name", "what it is"), rows)
+    rows |= {name: partial(cells, name) for name in timm.list_pretrained()}
+    return Listing(("backbone.name", "what it is", "what fits it"), rows)
 
 
 def configs() -> Listing:

@@ -169,10 +169,13 @@ class BackboneConfig(Section):
 
     name: str = Field(
         "vit_tiny_patch8_64.tinyimagenet100",
-        description="timm name with its tag; default: the model that ships with cil",
+        description="timm name with its tag, hf-hub:<org>/<model> or local-dir:<folder>; default: the model that ships "
+        "with cil",
     )
     weights: Place | Literal["random"] | None = Field(
-        None, description="local safetensors or torch file; random: untrained, from seed 0; default: pre-trained"
+        None,
+        description="local file that timm reads: safetensors, torch, or npz for JAX; random: untrained, from seed 0; "
+        "default: pre-trained",
     )
     options: dict[str, Any] = Field({}, description="further arguments of timm.create_model, e.g. img_size")
     attention: Literal["timm", "explicit"] = Field(

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cil import results
+from cil.backbone import without_source
 from cil.errors import ExportError, nearest
 from cil.export import program
 from cil.export.artifact import BACKBONE, FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load
@@ -162,7 +163,7 @@ def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) 
         "backbone": {
             "name": backbone.name,
             "sha256": backbone.fingerprint,
-            "config": {key: config["backbone"][key] for key in ("name", "options")},
+            "config": without_source(config["backbone"], backbone),
             "licence": licence(backbone, config["backbone"]["weights"]),
         },
         "protocol": {
