@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from marks import slow_beyond
 from safetensors.torch import save_file
 
 from cil.backbone import EMBEDDED, fingerprint, load_backbone
@@ -181,7 +182,7 @@ USELESS = {
 
 
 @pytest.mark.parametrize("option", USELESS)
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", EMBEDDED])
+@pytest.mark.parametrize("name", slow_beyond(["vit_tiny_patch16_224"], ["vit_tiny_patch16_224", EMBEDDED]))
 def test_options_without_a_usable_model_are_named(option, name):
     options = {"img_size": 64, "depth": 1, option: USELESS[option]}
     with pytest.raises(BackboneError, match=rf"backbone\.options\.{option}: got ") as caught:
