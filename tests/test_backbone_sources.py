@@ -8,7 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
 from cil.backbone import fingerprint, load_backbone, without_source
@@ -160,6 +160,12 @@ def http(cls, text):
             "timm.models._hub.hf_hub_download",
             http(RepositoryNotFoundError, "404 Client Error"),
             "the Hub has no nobody/nothing, or it is private",
+        ),
+        (
+            "hf-hub:some/dataset",
+            "timm.models._hub.hf_hub_download",
+            http(EntryNotFoundError, "no config.json"),
+            r"hf-hub:some/dataset is no backbone: it cannot be built \(EntryNotFoundError: no config\.json\)$",
         ),
         (
             "hf-hub:some/model",

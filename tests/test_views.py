@@ -376,7 +376,7 @@ def test_the_list_says_what_fits_every_architecture():
 
     modules = {f"timm.models.{module}" for module in loading.ENTERED}
     names = [name for name in timm.list_models() if model_entrypoint(name).__module__ in modules]
-    assert len(names) > 300
+    assert len(names) > 200
     wrong = []
     for name in names:
         with torch.device("meta"):

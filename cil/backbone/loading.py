@@ -291,8 +291,8 @@ def _not_fetched(config: BackboneConfig, error: Exception) -> BackboneError | No
         )
     if isinstance(error, RepositoryNotFoundError):
         return BackboneError(f"backbone.name: the Hub has no {hub}, or it is private ({said}); correct the name")
-    if isinstance(error, FileNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return None
+    if isinstance(error, FileNotFoundError | EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return None  # a file that is not there, here or on the Hub
     local = "backbone.name=local-dir:FOLDER" if source else "backbone.weights=FILE"
     return BackboneError(
         f"backbone.name: {config.name} could not be downloaded ({said}); without a network connection, set {local}"
