@@ -134,7 +134,7 @@ class View:
         """Queries, keys and values as the projections give them, [B, heads, N, d] each."""
         attention = self.block.attn
         if attention.qkv is None:
-            return tuple(  # type: ignore[return-value]
+            return tuple(
                 projection(u).unflatten(2, (-1, self.head_width)).transpose(1, 2)
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )

@@ -24,7 +24,7 @@ def uncalled(tree: Any, layers: Mapping[str, nn.Module], input_size: tuple[int, 
     """Names of those layers that are not called when an image passes through the tree."""
     called: set[str] = set()
     handles = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))  # type: ignore[misc]
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
         for name, layer in layers.items()
     ]
     first = next(tree.parameters())
