@@ -146,7 +146,8 @@ def huggingface_set(name: str, root: Path | None, split: str, options: dict[str,
 def _targets(reader: Any, title: str, key: str) -> np.ndarray:
     """The class of every row, int64 [N], from the column ``key`` of a Hugging Face dataset."""
     try:
-        targets = list(reader.iter_targets())
+        # timm before 1.0.31 has no iterator that leaves out the images
+        targets = list(reader.iter_targets() if hasattr(reader, "iter_targets") else reader.dataset[key])
     except Exception as error:  # the type depends on what the column lacks
         others = [column for column in reader.dataset.column_names if column not in (key, reader.image_key)]
         raise DataError(
