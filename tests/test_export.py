@@ -417,9 +417,10 @@ def test_what_is_not_what_was_exported_is_refused(ncm, tmp_path):
     with pytest.raises(ExportError, match=r"no model.json there"):
         load(tmp_path)
     file, facts = folder / "model.safetensors", json.loads((folder / "model.json").read_text())
+    facts.pop("checksum")  # as after a change by hand
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ExportError, match=r"model.safetensors: is not the file that was exported"):
+    with pytest.raises(ExportError, match=r"model.safetensors: is damaged: its content does not match"):
         load(folder)
     file.unlink()
     with pytest.raises(ExportError, match=r"model.safetensors: is missing"):

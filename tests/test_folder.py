@@ -382,7 +382,8 @@ def test_a_run_records_and_says_what_it_left_out_and_needs_no_test_split_for_val
         configured(data=data, stream=stream), tmp_path / "runs", display=Display(Console(file=heard, width=400))
     )
     header = results.read_run(folder)["data"]
-    assert header["test"] == {"sha256": "none", "images": 0, "skipped": []} and header["train"]["images"] == 17
+    assert header["test"] | {"tasks": []} == {"sha256": "none", "images": 0, "skipped": [], "tasks": []}
+    assert header["train"]["images"] == 17
     [facts] = header["train"]["folders"]
     assert facts["place"] == "train" and {reason: f["count"] for reason, f in facts["left_out"].items()} == {
         "not of an image type": 1, "outside the class folders": 1, "of the system": 1

@@ -41,7 +41,7 @@ NATURAL = "ordernatural-seed0"
 STAGES = 3
 
 MINE = """
-from beside import FACTOR
+from next_to_mine import FACTOR
 from cil.learners.ncm import NCMLearner
 class Mine(NCMLearner):
     SIGN = 1
@@ -310,7 +310,7 @@ def mine(tmp_path, monkeypatch):
     """A finished run of a custom learner, with weights from a file; the working folder is then another one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MINE)
-    (tmp_path / "beside.py").write_text("FACTOR = 1.0\n")
+    (tmp_path / "next_to_mine.py").write_text("FACTOR = 1.0\n")
     save_file(timm.create_model(TINY["name"], **TINY["options"]).state_dict(), "w.safetensors")
     config = {"learners": [{"class": "mine.py:Mine"}], "backbone": {**TINY, "weights": "w.safetensors"}}
     [place] = run(settings(**config), tmp_path / "results")
@@ -335,7 +335,7 @@ def test_moved_weights_and_code_are_given_by_options(mine, cil, tmp_path):  # no
     before = cil("predict", place, tmp_path / "p.png").stdout
     assert cil("export", place, "--out", tmp_path / "exported").returncode == 0
     (tmp_path / "new").mkdir()
-    for name in ("w.safetensors", "mine.py", "beside.py"):
+    for name in ("w.safetensors", "mine.py", "next_to_mine.py"):
         (tmp_path / name).rename(tmp_path / "new" / name)
     weights, source = tmp_path / "new" / "w.safetensors", tmp_path / "new" / "mine.py"
     ended = cil("predict", place, tmp_path / "p.png")
@@ -357,7 +357,7 @@ def test_moved_weights_and_code_are_given_by_options(mine, cil, tmp_path):  # no
 def test_a_run_is_resumed_with_moved_weights_code_and_results(mine, tmp_path):
     place, config = mine
     (tmp_path / "new").mkdir()
-    for name in ("w.safetensors", "mine.py", "beside.py", "results"):
+    for name in ("w.safetensors", "mine.py", "next_to_mine.py", "results"):
         (tmp_path / name).rename(tmp_path / "new" / name)
     config = {
         "learners": [{"class": str(tmp_path / "new" / "mine.py:Mine")}],
@@ -369,7 +369,7 @@ def test_a_run_is_resumed_with_moved_weights_code_and_results(mine, tmp_path):
     assert results.read_run(place)["complete"]
 
 
-@pytest.mark.parametrize("file", slow_beyond(["mine.py"], ["mine.py", "beside.py"]))
+@pytest.mark.parametrize("file", slow_beyond(["mine.py"], ["mine.py", "next_to_mine.py"]))
 def test_edited_code_is_another_run(mine, cil, tmp_path, monkeypatch, caplog, file):  # noqa: F811
     """Never 'finished already' with old numbers: refused, or computed again, and said where a model is only used."""
     place, config = mine
@@ -379,7 +379,7 @@ def test_edited_code_is_another_run(mine, cil, tmp_path, monkeypatch, caplog, fi
     Path(file).write_text(text.replace("SIGN = 1", "SIGN = -1").replace("FACTOR = 1.0", "FACTOR = -1.0"))
     sys_modules_without_beside(monkeypatch)
     ended = cil("run", "c.yaml")
-    named = "class" if file == "mine.py" else "beside.py"
+    named = "class" if file == "mine.py" else "next_to_mine.py"
     assert ended.returncode == 2 and f"code of learners.0.{named} (sha256)" in ended.stderr and "--redo" in ended.stderr
     assert cil("predict", place, tmp_path / "p.png").returncode == 0
     assert "the code of its learner has changed since it was trained" in caplog.text and named in caplog.text
@@ -396,7 +396,7 @@ def sys_modules_without_beside(monkeypatch):
     """As in a new process: a module beside a learner's file is imported once per process."""
     from cil.config import plugins
 
-    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    monkeypatch.delitem(sys.modules, "next_to_mine", raising=False)
     plugins._run_file.cache_clear()
 
 

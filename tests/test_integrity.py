@@ -63,7 +63,7 @@ def older(folder: Path) -> None:
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.slow)])
 def test_no_damaged_file_gives_a_wrong_answer(tmp_path, count):
     told: list[str] = []
     outcomes = fuzz(count, 7, tmp_path, told.append)

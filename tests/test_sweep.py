@@ -109,8 +109,8 @@ def test_every_point_is_a_learner_with_a_label(place):
     assert [s.config.learners[0].title for s in found] == [
         "linear_probe_lr=0.1_inference_batch_size=64",
         "linear_probe_lr=0.1_inference_batch_size=32",
-        "linear_probe_lr=1e-3_inference_batch_size=64",
-        "linear_probe_lr=1e-3_inference_batch_size=32",
+        "linear_probe_lr=0.001_inference_batch_size=64",
+        "linear_probe_lr=0.001_inference_batch_size=32",
         "ncm_inference_batch_size=64",
         "ncm_inference_batch_size=32",
     ]

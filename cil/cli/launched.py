@@ -47,11 +47,13 @@ def watched() -> Iterator[None]:
         yield
         return
     over = threading.Event()
-    threading.Thread(target=_watch, args=(over,), daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         over.set()
+        watcher.join(PATIENCE)  # a thread inside the store's code while Python ends aborts the process
 
 
 def announce() -> bool:

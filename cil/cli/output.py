@@ -17,9 +17,11 @@ class Output(io.TextIOWrapper):
 
     Attributes:
         gone: Whether the reader has gone.
+        replaced: The stream that this one stands for; its end would close the buffer that both share.
     """
 
     gone = False
+    replaced: TextIO | None = None
 
     def write(self, text: str, /) -> int:
         try:
@@ -49,7 +51,9 @@ def prepare_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif type(stream) is io.TextIOWrapper:
             at_once = stream.line_buffering
-            setattr(sys, name, Output(stream.buffer, stream.encoding, "replace", line_buffering=at_once))
+            output = Output(stream.buffer, stream.encoding, "replace", line_buffering=at_once)
+            output.replaced = stream
+            setattr(sys, name, output)
 
 
 def say(text: str, *, err: bool = False, file: TextIO | None = None) -> None:

@@ -143,7 +143,7 @@ def prepare(root: Path) -> Scene:
     shutil.rmtree(second / "stage-02")
     header = results.read_header(second)
     kept = [results.read_stage(second, i) for i in range(2)]
-    known: results.Header = {key: header[key] for key in results.Header.__annotations__}  # type: ignore[assignment]
+    known: results.Header = {key: header[key] for key in results.Header.__annotations__ if key in header}  # type: ignore[assignment]
     content = results.run_file(known, [stage.row for stage in kept], [stage.checksum for stage in kept], 3)
     (second / "metrics.json").write_text(to_json(content), encoding="utf-8")
     shutil.copytree(root / "tree", root / "pristine")
@@ -176,7 +176,6 @@ def fuzz(count: int, seed: int, root: Path, say: Callable[[str], None] = print) 
         root: An empty folder to work in.
         say: Receives every finding.
     """
-    logging.getLogger("cil").setLevel(logging.ERROR)  # the feature store warns of every damage
     scene, outcomes = prepare(root), Counter[str]()
     right = {}
     for area in AREAS:
@@ -205,6 +204,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(given)
     torch.set_num_threads(1)
+    logging.getLogger("cil").setLevel(logging.ERROR)  # the feature store warns of every damage
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         outcomes = fuzz(args.count, args.seed, Path(place))
