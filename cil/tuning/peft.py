@@ -256,8 +256,10 @@ class PeftTuner(Tuner):
         inject(self._tree[0], copy.deepcopy(config), name, generator)
         self.layers = adapter_modules(self._tree[0])
         self.train(self.training)  # a new dropout starts in training mode
-        self._apply_settings()
+        for _, layer in layers_of(self._tree[0]):
+            layer.set_adapter([name], inference_mode=True)  # the image that finds what is called passes through it
         self._reads_weights = self._uses_weights_only(config)
+        self._apply_settings()
 
     def _uses_weights_only(self, config: Any) -> bool:
         """Whether the backbone reads the weights of some target layers instead of calling the layers.

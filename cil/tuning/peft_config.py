@@ -35,9 +35,18 @@ def require_targets(model: nn.Module, targets: Iterable[str] | str) -> None:
             if target == "qkv" and set(separate) <= set(linear):
                 hint = f", give targets: [{', '.join(separate)}]"
             raise BackboneError(
-                f"targets: no layer of {type(model).__name__} matches {target!r}{hint}; "
-                f"its linear layers: {', '.join(linear)}"
+                f"targets: no layer of {type(model).__name__} matches {target!r}{hint}; {_layers_to_name(model)}"
             )
+
+
+def _layers_to_name(model: nn.Module) -> str:
+    """The last parts of the names of linear layers, else of the convolutions that LoRA takes with any rank."""
+    linear = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if linear:
+        return f"its linear layers: {', '.join(sorted(linear))}"
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
+    names = {n.rsplit(".", 1)[-1] for n, module in model.named_modules() if module in convolutions}
+    return f"it has no linear layers; its convolutions: {', '.join(sorted(names))}"
 
 
 def make_config(

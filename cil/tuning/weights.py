@@ -65,8 +65,15 @@ def full(backbone: Backbone) -> WeightTuner:
 
 
 def bitfit(backbone: Backbone) -> WeightTuner:
-    """Train every bias, those of the norms included: BitFit (Ben Zaken et al. 2022, arXiv 2106.10199)."""
-    return WeightTuner(backbone, lambda name: name.rsplit(".", 1)[-1] == "bias")
+    """Train every bias, those of the norms included: BitFit (Ben Zaken et al. 2022, arXiv 2106.10199).
+
+    Raises:
+        BackboneError: The backbone has no bias.
+    """
+    tuner = WeightTuner(backbone, lambda name: name.rsplit(".", 1)[-1] == "bias")
+    if not len(tuner.copies):
+        raise BackboneError(f"bitfit: {type(backbone.model).__name__} has no bias to train; try lora or full")
+    return tuner
 
 
 def layernorm(backbone: Backbone) -> WeightTuner:

@@ -13,6 +13,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     throughput    FILE                measurements of bench/throughput.py
     growth        FILE                measurements of bench/growth.py
     backbones     FILE                scores from study_backbones.py
+    families      FILE                what works with each family, from studies/families.py
     published     FILE/DATASET        published numbers beside ours
 
 For numbers in prose see values.py.
@@ -34,7 +35,7 @@ from cil import report, results
 from cil.errors import CilError
 from cil.report.row import pair_of
 from scripts import ROOT
-from scripts.publish import campaigns, stage_costs, values
+from scripts.publish import campaigns, families, stage_costs, values
 from scripts.publish.published import published
 
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -256,6 +257,7 @@ def render(page: Path) -> str:
         "growth": growth,
         "stages": stage_costs.table,
         "backbones": backbones,
+        "families": families.table,
         "costs": campaigns.costs,
         "steps": steps,
         "published": published,
