@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+from marks import slow_beyond
 from torch import nn
 
 from cil.backbone import fits, load_backbone
 from cil.config import BackboneConfig
 from cil.errors import BackboneError
-from cil.tuning import build_tuner
+from cil.tuning import ExternalWeights, build_tuner
 from scripts.publish import families as published
 from scripts.studies import families
 from scripts.studies.small_models import SMALL, VIT, options_of
@@ -127,3 +129,27 @@ def test_tokens_that_peft_cannot_process_are_refused():
     with pytest.raises(BackboneError, match=r"PEFT's layers of oft cannot process the tokens of Nest \(RuntimeError: "):
         build_tuner("oft", backbone)
     build_tuner("lora", backbone)
+
+
+CACHING = ["efficientvit_m0", "levit_128s", "tiny_vit_5m_224", "efficientformerv2_s0"]
+
+
+@pytest.mark.parametrize("name", slow_beyond(CACHING[:1], CACHING))
+def test_position_biases_that_are_replaced_act(name):
+    """timm keeps those of the first call in evaluation mode."""
+    backbone = load_backbone(BackboneConfig(name=name, weights="random", options=options_of(name)))
+    images = families.batch(backbone)
+    keys = [key for key, _ in backbone.model.named_parameters() if key.endswith("attention_biases")]
+    drawn = torch.Generator().manual_seed(1)
+    replaced = {key: torch.randn(backbone.model.get_parameter(key).shape, generator=drawn) * 9 for key in keys}
+    with torch.no_grad():
+        for p in backbone.model.parameters():  # norms that start at 0 would hide the attention
+            p.normal_(std=0.2, generator=drawn)
+    before = backbone(images)
+    found = backbone(images, ExternalWeights(replaced))
+    with torch.no_grad():
+        for key, value in replaced.items():
+            backbone.model.get_parameter(key).copy_(value)
+        backbone.model.train()  # timm drops what it kept
+        backbone.model.eval()
+    assert not torch.equal(found, before) and torch.equal(found, backbone.model(images))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cil.backbone.vit import TunedForward, Tuner
+from cil.backbone.vit import TunedForward, Tuner, keep_no_biases
 
 FROZEN = "frozen"
 """Version of the frozen backbone's features, the same for every learner."""
@@ -34,6 +34,7 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module, name: str, data_config: dict[str, Any]) -> None:
         super().__init__()
         self.tuned_forward = TunedForward(model.requires_grad_(False).eval())
+        keep_no_biases(model)
         self.name, self.data_config = name, data_config
         self.feature_dim = int(model.head_hidden_size)  # type: ignore[arg-type]
         self.fingerprint = fingerprint(model)
@@ -83,6 +84,12 @@ class Backbone(nn.Module):
     def views(self) -> dict[Hashable, Callable[[Tensor], Tensor]]:
         """The single view of a frozen model, under the version that learners use for it; see ``Learner.views``."""
         return {FROZEN: self}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Backbone:
+        """What every move to another device or dtype calls; there timm's modules get new caches."""
+        super()._apply(*args, **kwargs)
+        keep_no_biases(self.model)
+        return self
 
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the model is frozen, so dropout and stochastic depth stay off."""

@@ -34,7 +34,7 @@ from cil.utils.randomness import isolated
 EMBEDDED = "vit_tiny_patch8_64.tinyimagenet100"
 """Name of the backbone that ships with the package."""
 
-ENTERED = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")
+ENTERED = ("vision_transformer", "vision_transformer_hybrid", "vitamin", "deit", "eva", "beit")
 """timm's modules of the families whose blocks token-level tuners can enter, see :mod:`cil.backbone.views` …"""
 NOT_ENTERED = re.compile(r"_rpn_|_18x2_|_xp_|_(d|p|dp)wee_|_dlittle_|^eva02_enormous")
 """… and the names of their architectures with other blocks: post-norm, parallel or differential ones."""

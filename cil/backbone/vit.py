@@ -156,6 +156,27 @@ def last_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
     return (*(f"blocks.{i}." for i in range(len(blocks) - count, len(blocks))), "norm.", "fc_norm.")
 
 
+class Unkept(dict[str, Tensor]):
+    """A cache that keeps nothing: a value can be read once, right after it was stored."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.pop(key)
+
+
+def keep_no_biases(model: nn.Module) -> None:
+    """Let attentions compute their position biases in every call, as in training.
+
+    In evaluation mode some families (LeViT, TinyViT, EfficientViT, EfficientFormer) keep those of the first call, and
+    would ignore the ones that a tuner replaces.
+    """
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache"):
+            setattr(module, "attention_bias_cache", Unkept())  # noqa: B010  # mypy takes it for that of a tensor
+
+
 class Tuner(nn.Module):
     """A small trainable module inserted into a frozen ViT. A hook that is not overridden changes nothing."""
 
