@@ -71,6 +71,7 @@ SHORTENED = {
     r"^python -m \S+bench\.throughput": "--quick --sizes tiny --images 4 --tuners adapter --out bench",
     r"^python -m \S+bench\.growth": "--quick --heads ncm --out bench",
     r"^python -m \S+bench\.long": "--train pictures/train --test pictures/val --classes 1 --projection 16 --out bench",
+    r"^python -m \S+bench\.records": "--tasks 8",
     r"^python -m \S+bench\.merge": "--small --tasks 2 --repeats 1 --out bench",
     r"^python -m \S+\.reproduce": "--streams quickstart --render",
     r"^python -m \S+\.study_backbones": f"{FEW_DIGITS} --variants --per-class 3 --projection 9 --work w --out b.json",

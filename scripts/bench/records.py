@@ -70,7 +70,7 @@ def measure(tasks: int, root: Path) -> Found:
     last = slice(-max(1, tasks // 10), None)
     found = {"tasks": tasks, "recording_last_tenth": float(recording[last].mean()), "recording": float(recording.sum())}
     started = time.perf_counter()
-    tracker = Tracker(root, {key: run[key] for key in results.Header.__annotations__})  # type: ignore[arg-type]
+    tracker = Tracker(root, {key: run[key] for key in results.Header.__annotations__ if key in run})  # type: ignore[arg-type]
     tracker.replay(run["stages"])
     tracker.close()
     found["seconds_replay"] = time.perf_counter() - started
