@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from cil.backbone import Backbone, load_backbone
 from cil.config import BackboneConfig, LearnerEntry
@@ -49,6 +49,7 @@ class _Learner(TypedDict):
     title: str
     entry: dict[str, Any]
     state: dict[str, Any]
+    code: NotRequired[dict[str, str]]
 
 
 class _Backbone(TypedDict):
