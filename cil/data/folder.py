@@ -54,7 +54,8 @@ def image_types() -> frozenset[str]:
         only_recognised = isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
         return reader is not None and not only_recognised and kind not in ("MPEG", "EPS")
 
-    return frozenset(ending.lower() for ending, kind in endings.items() if is_read(kind))
+    # Pillow registers the ending of a SPIDER file when it saves one, even an empty ending
+    return frozenset(ending.lower() for ending, kind in endings.items() if ending and is_read(kind))
 
 
 def natural_key(name: str) -> list[int | str]:
