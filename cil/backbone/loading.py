@@ -29,6 +29,7 @@ from cil.backbone.backbone import Backbone
 from cil.backbone.weights import NUMPY, Copied, misfit, one_line, read_tensors, require_file, without_classifier
 from cil.config import BackboneConfig
 from cil.errors import BackboneError, nearest
+from cil.utils.paths import expand
 from cil.utils.randomness import isolated
 
 EMBEDDED = "vit_tiny_patch8_64.tinyimagenet100"
@@ -175,7 +176,7 @@ def _created(config: BackboneConfig) -> nn.Module:
         BackboneError: It cannot be built or loaded; the message says whether the name, an option, the file or a
             download is at fault.
     """
-    path = Path(config.weights).expanduser() if config.weights not in (None, "random") else None
+    path = expand(config.weights) if config.weights not in (None, "random") else None
     numpy = path is not None and path.suffix.lower() in NUMPY
     state = None
     if path is not None and not numpy:
@@ -218,7 +219,7 @@ def _build(
         arguments |= embedded_card()["timm_create_model"]
     source, _, folder = config.name.partition(":")
     if source == "local-dir":
-        arguments["model_name"] = f"{source}:{Path(folder).expanduser()}"
+        arguments["model_name"] = f"{source}:{expand(folder)}"
     arguments |= options
     name = arguments.pop("model_name")
     if state is not None:

@@ -44,7 +44,7 @@ def _named_source(config: DataConfig, split: str) -> ImageSource:
     if name == "folder":
         if config.root is None:
             raise DataError("data.root: a folder dataset needs the folder that holds its splits, e.g. data.root=images")
-        root = config.root.expanduser()
+        root = config.root
         if not root.is_dir():
             raise DataError(f"data.root: {root} is not a folder")
         if config.domains:
@@ -68,7 +68,7 @@ def _custom_source(config: DataConfig, split: str) -> ImageSource:
     """The source that a user's function returns for ``function(split, **options)``; ``root`` is passed if it is set."""
     name = config.dataset
     function = load_object(name, "dataset")
-    root = {} if config.root is None else {"root": config.root.expanduser()}
+    root = {} if config.root is None else {"root": config.root}
     try:
         options = arguments(function, {**config.options, **root}, given=("split",))
     except ConfigError as error:
