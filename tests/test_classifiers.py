@@ -19,6 +19,7 @@ from sklearn.neighbors import NearestCentroid
 from torch import nn
 
 from cil.classifiers import LDA, NCM, CosineHead, Gaussians, LinearHead, Mahalanobis, Ridge, TruncatedSVD
+from cil.classifiers.lda import RATIOS
 from cil.classifiers.ridge import STRENGTHS
 from cil.errors import ConfigError, DataError
 from cil.learners.bases.alignment import SampledFeatures, mean_scales, normalized_cross_entropy
@@ -40,6 +41,7 @@ FROM_SUMS = {
     "mahalanobis plain": lambda: Mahalanobis(12, (0.5, 0.1), normalize=False, correlation=False),
     "lda": lambda: LDA(12),
     "lda uniform": lambda: LDA(12, 0.1, "uniform"),
+    "lda gcv": lambda: LDA(12, "gcv"),
     "gaussians": lambda: Gaussians(12),
 }
 """Classifiers that are functions of sums, on features of width 12."""
@@ -338,6 +340,7 @@ def test_constructors_refuse_what_makes_no_sense():
         lambda: Mahalanobis(4, (-1.0, 0.0)),
         lambda: Mahalanobis(4, tukey=0),
         lambda: LDA(4, shrinkage=1.5),
+        lambda: LDA(4, shrinkage="loo"),
         lambda: LDA(4, priors="flat"),
         lambda: Gaussians(4, ridge=0),
         lambda: SampledFeatures(Gaussians(4), 0),
@@ -720,6 +723,56 @@ def test_lda_is_scikit_learns(shrinkage):
     uniform = LDA(12, shrinkage, "uniform").partial_fit(x, y)
     by_hand = ours.logits(x) - (y.bincount() / len(y)).log() + np.log(0.1)
     torch.testing.assert_close(uniform.logits(x), by_hand, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [600, 60, 25])
+def test_shrinkage_by_the_hat_matrix(n):
+    """GCV is that of ridge regression with intercept of the classes' scores, and this regression is LDA with s."""
+    x, y = ten_classes(n)
+    x = x.repeat(1, 3) + torch.randn(n, 36, generator=generator(2), dtype=torch.float64)  # wider than 25 samples
+    lda = LDA(36, "gcv", "uniform").partial_fit(x[: n // 3], y[: n // 3]).partial_fit(x[n // 3 :], y[n // 3 :])
+    scale = float(lda.covariance.diagonal().mean())
+    ours = lda.generalised_errors(lda.covariance, slice(None), scale)
+    centred = (x - x.mean(0)).numpy()
+    targets = one_hot(y) / np.sqrt(np.bincount(y))  # optimal scores up to a rotation; the intercept fits one
+    for error, ratio in zip(ours, RATIOS, strict=True):
+        penalty = ratio * scale * n
+        hat = centred @ np.linalg.solve(centred.T @ centred + penalty * np.eye(36), centred.T) + 1 / n
+        free = 1 - np.trace(hat) / n
+        expected = ((targets - hat @ targets) ** 2).sum() / n / free**2 if free >= 1e-4 else math.inf
+        assert error == pytest.approx(expected, rel=1e-6)
+    best = RATIOS[int(np.argmin(ours))]
+    assert lda.shrinkages == [best / (1 + best)]
+    fixed = LDA(36, best / (1 + best), "uniform").partial_fit(x, y)
+    torch.testing.assert_close(lda.logits(x), fixed.logits(x))
+    # the rule's directions are those of the regression with this penalty
+    slopes = np.linalg.solve(centred.T @ centred + best * scale * n * np.eye(36), centred.T @ targets)
+    directions = fixed.cached("rule", fixed._solve)[0].numpy().T
+    directions = directions - directions.mean(1, keepdims=True)
+    residual = directions - slopes @ np.linalg.lstsq(slopes, directions, rcond=None)[0]
+    assert np.abs(residual).max() < 1e-8 * np.abs(directions).max()
+
+
+def test_shrinkage_is_that_of_joint_training_and_grows_with_noise():
+    x, y = ten_classes(200)
+    chosen = []
+    for noise in (0.0, 3.0, 30.0):
+        noisy = x + noise * torch.randn(x.shape, generator=generator(3), dtype=torch.float64)
+        together = LDA(12, "gcv").partial_fit(noisy, y)
+        cut = LDA(12, "gcv")
+        for task in (y >= 6, y < 2, (y >= 2) & (y < 6)):
+            cut.partial_fit(noisy[task], y[task]).logits(noisy)
+        assert cut.shrinkages == together.shrinkages
+        chosen += together.shrinkages
+    assert chosen[0] < chosen[1] < chosen[2] < 1
+
+
+def test_parts_choose_their_own_shrinkage():
+    x, y = ten_classes(200)
+    noisy = torch.cat([x, x + 20 * torch.randn(x.shape, generator=generator(3), dtype=torch.float64)], dim=1)
+    both = LDA(24, "gcv", blocks=2).partial_fit(noisy, y)
+    alone = [LDA(12, "gcv").partial_fit(part, y).shrinkages[0] for part in noisy.chunk(2, dim=1)]
+    assert both.shrinkages == alone and alone[0] < alone[1]
 
 
 def test_lda_without_enough_samples_and_without_shrinkage():

@@ -39,6 +39,7 @@ CLASSIFIERS = {
     "lda": lambda f: LDA(f),
     "lda, no shrinkage": lambda f: LDA(f, 0.0),
     "lda, two blocks": lambda f: LDA(f, blocks=2),
+    "lda gcv": lambda f: LDA(f, "gcv"),
     "fecam": lambda f: Mahalanobis(f),
     "fecam, strongly shrunk": lambda f: Mahalanobis(f, (10, 10)),
     "fecam, tukey": lambda f: Mahalanobis(f, tukey=0.5),

@@ -49,6 +49,7 @@ def test_common_checks(case, check):
         ("linear_probe", {"loss": "local", "optimizer": "adam", "lr": 0.01}),
         ("joint", {"trains": "head", "lr": 0.05, "epochs": 10}),
         ("ranpac", {"projection": 100, "strength": "gcv"}),
+        ("slda", {"shrinkage": "gcv"}),
         ("loranpac", {"projection": 100, "block": 7}),
         ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8}),

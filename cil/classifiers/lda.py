@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -11,10 +12,16 @@ from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.moments import CONSTANT
 from cil.errors import ConfigError
-from cil.utils.linalg import BLOCK, add_gram_, symmetric_inverse
+from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, symmetric_inverse
 from cil.utils.precision import exact, without_autocast
 
 Priors = Literal["counts", "uniform"]
+Shrinkage = float | Literal["gcv"]
+
+RATIOS = tuple(10.0 ** (exponent / 4) for exponent in range(-24, 13))
+"""Candidates for s / (1 − s), from 10⁻⁶ to 10³."""
+UNCHOSEN = 1e-4
+"""The candidate in use while the samples are too few to choose by: the default shrinkage, nearly."""
 
 
 class LDA(StatisticsClassifier):
@@ -26,9 +33,18 @@ class LDA(StatisticsClassifier):
     samples than features, and hardly changes a well-estimated Σ. Without shrinkage, directions without variance get the
     mean variance. If no direction has variance (equal images, or one image per class), the nearest mean wins.
 
+    The shrinkage ``gcv`` is chosen by generalised cross-validation on all samples so far. LDA with Σ + λ/N · I is
+    optimal scoring with ridge penalty λ: the regression, with intercept, of the C − 1 orthonormal scores of the classes
+    on the features (Hastie, Buja, Tibshirani, Penalized Discriminant Analysis, 1995). With the total scatter
+    T = V diag(t) Vᵀ and the between-class scatter B, its residual is C − 1 − Σ_k (VᵀBV)_kk (t_k + 2λ) / (t_k + λ)²,
+    and 1 + Σ_k t_k / (t_k + λ) of N directions are fitted. Both scatters are sums, so s needs no image and is that of
+    joint training, however the samples are split over calls. It needs one eigendecomposition of T, and the memory of
+    three more matrices of this size, after every change of the statistics. Every part of the features (``blocks``) has
+    its own s.
+
     Args:
         feature_dim: Feature width F.
-        shrinkage: Shrinkage s in [0, 1]; with 1 the distances to the class means are Euclidean.
+        shrinkage: Shrinkage s in [0, 1], or ``gcv``; with 1 the distances to the class means are Euclidean.
         priors: Class priors π_c; ``counts``: the classes' shares of the samples, ``uniform``: equal for all classes
             with samples. Every sample has the same weight in Σ under both.
         blocks: Number of equal parts of the features. Σ is taken to be 0 between parts, so logits are sums over parts.
@@ -44,10 +60,12 @@ class LDA(StatisticsClassifier):
     sums: Tensor
     outer: Tensor
 
-    def __init__(self, feature_dim: int, shrinkage: float = 1e-4, priors: Priors = "counts", blocks: int = 1) -> None:
+    def __init__(
+        self, feature_dim: int, shrinkage: Shrinkage = 1e-4, priors: Priors = "counts", blocks: int = 1
+    ) -> None:
         super().__init__(feature_dim)
-        if not 0 <= shrinkage <= 1:
-            raise ConfigError(f"LDA: shrinkage is {shrinkage}; it must be in [0, 1]")
+        if shrinkage != "gcv" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
+            raise ConfigError(f"LDA: shrinkage is {shrinkage!r}; it must be in [0, 1], or 'gcv'")
         if blocks < 1 or feature_dim % blocks:
             raise ConfigError(f"LDA: blocks is {blocks}; {feature_dim} features do not divide into equal parts")
         if priors not in ("counts", "uniform"):
@@ -76,8 +94,13 @@ class LDA(StatisticsClassifier):
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
         features = self.checked(features)
-        weights, bias = self.cached("rule", self._solve)
+        weights, bias, _ = self.cached("rule", self._solve)
         return self.only_seen(features @ weights.T.to(features.dtype) + bias.to(features.dtype))
+
+    @property
+    def shrinkages(self) -> list[float]:
+        """The shrinkage s in use for each part of the features."""
+        return self.cached("rule", self._solve)[2]
 
     @property
     def means(self) -> Tensor:
@@ -88,22 +111,26 @@ class LDA(StatisticsClassifier):
     def covariance(self) -> Tensor:
         """Within-class covariance Σ before shrinkage, float64 [F, F]."""
         between = (self.counts[:, None] * self.means).T @ self.means
-        within = self.outer - (between + between.T) / 2
+        within = (between + between.T).div_(2)
+        del between  # features may be wide: no more than two matrices beside ``outer``
+        torch.sub(self.outer, within, out=within)
         constant = within.diagonal() <= CONSTANT * self.outer.diagonal()
         within[constant] = 0
         within[:, constant] = 0
-        return within / self.counts.sum().clamp(min=1)
+        return within.div_(self.counts.sum().clamp(min=1))
 
-    def _solve(self) -> tuple[Tensor, Tensor]:
+    def _solve(self) -> tuple[Tensor, Tensor, list[float]]:
         covariance, means = self.covariance, self.means
         unit = float(covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
-        parts = []
-        for part in torch.arange(self.feature_dim, device=means.device).chunk(self.blocks):
-            block = covariance[part][:, part]
+        parts, shrinkages = [], []
+        width = self.feature_dim // self.blocks
+        for part in (slice(start, start + width) for start in range(0, self.feature_dim, width)):
+            block = covariance[part, part]
             scale = float(block.diagonal().mean()) or unit
-            block = (1 - self.shrinkage) * block
-            block.diagonal().add_(self.shrinkage * scale)
-            parts.append(means[:, part] @ symmetric_inverse(block, scale))
+            chosen = self._choose(block, part, scale) if isinstance(self.shrinkage, str) else self.shrinkage
+            block.mul_(1 - chosen).diagonal().add_(chosen * scale)
+            parts.append(means[:, part].contiguous() @ symmetric_inverse(block, scale))
+            shrinkages.append(chosen)
         weights = torch.cat(parts, dim=1)
         bias = -(weights * self.means).sum(1) / 2
         if self.priors == "counts":
@@ -111,7 +138,27 @@ class LDA(StatisticsClassifier):
             bias = bias + shares.double().clamp(min=torch.finfo(torch.float64).tiny).log()
         else:
             bias = bias - float((self.counts > 0).sum().clamp(min=1).double().log())
-        return weights, bias
+        return weights, bias, shrinkages
+
+    def _choose(self, covariance: Tensor, part: slice, scale: float) -> float:
+        """The shrinkage with the smallest error for the features ``part`` with within-class covariance [F', F']."""
+        errors = self.generalised_errors(covariance, part, scale)
+        best = RATIOS[errors.index(min(errors))] if math.isfinite(min(errors)) else UNCHOSEN
+        return best / (1 + best)
+
+    def generalised_errors(self, covariance: Tensor, part: slice, scale: float) -> list[float]:
+        """The error of every candidate on all samples so far; see the class."""
+        samples, seen = int(self.counts.sum()), self.counts > 0
+        if samples < 1:
+            return [math.inf] * len(RATIOS)
+        means, counts = self.means[seen][:, part], self.counts[seen].double()
+        offsets = counts.sqrt()[:, None] * (means - counts @ means / samples)
+        total = covariance * samples
+        add_gram_(total, offsets)
+        values, vectors = eigh_(total)
+        strengths = [ratio * scale * samples for ratio in RATIOS]
+        explained = (offsets @ vectors).square().sum(0)
+        return generalised_errors(values, explained, len(offsets) - 1, samples, strengths, fitted=1)
 
     def _spread(self) -> float:
         """Mean variance of the means of classes with samples; the metric if no class has variance.

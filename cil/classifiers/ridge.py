@@ -13,7 +13,7 @@ from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.random_features import RandomFeatures
 from cil.errors import ConfigError
-from cil.utils.linalg import BLOCK, add_gram_, eigh_, ridge_solve
+from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, ridge_solve
 from cil.utils.precision import exact, without_autocast
 
 Decision = Literal["linear", "cosine"]
@@ -26,8 +26,6 @@ RESOLVED = 1e-8
 """A leave-one-out denominator 1 − h_ii below this is mostly rounding error."""
 UNSCALED = (1e-6, 1e10)
 """Mean squares of the random features for which the candidates are taken as they are."""
-FREE = 1e-4
-"""If the share of free directions 1 − tr S / n is below this, the residual sum of squares is mostly rounding error."""
 
 
 class Ridge(RandomFeatures):
@@ -219,18 +217,9 @@ class Ridge(RandomFeatures):
         return [error / y.numel() for error in errors]
 
     def generalised_errors(self) -> list[float]:
-        """(RSS / n) / (1 − tr S / n)² of every candidate on all samples so far.
-
-        With G = V diag(s) Vᵀ, a_k the squared length of row k of VᵀQ and n ones in all one-hot labels,
-        RSS = n − Σ_k a_k (s_k + 2λ) / (s_k + λ)² and tr S = Σ_k s_k / (s_k + λ).
-        """
+        """The error of every candidate on all samples so far; the n one-hot labels have n ones."""
         if not bool((self.counts > 1).any()):
             return [math.inf] * len(STRENGTHS)
         s, v = eigh_(self.gram.clone())
-        s, a, n = s.clamp(min=0), (self.targets @ v).square().sum(0), int(self.counts.sum())
-        errors = []
-        for strength in self.candidates:
-            free = 1 - (s / (s + strength)).sum().item() / n
-            rss = n - (a * (s + 2 * strength) / (s + strength).square()).sum().item()
-            errors.append(rss / n / free**2 if free >= FREE else math.inf)
-        return errors
+        n = int(self.counts.sum())
+        return generalised_errors(s, (self.targets @ v).square().sum(0), n, n, self.candidates)

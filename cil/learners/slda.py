@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cil.classifiers import LDA
+from cil.learner import Context
 from cil.learners.bases.first_session import AdaptOnce
+from cil.stream import Task
 
 
 class SLDA(AdaptOnce):
     """Deep SLDA (Hayes and Kanan, arXiv 1909.01520) in batch form.
 
     logit_c = fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c, with class means μ_c and one within-class covariance Σ of all classes,
-    shrunk to (1 − s) Σ + s · tr(Σ)/F · I. All statistics are sums over images, so the order of tasks has no effect if
-    nothing is trained (a ``tuner`` is trained on the first task, as in APER). The paper's running covariance over a
-    stream of single images approximates this Σ and depends on their order. Keeps F² numbers, and F + 1 per class. One
-    forward pass per image. ``merge`` uses the same classifier, so SLDA is its baseline without training.
+    shrunk to (1 − s) Σ + s · tr(Σ)/F · I; s is given, or chosen from the statistics (``gcv``). All statistics are sums
+    over images, so the order of tasks has no effect if nothing is trained (a ``tuner`` is trained on the first task, as
+    in APER). The paper's running covariance over a stream of single images approximates this Σ and depends on their
+    order. Keeps F² numbers, and F + 1 per class. One forward pass per image. ``merge`` uses the same classifier, so
+    SLDA is its baseline without training.
     """
 
     class Config(AdaptOnce.Config):
-        shrinkage: float = Field(
+        shrinkage: Literal["gcv"] | Annotated[float, Field(ge=0, le=1)] = Field(
             1e-4,
-            ge=0,
-            le=1,
-            description="shrinkage s in [0, 1] of the covariance; published: 10⁻⁴, larger for few images",
+            description="shrinkage s in [0, 1] of the covariance; published: 10⁻⁴, larger for few images. gcv: chosen "
+            "by generalised cross-validation from the statistics of all tasks, for wide features",
         )
         priors: Literal["uniform", "counts"] = Field(
             "uniform", description="class priors π_c: equal, or the class frequencies so far"
@@ -35,6 +37,12 @@ class SLDA(AdaptOnce):
     summary = "linear discriminant analysis, one covariance for all classes"
     trains = "nothing, or a tuner on the first task"
     paper = "Hayes and Kanan, Lifelong Machine Learning with Deep Streaming LDA, CVPR-W 2020, arXiv 1909.01520"
+    classifier: LDA
 
     def make_classifier(self) -> LDA:
         return LDA(self.backbone.feature_dim, self.config.shrinkage, priors=self.config.priors)
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        super().learn(task, ctx)
+        if self.config.shrinkage == "gcv":
+            ctx.log("shrinkage", self.classifier.shrinkages[0])

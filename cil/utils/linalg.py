@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ BLOCK = 1024
 """Rows or columns that are processed at once."""
 RESOLUTION = 1e-10
 """A variance below this share of the largest one is mostly rounding error."""
+FREE = 1e-4
+"""If the share of free directions 1 − tr S / n is below this, the residual sum of squares is mostly rounding error."""
 
 
 def symmetric_inverse(matrix: Tensor, missing: float | None = None) -> Tensor:
@@ -104,3 +107,30 @@ def eigh_(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values = matrix.new_empty(0)
     values, vectors = torch.linalg.eigh(matrix.mT, out=(values, matrix.mT))
     return values.clamp(min=0), vectors  # rounding makes some eigenvalues of 0 negative
+
+
+def generalised_errors(
+    values: Tensor, explained: Tensor, total: float, samples: int, strengths: Sequence[float], fitted: int = 0
+) -> list[float]:
+    """Generalised cross-validation of ridge regression (Golub, Heath, Wahba 1979): (RSS / n) / (1 − tr S / n)².
+
+    With the Gram matrix V diag(s) Vᵀ of the regressors, RSS = ‖Y‖² − Σ_k a_k (s_k + 2λ) / (s_k + λ)² and
+    tr S = ``fitted`` + Σ_k s_k / (s_k + λ).
+
+    Args:
+        values: Eigenvalues s ≥ 0 of the Gram matrix, [M].
+        explained: a, the squared length of each row of VᵀXᵀY, [M].
+        total: ‖Y‖², the squares of all targets.
+        samples: Number n ≥ 1 of samples.
+        strengths: Candidates for λ > 0.
+        fitted: Directions that are fitted without a penalty, 1 for an intercept.
+
+    Returns:
+        The error of each candidate; infinite if it leaves no direction free.
+    """
+    errors = []
+    for strength in strengths:
+        free = 1 - (fitted + (values / (values + strength)).sum().item()) / samples
+        rss = total - (explained * (values + 2 * strength) / (values + strength).square()).sum().item()
+        errors.append(rss / samples / free**2 if free >= FREE else math.inf)
+    return errors
