@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cil.backbone import FROZEN, Backbone
-from cil.classifiers.base import match_saved_shapes
+from cil.classifiers.base import StatisticsClassifier, match_saved_shapes
 from cil.config import Section
 from cil.errors import PluginError, TrainingError
 from cil.features import FeatureCache, View, Viewer
@@ -198,6 +198,16 @@ class Learner(nn.Module, ABC):
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:
         """Features [B, F] → scores [B, len(task.seen)]; column i is class i in order of appearance."""
+
+    def require_memory(self, classes: int, device: torch.device) -> None:
+        """Refuse statistics that cannot fit a device after ``classes`` classes, before an image is read.
+
+        Raises:
+            ConfigError: An estimate is above the memory of the device; the message says what fits.
+        """
+        for part in self.modules():
+            if isinstance(part, StatisticsClassifier):
+                part.require_memory(classes, device)
 
     def predict(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → labels [B] in order of appearance."""

@@ -6,6 +6,7 @@ from cil.classifiers.heads import CosineHead, Head, LinearHead
 from cil.classifiers.lda import LDA
 from cil.classifiers.mahalanobis import Mahalanobis
 from cil.classifiers.ncm import NCM
+from cil.classifiers.parts import PartsLDA
 from cil.classifiers.ridge import Ridge
 from cil.classifiers.truncated_svd import TruncatedSVD
 
@@ -18,6 +19,7 @@ __all__ = [
     "Head",
     "LinearHead",
     "Mahalanobis",
+    "PartsLDA",
     "Ridge",
     "TruncatedSVD",
     "match_saved_shapes",

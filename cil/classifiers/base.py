@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cil.classifiers.memory import DOUBLE, require_memory
 from cil.errors import ConfigError, DataError
 from cil.utils.precision import exact
 
@@ -234,6 +236,40 @@ class StatisticsClassifier(Classifier):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._reserved.clear()
         super()._load_from_state_dict(*args)
+
+    @property
+    def width(self) -> int:
+        """Width of the statistics: that of the features, or of their random projection."""
+        return self.feature_dim
+
+    def kept_bytes(self, classes: int, width: int) -> float:
+        """Estimate the bytes that the statistics of ``classes`` classes keep at a width; rows alone by default."""
+        return DOUBLE * classes * width
+
+    def peak_bytes(self, classes: int, width: int) -> float:
+        """Estimate the largest memory in bytes while the statistics grow and are solved; at least what they keep."""
+        return 3 * self.kept_bytes(classes, width)
+
+    @property
+    def narrower(self) -> str:
+        """What a user changes to make the statistics smaller; ``{width}`` stands for the largest width that fits."""
+        return (
+            "use features of width {width} or less: fewer `layers.blocks` or `layers.tokens`, or a smaller backbone; "
+            "or `ranpac` or `loranpac`, whose `projection` bounds the width"
+        )
+
+    def require_memory(self, classes: int = 1, device: torch.device | None = None) -> None:
+        """Refuse a classifier that cannot fit; a constructor calls it before it allocates a matrix.
+
+        Args:
+            classes: Number of classes of the whole stream, ≥ 1.
+            device: Device that will hold the statistics; None: that of the classifier.
+
+        Raises:
+            ConfigError: The estimate for the widths and ``classes`` is above the memory of the device.
+        """
+        name = type(self).__name__
+        require_memory(name, partial(self.peak_bytes, classes), self.width, self.narrower, device or self.device)
 
     def only_seen(self, scores: Tensor) -> Tensor:
         """Return scores [B, C] with −∞ for classes without samples."""

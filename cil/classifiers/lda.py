@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
+from cil.classifiers.memory import DOUBLE
 from cil.classifiers.moments import CONSTANT
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, symmetric_inverse
@@ -71,8 +72,16 @@ class LDA(StatisticsClassifier):
         if priors not in ("counts", "uniform"):
             raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
         self.shrinkage, self.priors, self.blocks = shrinkage, priors, blocks
+        self.require_memory()
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
+
+    def kept_bytes(self, classes: int, width: int) -> float:
+        return super().kept_bytes(classes, width) + DOUBLE * width**2
+
+    def peak_bytes(self, classes: int, width: int) -> float:
+        matrices = 5 if self.shrinkage == "gcv" else 4
+        return 3 * super().kept_bytes(classes, width) + DOUBLE * (BLOCK * width + matrices * width**2)
 
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> LDA:

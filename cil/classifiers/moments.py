@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
+from cil.classifiers.memory import DOUBLE
 from cil.utils.precision import exact
 
 CONSTANT = 1e-12
@@ -25,8 +26,19 @@ class ClassMoments(StatisticsClassifier):
 
     def __init__(self, feature_dim: int) -> None:
         super().__init__(feature_dim)
+        self.require_memory()
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outers", torch.zeros(0, feature_dim, feature_dim, dtype=torch.float64))
+
+    def kept_bytes(self, classes: int, width: int) -> float:
+        return super().kept_bytes(classes, width) + DOUBLE * classes * width**2
+
+    def peak_bytes(self, classes: int, width: int) -> float:
+        """Copies of the matrices while they grow, a solution per class, and what solving one class takes.
+
+        The factor is what ``scripts/bench/growth.py`` measured for 1,000 classes.
+        """
+        return 3.6 * self.kept_bytes(classes, width) + 5 * DOUBLE * width**2
 
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> ClassMoments:

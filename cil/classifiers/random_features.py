@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ class RandomFeatures(StatisticsClassifier):
     Args:
         feature_dim: Feature width F.
         projection: Width M of the random features; None: no projection, H = X and M = F.
+        settings: Attributes of a subclass that its memory depends on, for the check before R is allocated.
 
     Buffers:
         projection: float32 [F, M], R; zero until drawn.
@@ -30,13 +33,27 @@ class RandomFeatures(StatisticsClassifier):
     projection: Tensor | None
     targets: Tensor
 
-    def __init__(self, feature_dim: int, projection: int | None) -> None:
+    def __init__(self, feature_dim: int, projection: int | None, **settings: Any) -> None:
         super().__init__(feature_dim)
         if projection is not None and projection < 1:
             raise ConfigError(f"{type(self).__name__}: projection is {projection}; it must be at least 1, or None")
-        self.width = projection or feature_dim
+        self._width = projection or feature_dim
+        for name, value in settings.items():
+            setattr(self, name, value)
+        self.require_memory()
         self.register_buffer("projection", torch.zeros(feature_dim, projection) if projection else None)
         self.register_buffer("targets", torch.zeros(0, self.width, dtype=torch.float64))
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    @property
+    def narrower(self) -> str:
+        return super().narrower if self._width == self.feature_dim else "set `projection` to {width} or less"
+
+    def kept_bytes(self, classes: int, width: int) -> float:
+        return super().kept_bytes(classes, width) + 4 * self.feature_dim * (width if width != self.feature_dim else 0)
 
     @exact()
     def draw(self, generator: torch.Generator) -> RandomFeatures:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
+from cil.classifiers.memory import DOUBLE
 from cil.classifiers.random_features import RandomFeatures
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, ridge_solve
@@ -69,6 +70,7 @@ class Ridge(RandomFeatures):
         ConfigError: An argument is out of range.
     """
 
+    strength: Strength
     gram: Tensor
     strength_: Tensor
 
@@ -79,17 +81,24 @@ class Ridge(RandomFeatures):
         strength: Strength = "holdout",
         decision: Decision = "linear",
     ) -> None:
-        super().__init__(feature_dim, projection)
+        super().__init__(feature_dim, projection, strength=strength)
         if isinstance(strength, str) and strength not in get_args(Choice):
             raise ConfigError(f"Ridge: strength is {strength!r}; it must be 'holdout', 'loo', 'gcv' or a number")
         if not isinstance(strength, str) and not 0 < strength < math.inf:
             raise ConfigError(f"Ridge: strength is {strength}; it must be positive and finite")
         if decision not in ("linear", "cosine"):
             raise ConfigError(f"Ridge: decision is {decision!r}; it must be 'linear' or 'cosine'")
-        self.strength, self.decision = strength, decision
+        self.decision = decision
         self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.float64))
         initial = 1.0 if isinstance(strength, str) else strength
         self.register_buffer("strength_", torch.tensor(initial, dtype=torch.float64))
+
+    def kept_bytes(self, classes: int, width: int) -> float:
+        return super().kept_bytes(classes, width) + DOUBLE * width**2
+
+    def peak_bytes(self, classes: int, width: int) -> float:
+        rows = 3 * super().kept_bytes(classes, width) + DOUBLE * BLOCK * width
+        return rows + (4 if isinstance(self.strength, str) else 3) * DOUBLE * width**2
 
     @exact()
     def transport(self, drift: AffineMap) -> Ridge:

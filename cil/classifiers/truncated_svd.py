@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cil.classifiers.base import Array
+from cil.classifiers.memory import DOUBLE
 from cil.classifiers.random_features import RandomFeatures
 from cil.classifiers.ridge import RESOLVED
 from cil.errors import ConfigError, DataError
@@ -47,6 +48,9 @@ class TruncatedSVD(RandomFeatures):
         ConfigError: An argument is out of range.
     """
 
+    truncation: float
+    rank: int | None
+    block: int
     basis: Tensor
     singular_values: Tensor
     smallest: Tensor
@@ -60,7 +64,7 @@ class TruncatedSVD(RandomFeatures):
         strength: float = 0.0,
         block: int = 2000,
     ) -> None:
-        super().__init__(feature_dim, projection)
+        super().__init__(feature_dim, projection, truncation=truncation, rank=rank, block=block)
         if not 0 <= truncation < 1:
             raise ConfigError(f"TruncatedSVD: truncation is {truncation}; it must be at least 0 and below 1")
         if rank is not None and rank < 1:
@@ -69,10 +73,18 @@ class TruncatedSVD(RandomFeatures):
             raise ConfigError(f"TruncatedSVD: strength is {strength}; it must be finite and not negative")
         if block < 1:
             raise ConfigError(f"TruncatedSVD: block is {block}; it must be at least 1")
-        self.truncation, self.rank, self.strength, self.block = truncation, rank, strength, block
+        self.strength = strength
         self.register_buffer("basis", torch.zeros(0, self.width, dtype=torch.float64))
         self.register_buffer("singular_values", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("smallest", torch.zeros((), dtype=torch.float64))
+
+    def kept_bytes(self, classes: int, width: int) -> float:
+        directions = min(round((1 - self.truncation) * width), self.rank or width)
+        return super().kept_bytes(classes, width) + DOUBLE * directions * width
+
+    def peak_bytes(self, classes: int, width: int) -> float:
+        updated = min(round((1 - self.truncation) * width), self.rank or width) + self.block
+        return 3 * super().kept_bytes(classes, width) + DOUBLE * (4 * updated * width + 4 * updated**2)
 
     @exact()
     def partial_fit(self, features: Array, labels: Array, generator: torch.Generator | None = None) -> TruncatedSVD:

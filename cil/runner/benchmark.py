@@ -16,7 +16,7 @@ from cil.config.parsing import to_yaml
 from cil.data.classes import NoSplitError
 from cil.data.images import ImageSet, LoadedSplit
 from cil.data.transforms import Transforms
-from cil.errors import BackboneError, TrainingError
+from cil.errors import BackboneError, ConfigError, TrainingError
 from cil.learners import registry
 from cil.results import Header, Stage, StageRow
 from cil.runner.checkpoint import RunFolder, to_json
@@ -104,7 +104,7 @@ def run(
 
 
 def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> None:
-    """Build every learner once, so that one that does not fit the backbone is found before the first one trains."""
+    """Build every learner once: one that does not fit backbone or memory is found before the first image is read."""
     tried = set()
     for plan, stream in zip(todo, streams, strict=True):
         require_supported(plan.cls, stream)
@@ -112,9 +112,10 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
             continue
         tried.add(plan.entry.title)
         try:
-            registry.instantiate(plan.cls, plan.parameters, backbone)
-        except BackboneError as error:
-            raise BackboneError(f"learner {plan.entry.title}: {error}") from None
+            learner = registry.instantiate(plan.cls, plan.parameters, backbone)
+            learner.require_memory(len(stream.class_names), backbone.device)
+        except (BackboneError, ConfigError) as error:
+            raise type(error)(f"learner {plan.entry.title}: {error}") from None
 
 
 def _run_one(

@@ -67,6 +67,13 @@ def facts(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Return the whole memory in bytes of the device if it is a GPU, else of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far in bytes: that of the device if it is a GPU, else that of this process."""
     if device.type == "cuda":
