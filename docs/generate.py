@@ -26,6 +26,7 @@ from cil.config import Config, LearnerEntry
 from cil.config.reading import read, shipped
 from cil.learner import Learner
 from cil.learners import registry
+from cil.learners.bases.on_features import Layers
 from cil.merging.configs import FinaliserSection, RuleSection
 from cil.training import Recipe
 from cil.tuning.configs import TunerSection
@@ -215,6 +216,12 @@ def configuration_page() -> str:
         prose(Recipe),
         section_table(Recipe),
     ]
+    parts += [
+        "## Layers",
+        "Value of a learner's `layers`, see [Features of several blocks](layers.md). Bare blocks stand for the "
+        "section: `half` for `{blocks: half}`.",
+        section_table(Layers),
+    ]
     for title, sections in KINDS.items():
         parts += [f"## {title}", INTRODUCTIONS[title]]
         for model in get_args(sections):
@@ -274,6 +281,8 @@ TITLES = {
     "EWC": "[strategy](../configuration.md#strategies)",
     "Replay": "[strategy](../configuration.md#strategies)",
 }
+SECTIONS = {"Layers": "[layers](../configuration.md#layers)"}
+"""Sections that several learners have, with their place on the configuration page."""
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -281,6 +290,8 @@ def kind(schema: dict[str, Any], defs: dict[str, Any]) -> str:
     """A JSON schema in words: ``integer ≥ 1``, ``one of a, b``, ``list of number > 0``."""
     if "$ref" in schema:
         inner = defs[schema["$ref"].rsplit("/", 1)[1]]
+        if inner.get("title") in SECTIONS:
+            return SECTIONS[inner["title"]]
         return "section" if inner.get("type") == "object" else kind(inner, defs)
     if "discriminator" in schema:
         return next(title for name, title in TITLES.items() if name in schema["discriminator"]["mapping"])

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cil.features.digest import backbone_digest, seen_through, tuner_digest
+from cil.features.digest import about_tuner, backbone_digest, is_frozen, seen_through, tuner_digest
 from cil.store import FeatureStore, Key
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class FeatureCache:
     def _of(self, version: Hashable, view: View, images: ImageSet) -> _Kept:
         seen = seen_through(view)
         # images from elsewhere (an Avalanche experience) may not know their classes
-        natural = seen is not None and seen[1] is None and hasattr(images, "labels")
+        natural = seen is not None and is_frozen(seen[1]) and hasattr(images, "labels")
         key = (version, id(images), natural)
         if key not in self._kept:
             self._kept[key] = _Kept(images, natural)
@@ -196,8 +196,7 @@ class FeatureCache:
             "data_name": images.title,
             "backbone_name": backbone.name,
             "weights": backbone.fingerprint,
-            "feature_dim": backbone.feature_dim,
-            "tuner_name": "" if tuner is None else type(tuner).__name__,
+            **about_tuner(tuner, backbone),
         }
         return Key(parts, about)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cil.backbone import Backbone, views
 from cil.backbone.vit import Tuner
 from cil.tuning.frozen import Frozen
+from cil.tuning.layers import Collector
 
 KNOWN = ("cil", "timm", "torch")
 """Packages whose modules are identified by class, attributes and tensors; a user's own code may change unnoticed."""
@@ -41,6 +42,19 @@ def seen_through(view: Callable[[Tensor], Tensor]) -> tuple[Backbone, Tuner | No
     if type(seen) is not Backbone or seen._compiled_call_impl is not None:  # compiled code rounds differently
         return None
     return seen, tuner
+
+
+def is_frozen(tuner: Tuner | None) -> bool:
+    """Whether the features with this tuner are those of the frozen backbone, of one or several of its blocks."""
+    return tuner is None or (isinstance(tuner, Collector) and tuner.frozen)
+
+
+def about_tuner(tuner: Tuner | None, backbone: Backbone) -> dict[str, Any]:
+    """Width of the features and name of the tuner, for human readers."""
+    if not isinstance(tuner, Collector):
+        return {"feature_dim": backbone.feature_dim, "tuner_name": "" if tuner is None else type(tuner).__name__}
+    names = [f"layers {', '.join(map(str, tuner.blocks))}"] + ([] if tuner.frozen else [type(tuner.inner).__name__])
+    return {"feature_dim": tuner.width, "tuner_name": "; ".join(names)}
 
 
 def backbone_digest(backbone: Backbone) -> str | None:

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping
 
 from pydantic import Field
 
-from cil.backbone import FROZEN
 from cil.classifiers import NCM
 from cil.features import View
 from cil.learners.bases.first_session import AdaptOnce
@@ -31,7 +30,7 @@ class APER(AdaptOnce):
     paper = "Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models, IJCV 2024, arXiv 2303.07338"
 
     def make_classifier(self) -> NCM:
-        return NCM(2 * self.backbone.feature_dim)
+        return NCM(self.width)
 
     def views(self) -> Mapping[Hashable, View]:
-        return {FROZEN: self.backbone, **super().views()}
+        return {**self.frozen(), **super().views()}

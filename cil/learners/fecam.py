@@ -35,7 +35,7 @@ class FeCAM(AdaptOnce):
     def make_classifier(self) -> Mahalanobis:
         config = self.config
         return Mahalanobis(
-            self.backbone.feature_dim,
+            self.width,
             shrinkage=config.shrinkage,
             normalize=config.normalize,
             tukey=config.tukey,

@@ -41,7 +41,7 @@ class LoRanPAC(AdaptOnce):
 
     def make_classifier(self) -> TruncatedSVD:
         c = self.config
-        return TruncatedSVD(self.backbone.feature_dim, c.projection, c.truncation, c.rank, c.strength, c.block)
+        return TruncatedSVD(self.width, c.projection, c.truncation, c.rank, c.strength, c.block)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)
@@ -49,7 +49,7 @@ class LoRanPAC(AdaptOnce):
             "rank": len(self.classifier.singular_values),
             "condition_number": self.classifier.condition_number,
             "condition_number_uncut": self.classifier.uncut_condition_number,
-            "leave_one_out_accuracy": self.classifier.leave_one_out_accuracy(*ctx.features(self, task.train)),
+            "leave_one_out_accuracy": self.classifier.leave_one_out_accuracy(*self.training_features(task, ctx)),
         }
         for name, value in figures.items():
             # not finite: all features are zero; or nothing is truncated, and W interpolates the task

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pydantic import Field
-from torch import Tensor
 
-from cil.backbone import Backbone
 from cil.classifiers.ncm import NCM, Metric
-from cil.learner import Context, Learner, LearnerConfig
-from cil.stream import Task
+from cil.learners.bases.on_features import ClassifierOnFeatures
 
 
-class NCMLearner(Learner):
+class NCMLearner(ClassifierOnFeatures):
     """SimpleCIL: class prototypes of a frozen backbone, compared by cosine (Zhou et al., arXiv 2303.07338).
 
     For every new class c, p_c = mean of f(x_i) over its training images (test transform, features not normalised); the
@@ -19,7 +16,7 @@ class NCMLearner(Learner):
     task split, batch size or seed. Keeps F + 1 numbers per class. One forward pass per image.
     """
 
-    class Config(LearnerConfig):
+    class Config(ClassifierOnFeatures.Config):
         metric: Metric = Field("cosine", description="similarity of a feature and a class mean")
 
     name = "ncm"
@@ -27,16 +24,5 @@ class NCMLearner(Learner):
     trains = "nothing"
     paper = "Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models, IJCV 2024, arXiv 2303.07338"
 
-    def __init__(self, config: Config, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
-        self.classifier = NCM(backbone.feature_dim, config.metric)
-
-    def begin(self, task: Task, ctx: Context) -> None:
-        super().begin(task, ctx)
-        self.classifier.grow(len(task.seen))
-
-    def learn(self, task: Task, ctx: Context) -> None:
-        self.classifier.partial_fit(*ctx.features(self, task.train))
-
-    def logits(self, features: Tensor) -> Tensor:
-        return self.classifier.logits(features)
+    def make_classifier(self) -> NCM:
+        return NCM(self.width, self.config.metric)

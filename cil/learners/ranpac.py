@@ -45,7 +45,7 @@ class RanPAC(AdaptOnce):
 
     def make_classifier(self) -> Ridge:
         config = self.config
-        return Ridge(self.backbone.feature_dim, config.projection, config.strength, config.decision)
+        return Ridge(self.width, config.projection, config.strength, config.decision)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)

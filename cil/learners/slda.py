@@ -40,7 +40,7 @@ class SLDA(AdaptOnce):
     classifier: LDA
 
     def make_classifier(self) -> LDA:
-        return LDA(self.backbone.feature_dim, self.config.shrinkage, priors=self.config.priors)
+        return LDA(self.width, self.config.shrinkage, priors=self.config.priors)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)

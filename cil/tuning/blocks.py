@@ -16,13 +16,20 @@ def chosen_blocks(model: nn.Module, blocks: Sequence[int] | None) -> tuple[int, 
         BackboneError: A block does not exist or is listed twice, or the list is empty.
     """
     depth = len(model.blocks)  # type: ignore[arg-type]
-    if blocks is None:
-        return tuple(range(depth))
+    return chosen_of(depth, range(depth) if blocks is None else blocks)
+
+
+def chosen_of(depth: int, blocks: Sequence[int], key: str = "blocks") -> tuple[int, ...]:
+    """Return ``blocks`` after checking that they are some of ``depth`` blocks.
+
+    Raises:
+        BackboneError: A block does not exist or is listed twice, or the list is empty; ``key`` names the list.
+    """
     for i in blocks:
         if not 0 <= i < depth:
-            raise BackboneError(f"blocks: got {i}, this backbone has {depth} blocks; give some of 0 to {depth - 1}")
+            raise BackboneError(f"{key}: got {i}, this backbone has {depth} blocks; give some of 0 to {depth - 1}")
         if list(blocks).count(i) > 1:
-            raise BackboneError(f"blocks: {i} is listed twice; give each of 0 to {depth - 1} at most once")
+            raise BackboneError(f"{key}: {i} is listed twice; give each of 0 to {depth - 1} at most once")
     if not blocks:
-        raise BackboneError(f"blocks: the list is empty; give some of 0 to {depth - 1}, or leave it out for all")
+        raise BackboneError(f"{key}: the list is empty; give some of 0 to {depth - 1}, or leave it out for all")
     return tuple(blocks)

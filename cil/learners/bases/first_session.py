@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Hashable, Mapping
-from functools import partial
-
 from pydantic import Field
-from torch import Tensor
 
-from cil.backbone import FROZEN, Backbone
-from cil.classifiers import Classifier, CosineHead
+from cil.backbone import Backbone
+from cil.classifiers import CosineHead
 from cil.classifiers.random_features import RandomFeatures
-from cil.features import View
-from cil.learner import Context, Learner
+from cil.learner import Context
 from cil.learners.bases.new_classes import task_head
+from cil.learners.bases.on_features import ClassifierOnFeatures
 from cil.stream import Task
 from cil.training import ParamGroup, Recipe, cross_entropy, fit
 from cil.tuning import TunerConfig, build_tuner
 
 
-class AdaptOnce(Learner):
+class AdaptOnce(ClassifierOnFeatures):
     """First-session adaptation (Zhou et al., arXiv 2303.07338; phase 1 of RanPAC), then statistics only.
 
     Task 0: minimise CE(σ · cos(f_θ(x), W), y) over the tuner θ and a temporary cosine head W, then drop the head. After
     that nothing is trained: each task adds its features to the classifier's statistics, with one forward pass per
-    image. Without a tuner the features are those of the frozen backbone.
+    image. Without a tuner the features are those of the frozen backbone. With ``layers`` the classifier also gets
+    those of the adapted blocks; the tuner is trained on the backbone's own feature as before.
     """
 
-    class Config(Recipe):
+    class Config(ClassifierOnFeatures.Config, Recipe):
         tuner: TunerConfig | None = Field(None, description="tuner trained on the first task; null: none")
         epochs: int = Field(20, gt=0, description="epochs on the first task")
         train_batch_size: int = Field(48, gt=0, description="images per optimiser step")
         weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
-        self.tuner = build_tuner(config.tuner, backbone) if config.tuner is not None else None
-        self.classifier = self.make_classifier()
-
-    @abstractmethod
-    def make_classifier(self) -> Classifier:
-        """The classifier on :meth:`features`, without statistics."""
+        super().__init__(config, backbone, build_tuner(config.tuner, backbone) if config.tuner is not None else None)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
         if task.index == 0 and self.tuner is not None:
             self.tuner.reset(ctx.generator)
-        self.classifier.grow(len(task.seen))
         if task.index == 0 and isinstance(self.classifier, RandomFeatures):
             self.classifier.draw(ctx.generator)
 
@@ -56,12 +45,4 @@ class AdaptOnce(Learner):
             head = task_head(CosineHead(self.backbone.feature_dim), task, ctx)
             loss = cross_entropy(lambda images: head(self.backbone(images, self.tuner)), self.config)
             fit(loss, [ParamGroup([*self.tuner.parameters(), *head.parameters()])], task.train, self.config, ctx)
-        self.classifier.partial_fit(*ctx.features(self, task.train))
-
-    def views(self) -> Mapping[Hashable, View]:
-        if self.tuner is None:
-            return {FROZEN: self.backbone}
-        return {"adapted" if self.seen else "not adapted yet": partial(self.backbone, tuner=self.tuner)}
-
-    def logits(self, features: Tensor) -> Tensor:
-        return self.classifier.logits(features)
+        super().learn(task, ctx)
