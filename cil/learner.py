@@ -209,6 +209,19 @@ class Learner(nn.Module, ABC):
             if isinstance(part, StatisticsClassifier):
                 part.require_memory(classes, device)
 
+    @property
+    def statistics(self) -> StatisticsClassifier | None:
+        """The classifier made of sums that holds all that the learner knows of each class, beside trained parameters.
+
+        ``cil forget`` removes a class from it, and ``cil join`` adds those of several learners. None for learners that
+        keep more of a class than sums.
+        """
+        return None
+
+    def scaled(self, features: Tensor) -> Tensor:
+        """Features [B, F] as the classifier gets them; :meth:`features` itself for most learners."""
+        return features
+
     def predict(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → labels [B] in order of appearance."""
         with torch.inference_mode():

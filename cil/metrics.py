@@ -4,6 +4,9 @@ R [T, T]: R[i, j] is the accuracy on task j's test images after stage i, with th
 NaN above the diagonal. R_task is the same with the argmax restricted to task j's classes: a control without label-space
 growth. All values are fractions in [0, 1] (differences in [−1, 1]), stages and tasks count from 0, and no function
 changes its arguments. The docstring of a definition that other toolboxes print names them.
+
+A benchmark tests every task after every later stage. A model that `cil learn` teaches may have tasks of which no image
+is held out, or of which no image can be tested any more: n_ij = 0, and R[i, j] is NaN. All means leave them out.
 """
 
 from __future__ import annotations
@@ -19,15 +22,16 @@ Array = np.ndarray
 
 
 def accuracy_matrix(correct: Array, total: Array) -> Array:
-    """The accuracy matrix R[i, j] = correct[i, j] / total[j] for j ≤ i, else NaN; float [T, T].
+    """The accuracy matrix R[i, j] = correct[i, j] / n_ij for j ≤ i, else NaN; float [T, T].
 
     Args:
         correct: Number of images of task j classified correctly after stage i, int [T, T].
-        total: Number of test images of each task, int [T].
+        total: Number n_j of test images of each task, int [T], or n_ij of each stage and task, int [T, T].
     """
     stages = correct.shape[0]
-    known = np.tril(np.ones((stages, stages), dtype=bool))
-    return np.where(known, correct / np.asarray(total)[None, :], np.nan)
+    total = np.broadcast_to(np.asarray(total), correct.shape)
+    known = np.tril(np.ones((stages, stages), dtype=bool)) & (total > 0)
+    return np.where(known, correct / np.maximum(total, 1), np.nan)
 
 
 def seen_accuracy(r: Array, total: Array) -> Array:
@@ -38,27 +42,52 @@ def seen_accuracy(r: Array, total: Array) -> Array:
 def seen_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
     """A_i of one stage i; see :func:`seen_accuracy`."""
     i = range(len(r))[stage]
-    return float(np.average(r[i, : i + 1], weights=np.asarray(total[: i + 1], dtype=float)))
+    return _average(r[i, : i + 1], _tested(total, i)[: i + 1])
+
+
+def _tested(total: Array, stage: int) -> Array:
+    """Number of test images of each task at a stage, [T], given n_j [T] or n_ij [T, T]."""
+    return np.asarray(total)[stage] if np.ndim(total) == 2 else np.asarray(total)
+
+
+def _average(values: Array, images: Array) -> float:
+    """The mean of accuracies, weighted by their numbers of images; NaN if there are no images."""
+    known = images > 0
+    return float(np.average(values[known], weights=images[known].astype(float))) if known.any() else float("nan")
+
+
+def _mean(values: Array) -> float:
+    """The mean without NaN; NaN if nothing else is there."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def task_mean_accuracy(r: Array) -> Array:
     """A_i as the mean over tasks: (1/(i+1)) Σ_{j≤i} R[i, j] (L2P, DualPrompt, RanPAC). Shape [T]."""
-    return np.array([r[i, : i + 1].mean() for i in range(len(r))])
+    return np.array([task_mean_accuracy_at(r, i) for i in range(len(r))])
+
+
+def task_mean_accuracy_at(r: Array, stage: int = -1) -> float:
+    """A_i of one stage i; see :func:`task_mean_accuracy`."""
+    i = range(len(r))[stage]
+    return _mean(r[i, : i + 1])
 
 
 def class_mean_accuracy(confusion: Array | coo_array) -> float:
     """Mean over classes of the recall: (1/C) Σ_c confusion[c, c] / Σ_d confusion[c, d].
 
     Args:
-        confusion: Counts [C, C], dense or sparse; rows are true classes, columns predictions; every class has at least
-            one image.
+        confusion: Counts [C, C], dense or sparse; rows are true classes, columns predictions; classes without images
+            are left out.
     """
-    return float(np.mean(confusion.diagonal() / confusion.sum(1)))
+    images = confusion.sum(1)
+    tested = images > 0
+    return float(np.mean(confusion.diagonal()[tested] / images[tested])) if tested.any() else float("nan")
 
 
 def average_accuracy(accuracy: Array) -> float:
     """A_avg, average incremental accuracy: the mean of A_i over stages."""
-    return float(np.mean(accuracy))
+    return _mean(accuracy)
 
 
 def last_accuracy(accuracy: Array) -> float:
@@ -79,7 +108,7 @@ def old_accuracy(r: Array, total: Array) -> Array:
 def old_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
     """The accuracy on old tasks at one stage i; see :func:`old_accuracy`."""
     i = range(len(r))[stage]
-    return float(np.average(r[i, :i], weights=np.asarray(total[:i], dtype=float))) if i else float("nan")
+    return _average(r[i, :i], _tested(total, i)[:i]) if i else float("nan")
 
 
 def forgetting_by_task(r: Array, stage: int = -1) -> Array:
@@ -88,7 +117,10 @@ def forgetting_by_task(r: Array, stage: int = -1) -> Array:
     The maximum runs over *earlier* stages only, so a task that still improves has a negative value, down to −1.
     """
     i = range(len(r))[stage]
-    return np.nanmax(r[:i, :i], axis=0) - r[i, :i] if i else np.zeros(0)
+    if not i:
+        return np.zeros(0)
+    best = np.where(np.isnan(r[:i, :i]), -np.inf, r[:i, :i]).max(axis=0)
+    return np.where(np.isinf(best), np.nan, best) - r[i, :i]
 
 
 def forgetting(r: Array, stage: int = -1) -> float:
@@ -97,8 +129,7 @@ def forgetting(r: Array, stage: int = -1) -> float:
     On R_task this is forgetting without label-space growth: a classifier of frozen class prototypes has none there,
     while on R it "forgets" because every new class competes with the old ones.
     """
-    values = forgetting_by_task(r, stage)
-    return float(values.mean()) if len(values) else float("nan")
+    return _mean(forgetting_by_task(r, stage))
 
 
 def forgetting_clipped(r: Array, stage: int = -1) -> float:
@@ -107,7 +138,7 @@ def forgetting_clipped(r: Array, stage: int = -1) -> float:
     R[i, j])."""
     i = range(len(r))[stage]
     filled = np.nan_to_num(r[: i + 1, : i + 1], nan=0.0)
-    return float((filled.max(0) - filled[i])[:i].mean()) if i else float("nan")
+    return _mean((filled.max(0) - filled[i])[:i][~np.isnan(r[i, :i])]) if i else float("nan")
 
 
 def forgetting_from_first(r: Array, stage: int = -1) -> float:
@@ -118,13 +149,13 @@ def forgetting_from_first(r: Array, stage: int = -1) -> float:
 def backward_transfer(r: Array, stage: int = -1) -> float:
     """BWT = (1/i) Σ_{j<i} (R[i, j] − R[j, j]) (Lopez-Paz & Ranzato 2017, arXiv 1706.08840); NaN at the first stage."""
     i = range(len(r))[stage]
-    return float(np.mean(r[i, :i] - np.diag(r)[:i])) if i else float("nan")
+    return _mean(r[i, :i] - np.diag(r)[:i])
 
 
 def learning_accuracy(r: Array) -> float:
     """LA = (1/T) Σ_i R[i, i]: the accuracy on each task directly after learning it (Riemer et al. 2019). The mean over
     tasks at the end is LA + ((T−1)/T)·BWT."""
-    return float(np.diag(r).mean())
+    return _mean(np.diag(r))
 
 
 def task_id_accuracy(task_of_prediction: Array, task_of_label: Array) -> float:

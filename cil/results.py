@@ -59,12 +59,12 @@ DERIVED = ("accuracy_matrix", "accuracy_matrix_within_task", "curves")
 
 
 def matrices(rows: Sequence[StageRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(R, R_task, total) of the stages so far: float [T, T], float [T, T], int [T]."""
+    """(R, R_task, total) of the stages so far: float [T, T], float [T, T], int [T, T]; R is NaN where total is 0."""
     stages = len(rows)
-    correct, within = np.zeros((2, stages, stages), dtype=np.int64)
+    correct, within, total = np.zeros((3, stages, stages), dtype=np.int64)
     for i, row in enumerate(rows):
         correct[i, : i + 1], within[i, : i + 1] = row["correct"], row["correct_within_task"]
-    total = np.array(rows[-1]["total"])
+        total[i, : i + 1] = row["total"]
     return metrics.accuracy_matrix(correct, total), metrics.accuracy_matrix(within, total), total
 
 
@@ -74,25 +74,28 @@ def stage_values(r: np.ndarray, r_task: np.ndarray, total: np.ndarray, row: Stag
     Args:
         r: The accuracy matrix of this stage and any others, [T, T].
         r_task: The same with the task given.
-        total: Test images of each task, [T].
+        total: Test images of each stage and task, [T, T].
         row: The row of the stage.
         stage: Number of the stage, from 0.
     """
-    task_id = row["task_id_accuracy"]
     return {
         "accuracy/seen": metrics.seen_accuracy_at(r, total, stage),
-        "accuracy/seen_task_mean": float(r[stage, : stage + 1].mean()),
-        "accuracy/seen_class_mean": row["class_mean_accuracy"],
-        "accuracy/seen_top5": row["top5_accuracy"],
+        "accuracy/seen_task_mean": metrics.task_mean_accuracy_at(r, stage),
+        "accuracy/seen_class_mean": _number(row["class_mean_accuracy"]),
+        "accuracy/seen_top5": _number(row["top5_accuracy"]),
         "accuracy/new": float(r[stage, stage]),
         "accuracy/old": metrics.old_accuracy_at(r, total, stage),
         "forgetting/mean": metrics.forgetting(r, stage),
         "forgetting/within_task": metrics.forgetting(r_task, stage),
         "bwt": metrics.backward_transfer(r, stage),
-        "task_id_accuracy": math.nan if task_id is None else task_id,
+        "task_id_accuracy": _number(row["task_id_accuracy"]),
         "within_task_accuracy": metrics.seen_accuracy_at(r_task, total, stage),
         **{name: float(row[name]) for name in ROUTER if name in row},  # type: ignore[literal-required]
     }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def curves(rows: Sequence[StageRow]) -> dict[str, list[float]]:
@@ -129,7 +132,7 @@ def summarise(rows: Sequence[StageRow]) -> dict[str, Any]:
         "trainable_parameters": max(c["trainable_parameters"] for c in costs),
         "kept_bytes": kept_bytes(costs[-1]),
         "passes_per_train_image": sum(c["train_passes"] for c in costs) / sum(c["train_images"] for c in costs),
-        "passes_per_test_image": sum(c["test_passes"] for c in costs) / int(total.sum()),
+        "passes_per_test_image": sum(c["test_passes"] for c in costs) / max(1, int(total.max(0).sum())),
         "seconds": sum(c["seconds_learn"] + c["seconds_test"] for c in costs),
     }
     return _nullable(summary)
@@ -241,7 +244,7 @@ def _contradiction(run: dict[str, Any], rows: Sequence[StageRow]) -> str:
         counts = row["correct"], row["correct_within_task"], row["total"]
         if {len(count) for count in counts} != {i + 1}:
             return f"the counts of stage {i} are not those of {i + 1} tasks"
-        if row["total"] != rows[-1]["total"][: i + 1]:
+        if not run.get("lessons") and row["total"] != rows[-1]["total"][: i + 1]:
             return f"stage {i} has other numbers of test images than the last one"
         if any(right > images for one in counts[:2] for right, images in zip(one, row["total"], strict=True)):
             return f"stage {i} has more correct images than images"

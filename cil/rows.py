@@ -7,7 +7,7 @@ versions have.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter
 from typing_extensions import NotRequired, Required, TypedDict
@@ -46,8 +46,8 @@ class _Counts(TypedDict):
     correct: list[Count]  # by task j ≤ i: test images that are right among all classes seen
     correct_within_task: list[Count]  # by task j ≤ i: test images that are right among the task's own classes
     total: list[Count]  # by task j ≤ i: test images
-    top5_accuracy: Fraction  # a fraction, as all accuracies are
-    class_mean_accuracy: Fraction  # mean over classes of the accuracy on the class's test images
+    top5_accuracy: Fraction | None  # a fraction, as all accuracies are; None without test images, as the next
+    class_mean_accuracy: Fraction | None  # mean over classes of the accuracy on the class's test images
     task_id_accuracy: Fraction | None  # the predicted class is one of the image's task; None if tasks share classes
 
 
@@ -65,6 +65,32 @@ class StageRow(Counts):
     costs: Costs
     log: list[Named]  # (name, value) of everything the learner logged, in order
     histograms: NotRequired[dict[str, list[Finite]]]  # by name, uses of each numbered thing (prompt, task)
+
+
+class Lesson(TypedDict):
+    """One call of ``cil learn``, which is one stage: when, from what, and how many images."""
+
+    when: str  # ISO 8601 with the time zone
+    source: str  # the folder or file, or what else the images came from
+    holdout: Fraction  # the wanted share of held-out images
+    train: dict[str, Count]  # label → images that were trained on
+    held_out: dict[str, Count]  # label → images that are held out
+    train_sha256: str  # of the classes' names and the images' contents, as the next
+    held_out_sha256: str
+    unreadable: list[str]
+    known: Count  # images left out because their class had learned them already
+
+
+class Change(TypedDict):
+    """What was done to classes after a stage: forgotten exactly, no longer predicted, or renamed."""
+
+    when: str
+    kind: Literal["forgotten", "hidden", "renamed"]
+    label: Count
+    stages: Count  # number of stages at that time
+    name: str  # of the class, before it was renamed
+    folder: str  # of the learner's state since then; empty if the state did not change
+    files: dict[str, str]  # checksums of the files in it
 
 
 class EarlierVersions(TypedDict):
@@ -94,6 +120,9 @@ class Header(TypedDict):
     versions: dict[str, str]  # of the packages, and the commit of a checkout
     earlier_versions: NotRequired[list[EarlierVersions]]  # of the first stages, where they differ from versions
     machine: dict[str, Any]
+    growing: NotRequired[Count]  # version of the two below, of a model that `cil learn` teaches
+    lessons: NotRequired[list[Lesson]]
+    changes: NotRequired[list[Change]]
 
 
 class _Named(TypedDict):
@@ -137,16 +166,16 @@ class _Config(TypedDict):
 
 
 class _Summary(TypedDict, total=False):
-    accuracy_last: Required[Fraction]
-    accuracy_average: Fraction
-    accuracy_last_task_mean: Fraction
-    accuracy_average_task_mean: Fraction
+    accuracy_last: Required[Fraction | None]
+    accuracy_average: Fraction | None
+    accuracy_last_task_mean: Fraction | None
+    accuracy_average_task_mean: Fraction | None
     forgetting: Points | None
     forgetting_within_task: Points | None
     forgetting_clipped: Points | None
     backward_transfer: Points | None
-    learning_accuracy: Fraction
-    within_task_accuracy: Fraction
+    learning_accuracy: Fraction | None
+    within_task_accuracy: Fraction | None
     task_id_accuracy: Fraction | None
     router_accuracy: Fraction | None
     oracle_router_accuracy: Fraction | None

@@ -23,6 +23,8 @@ LIGHT = (
     "cil.stream",
     "cil.report",
     "cil.results",
+    "cil.history",
+    "cil.growing.summary",
     "cil.cli",
     "cil.store",
     "cil.prediction",

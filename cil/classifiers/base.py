@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from cil.utils.precision import exact
 Array = Tensor | np.ndarray
 T = TypeVar("T")
 C = TypeVar("C", bound="Classifier")
+S = TypeVar("S", bound="StatisticsClassifier")
 
 LARGEST_LABEL = 2**20
 """A larger label is an identifier and not a class number; room for so many classes would exhaust the memory."""
@@ -270,6 +271,47 @@ class StatisticsClassifier(Classifier):
         """
         name = type(self).__name__
         require_memory(name, partial(self.peak_bytes, classes), self.width, self.narrower, device or self.device)
+
+    removed_with: ClassVar[Literal["nothing", "samples"] | None] = None
+    """What :meth:`remove` needs beside the label: nothing, or the samples of the class; None: it cannot be exact."""
+
+    @exact()
+    def remove(self: S, label: int, features: Array | None = None) -> S:
+        """Remove all samples of a class, as if they had never been learned; the class then scores −∞ again.
+
+        Args:
+            label: The class.
+            features: All samples [N, F] that were learned of it, where :attr:`removed_with` asks for them. What is
+                subtracted leaves an error of rounding.
+
+        Raises:
+            ConfigError: The classifier has no such class, or its statistics do not allow to remove one.
+            DataError: The samples are missing, or their number is not that of the class.
+        """
+        name = type(self).__name__
+        if not 0 <= label < self.num_classes:
+            raise ConfigError(f"{name}: there is no class {label}; classes are 0 to {self.num_classes - 1}")
+        if self.removed_with is None:
+            raise ConfigError(f"{name}: its statistics do not tell the samples of one class from those of the others")
+        count = int(self.counts[label])
+        if self.removed_with == "samples" and count:
+            if features is None:
+                raise DataError(f"{name}: class {label} can only be removed with its {count} samples")
+            x = self.checked(features).double()
+            if len(x) != count:
+                raise DataError(f"{name}: class {label} has {count} samples; got {len(x)}")
+            self._subtract(_ordinary(x))
+        for buffer in self.per_class:
+            getattr(self, buffer)[label] = 0
+        self._forget()
+        self._removed()
+        return self
+
+    def _subtract(self, features: Tensor) -> None:
+        """Take samples, float64 [N, F], out of the sums over all classes."""
+
+    def _removed(self) -> None:
+        """Choose again what depends on all sums."""
 
     def only_seen(self, scores: Tensor) -> Tensor:
         """Return scores [B, C] with −∞ for classes without samples."""

@@ -58,6 +58,7 @@ class LDA(StatisticsClassifier):
     """
 
     per_class = ("sums", "counts")
+    removed_with = "samples"
     sums: Tensor
     outer: Tensor
 
@@ -91,6 +92,12 @@ class LDA(StatisticsClassifier):
         for x in features.split(BLOCK):
             add_gram_(self.outer, x)
         return self
+
+    def _subtract(self, features: Tensor) -> None:
+        taken = torch.zeros_like(self.outer)
+        for x in features.split(BLOCK):
+            add_gram_(taken, x)
+        self.outer -= taken
 
     @exact()
     def transport(self, drift: AffineMap) -> LDA:

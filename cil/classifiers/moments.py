@@ -21,6 +21,7 @@ class ClassMoments(StatisticsClassifier):
     """
 
     per_class = ("sums", "outers", "counts")
+    removed_with = "nothing"
     sums: Tensor
     outers: Tensor
 

@@ -28,6 +28,7 @@ class NCM(StatisticsClassifier):
     """
 
     per_class = ("sums", "counts")
+    removed_with = "nothing"
     sums: Tensor
 
     def __init__(self, feature_dim: int, metric: Metric = "cosine") -> None:

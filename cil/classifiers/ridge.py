@@ -71,6 +71,7 @@ class Ridge(RandomFeatures):
     """
 
     strength: Strength
+    removed_with = "samples"
     gram: Tensor
     strength_: Tensor
 
@@ -134,12 +135,24 @@ class Ridge(RandomFeatures):
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         scored = int(self.counts.sum()) if self.strength == "gcv" else len(labels)
         if isinstance(self.strength, str) and scored > 1:
-            errors = self._errors(features, labels, generator)
-            if math.isfinite(min(errors)):
-                self.strength_.fill_(self.candidates[errors.index(min(errors))])
+            self._choose(self._errors(features, labels, generator))
         if isinstance(self.strength, str) and float(self.strength_) == 1:  # not chosen yet, or 1 was chosen in unit 1
             self.strength_.fill_(self._unit())
         return self
+
+    def _choose(self, errors: list[float]) -> None:
+        if math.isfinite(min(errors)):
+            self.strength_.fill_(self.candidates[errors.index(min(errors))])
+
+    def _subtract(self, features: Tensor) -> None:
+        taken = torch.zeros_like(self.gram)
+        for x in features.split(BLOCK):
+            add_gram_(taken, self.expand(x))
+        self.gram -= taken
+
+    def _removed(self) -> None:
+        if self.strength == "gcv":  # the other criteria need the samples of a call, and λ stays as it is
+            self._choose(self.generalised_errors())
 
     @property
     def candidates(self) -> list[float]:

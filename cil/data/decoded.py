@@ -57,6 +57,9 @@ class DecodedSource(ImageSource):
         """Positions of the files that are not readable images. Decodes all images, and keeps them if they fit."""
         return [i for i, readable in enumerate(self._decode(self.source.read_or_none)) if not readable]
 
+    def content(self, index: int) -> bytes:
+        return self.source.content(index)
+
     def restricted_to(self, keep: np.ndarray, source: ImageSource) -> DecodedSource:
         """The images at positions ``keep``, which are those of ``source``; images decoded already stay decoded."""
         restricted = DecodedSource(source, self._memory, self._workers)

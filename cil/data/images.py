@@ -201,6 +201,7 @@ class LoadedSplit:
         split: ``train`` or ``test``.
         hardware: Memory and number of workers.
         store: Remembers which files are not readable, if ``data.on_error`` is ``skip``.
+        source: The images, if they are open already.
 
     Attributes:
         source: The readable images.
@@ -210,10 +211,15 @@ class LoadedSplit:
     """
 
     def __init__(
-        self, config: DataConfig, split: str, hardware: HardwareConfig, store: FeatureStore | None = None
+        self,
+        config: DataConfig,
+        split: str,
+        hardware: HardwareConfig,
+        store: FeatureStore | None = None,
+        source: ImageSource | None = None,
     ) -> None:
         self._memory, self._workers = hardware.memory_gib * GIB, hardware.workers
-        source = open_source(config, split)
+        source = open_source(config, split) if source is None else source
         self.findings = source.findings
         if split == "train":
             source = training_part(source, config)
@@ -259,9 +265,16 @@ class LoadedSplit:
         """Whether the decoded images fit in memory."""
         return self.source.fits
 
-    def images(self, transforms: Transforms) -> ImageSet:
-        """The split with a backbone's transforms applied."""
-        return ImageSet(self.source, transforms, memory_bytes=self._memory, workers=self._workers, title=self.title)
+    def images(self, transforms: Transforms, source: ImageSource | None = None) -> ImageSet:
+        """The split, or ``source`` that is made of its images, with a backbone's transforms applied."""
+        return ImageSet(
+            self.source if source is None else source,
+            transforms,
+            in_memory=None if source is None else self.in_memory,
+            memory_bytes=self._memory,
+            workers=self._workers,
+            title=self.title,
+        )
 
 
 def load_images(

@@ -7,8 +7,10 @@ turns them into its order of appearance.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -96,6 +98,28 @@ class ImageSource:
         for index in indices.tolist():
             digest.update(hashlib.sha256(self.identify(index)).digest())
         return digest.hexdigest()
+
+    def content(self, index: int) -> bytes:
+        """A digest of what the image is stored as, 16 bytes: of its file's bytes, or of its pixels.
+
+        Unlike :attr:`identify` it depends neither on the image's name nor on its class.
+
+        Raises:
+            DataError: The file cannot be read.
+        """
+        try:
+            image = self._read(index)
+            if isinstance(image, str | os.PathLike):
+                image = Path(image).read_bytes()
+        except CilError:
+            raise
+        except Exception as error:  # as in read
+            raise DataError(f"{self.describe(index)}: {why(error, self.max_pixels)}{ADVICE}") from None
+        if isinstance(image, Image.Image):
+            image = np.asarray(image)
+        shape = b"" if isinstance(image, bytes) else f"{image.dtype} {image.shape}".encode()
+        content = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+        return hashlib.sha256(shape + content).digest()[:16]
 
     def read_or_none(self, index: int) -> Image.Image | None:
         """The image at a position, or None where :meth:`read` would raise."""

@@ -1,4 +1,4 @@
-"""Labelled images from folders, tar files and scikit-learn's digits; ``arrays`` and ``libraries`` have the others.
+"""Labelled images from folders, tar files, CSV files and scikit-learn's digits; other modules have the others.
 
 :mod:`cil.data.folder` and :mod:`cil.data.archive` find the files. timm's ``ImageDataset`` is not used to read them,
 because on a broken file it silently returns the *next* image.
@@ -18,6 +18,7 @@ from cil.data.archive import TarImages, scan_tar
 from cil.data.arrays import from_arrays
 from cil.data.classes import index
 from cil.data.folder import FolderImages, as_text, scan_folder
+from cil.data.listing import listed
 from cil.data.pixels import Undecoded
 from cil.data.source import ImageSource
 from cil.errors import DataError
@@ -46,10 +47,10 @@ def digits(split: str) -> ImageSource:
 
 
 def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageSource:
-    """One split from a folder of class folders, or from a tar file laid out the same way.
+    """One split from a folder of class folders, from a tar file laid out the same way, or from a CSV file.
 
     Args:
-        path: The folder or tar file.
+        path: The folder, tar file, or CSV file with lines ``path,label``.
         place: Its name below ``data.root``, for the findings.
         not_taken: Further names of the split that exist there, for the findings.
 
@@ -58,7 +59,9 @@ def folder(path: Path, place: str = "", not_taken: Sequence[str] = ()) -> ImageS
             splits; the message names it.
     """
     if not path.exists():
-        raise DataError(f"{as_text(path)}: no such folder or tar file")
+        raise DataError(f"{as_text(path)}: no such folder, tar file or CSV file")
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return listed(path)
     is_tar = path.is_file()
     fact = path.stat()
     scan = scan_tar(path, fact.st_mtime_ns, fact.st_size) if is_tar else scan_folder(path)

@@ -73,6 +73,7 @@ class _Model(TypedDict):
     format: str
     classes: list[str]
     tasks: list[list[int]]
+    labels: NotRequired[list[int]]  # the learner's label of each class; those of all labels where it is left out
     preprocessing: _Preprocessing
     learner: _Learner
     backbone: _Backbone
@@ -178,7 +179,7 @@ def _trained(folder: Path, facts: Facts, device: str, code: Sequence[Path]) -> T
         cache = FeatureCache(accelerator)
         restore_learner(
             learner,
-            past_tasks(facts["tasks"], facts["classes"]),
+            past_tasks(facts["tasks"], _names_by_label(facts)),
             lambda stage: Context(accelerator, cache, stage=stage),
             {k.removeprefix(LEARNER): v for k, v in state.items()} | facts["learner"]["state"],
         )
@@ -187,7 +188,14 @@ def _trained(folder: Path, facts: Facts, device: str, code: Sequence[Path]) -> T
             f"{folder}: does not fit this version of {facts['learner']['title']} or its backbone: "
             f"{' '.join(str(error).split())}"
         ) from None
-    return Trained(learner, Transforms(backbone.data_config), facts["classes"])
+    return Trained(learner, Transforms(backbone.data_config), facts["classes"], facts.get("labels"))
+
+
+def _names_by_label(facts: Facts) -> list[str]:
+    """A name for each label of the learner; empty for classes that the model does not predict."""
+    labels = facts.get("labels") or range(len(facts["classes"]))
+    names = dict(zip(labels, facts["classes"], strict=True))
+    return [names.get(label, "") for label in range(max(names) + 1)]
 
 
 def _program(folder: Path, facts: Facts) -> Program:

@@ -174,11 +174,11 @@ def card(facts: Facts) -> str:
 def front_matter(facts: Facts, title: str) -> str:
     """The YAML block at the top of the card."""
     dataset = facts["protocol"]["dataset"]
-    accuracy = {"type": "accuracy", "value": round(facts["summary"]["accuracy_last"], 4)}
+    last = facts["summary"]["accuracy_last"]  # None if no image was held out
     result = {
         "task": {"type": "image-classification"},
         "dataset": {"name": dataset, "type": dataset},
-        "metrics": [accuracy],
+        "metrics": [] if last is None else [{"type": "accuracy", "value": round(last, 4)}],
     }
     head = {
         "library_name": LIBRARY[facts["format"]],

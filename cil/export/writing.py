@@ -178,6 +178,7 @@ def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) 
             "chosen_by": run["chosen_by"],
         },
         "tasks": run["tasks"][: learner.stages],
+        **({} if model.columns is None else {"labels": list(model.columns)}),
         "stages": {"finished": len(stages), "planned": len(run["tasks"])},
         "summary": run["summary"],
         "curves": run["curves"],

@@ -97,9 +97,20 @@ class FeatureCache:
 
     def get(self, viewer: Viewer, images: ImageSet, indices: np.ndarray) -> Tensor:
         """Features of ``indices``, all views concatenated, float32 [N, F] on the CPU; missing ones are computed."""
+        return torch.cat(list(self.parts(viewer, images, indices).values()), dim=1)
+
+    def parts(self, viewer: Viewer, images: ImageSet, indices: np.ndarray) -> dict[Hashable, Tensor]:
+        """The same by version of the view, float32 [N, F_v] each."""
         views = viewer.views()
         self.fill(viewer, images, {version: [indices] for version in views})
-        return torch.cat([self._of(version, view, images).rows(indices) for version, view in views.items()], dim=1)
+        return {version: self._of(version, view, images).rows(indices) for version, view in views.items()}
+
+    def put(self, viewer: Viewer, version: Hashable, images: ImageSet, indices: np.ndarray, features: Tensor) -> None:
+        """Take features of ``indices`` that were computed earlier, float32 [N, F_v], for a current view."""
+        kept = self._of(version, viewer.views()[version], images)
+        if len(indices):
+            kept.add([indices], features, from_store=False)
+            kept.asked[indices] = True
 
     def fill(self, viewer: Viewer, images: ImageSet, groups: Mapping[Hashable, Sequence[np.ndarray]]) -> None:
         """Compute the missing features of each view's groups of images, and drop views that ``viewer`` no longer has.

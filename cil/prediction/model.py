@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cil import results
+from cil import history, results
 from cil.backbone import Backbone, load_backbone
 from cil.config import BackboneConfig, Config
 from cil.config import code as custom
@@ -28,6 +28,7 @@ from cil.features import FeatureCache, Track
 from cil.learner import Context, Learner
 from cil.learners import registry
 from cil.runner.checkpoint import RunFolder
+from cil.runner.plan import Plan, plans
 from cil.stream import past_tasks
 from cil.utils import hardware
 
@@ -54,15 +55,26 @@ class Model(nn.Module, ABC):
 
 
 class Trained(Model):
-    """A learner in its current state, with its backbone."""
+    """A learner in its current state, with its backbone.
 
-    def __init__(self, learner: Learner, transforms: Transforms, names: Sequence[str]) -> None:
+    Args:
+        learner: The learner.
+        transforms: From a decoded image to the model's input.
+        names: Names of the predicted classes.
+        columns: The learner's label of each of them; None: the names are those of all labels.
+    """
+
+    def __init__(
+        self, learner: Learner, transforms: Transforms, names: Sequence[str], columns: Sequence[int] | None = None
+    ) -> None:
         super().__init__(names, transforms, learner.backbone.device)
         self.learner, self.backbone = learner.eval(), learner.backbone
+        self.columns = None if columns is None else tuple(columns)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.learner.features(images).float()
-        return self.learner.logits(features).float(), features
+        logits = self.learner.logits(features).float()
+        return logits if self.columns is None else logits[:, list(self.columns)], features
 
 
 def restore(
@@ -85,24 +97,44 @@ def restore(
     """
     header = results.read_header(folder)
     run_folder = RunFolder(folder)
-    finished = run_folder.finished()
+    finished = min(run_folder.finished(), len(header["tasks"]))  # `cil learn` may have been killed behind the last one
     if not finished:
         raise RunError(f"{folder}: no stage is finished (or its stage folders were deleted); run it first")
+    plan, backbone = recorded_setting(folder, header, accelerator.device, weights=weights, code=code)
+    learner = registry.instantiate(plan.cls, plan.parameters, backbone).to(accelerator.device)
+    cache = FeatureCache(accelerator, plan.config.inference_batch_size)
+    tasks = past_tasks(header["tasks"][:finished], header["class_names"])
+    run_folder.load_learner(learner, tasks, lambda stage: Context(accelerator, cache, stage=stage))
+    learner.eval()
+    return learner, Transforms(backbone.data_config, plan.config.transform), tasks[-1].names
+
+
+def recorded_setting(
+    folder: Path,
+    header: Mapping[str, Any],
+    device: torch.device,
+    *,
+    weights: Path | None = None,
+    code: Sequence[Path] = (),
+) -> tuple[Plan, Backbone]:
+    """The learner's class and settings of a run, and its backbone; arguments and errors as in :func:`restore`.
+
+    Args:
+        folder: The run folder.
+        header: The content of its ``metrics.json``.
+        device: Device of the backbone.
+        weights: New place of the backbone's weights.
+        code: New places of the files of custom classes.
+    """
     entry = custom.found(header["config"]["learners"][0], code)
     try:
         config = Config.model_validate({**header["config"], "learners": [entry]})
     except ValidationError as error:  # written by another version, or damaged before there were checksums
         reason = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:1])
         raise RunError(f"{folder / 'metrics.json'}: its config cannot be used here: {reason}") from None
-    cls, parameters = registry.configure(config.learners[0])
-    custom.warn_if_changed(header.get("code"), entry, cls, folder)
-    backbone = _backbone(folder, config.backbone, header["backbone"], accelerator.device, weights)
-    learner = registry.instantiate(cls, parameters, backbone).to(accelerator.device)
-    cache = FeatureCache(accelerator, config.inference_batch_size)
-    tasks = past_tasks(header["tasks"][:finished], header["class_names"])
-    run_folder.load_learner(learner, tasks, lambda stage: Context(accelerator, cache, stage=stage))
-    learner.eval()
-    return learner, Transforms(backbone.data_config, config.transform), tasks[-1].names
+    [plan] = plans(config)
+    custom.warn_if_changed(header.get("code"), entry, plan.cls, folder)
+    return plan, _backbone(folder, config.backbone, header["backbone"], device, weights)
 
 
 def _backbone(
@@ -129,13 +161,20 @@ def _backbone(
 def open_run(folder: Path, device: str = "cpu", *, weights: Path | None = None, code: Sequence[Path] = ()) -> Trained:
     """The learner of a run after its last finished stage, as a model; see :func:`restore`.
 
+    It predicts no class that ``cil forget`` has removed.
+
     Args:
         folder: A run folder.
         device: As ``hardware.device``.
         weights: New place of the backbone's weights, if they were moved.
         code: New places of the files of custom classes, if they were moved.
     """
-    return Trained(*restore(folder, hardware.accelerator(device), weights=weights, code=code))
+    learner, transforms, names = restore(folder, hardware.accelerator(device), weights=weights, code=code)
+    header = results.read_header(folder)
+    if not history.absent(header):
+        return Trained(learner, transforms, names)
+    columns = history.predicted(header)
+    return Trained(learner, transforms, [names[label] for label in columns], columns)
 
 
 def find_images(places: Iterable[Path], say: Callable[[str], None] | None = None) -> list[Path]:

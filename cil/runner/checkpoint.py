@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cil import history
 from cil.errors import RunError
 from cil.learner import Context, Learner
 from cil.results import AGAIN, RESTORE, Stage, StageRow, StateBytes, read_header, read_stage, stage_folder
 from cil.stream import Task
 from cil.utils.files import flush, fresh, remove, replacing, reporting
 from cil.utils.stored import check_file, file_digest, read_json, sealed
+
+WEIGHTS = "learner.safetensors"
+"""File of a learner's tensors, in the folder of a stage or of a change."""
 
 
 class RunFolder:
@@ -108,23 +112,35 @@ class RunFolder:
             (self.path / "metrics.json").unlink(missing_ok=True)
         return later
 
-    def save_stage(self, index: int, learner: Learner, row: StageRow, predictions: dict[str, Tensor]) -> None:
+    def save_stage(
+        self,
+        index: int,
+        learner: Learner,
+        row: StageRow,
+        predictions: dict[str, Tensor],
+        further: Mapping[str, dict[str, Tensor]] | None = None,
+    ) -> None:
         """Write a stage under a temporary name and make it valid by one rename.
 
         Folders of this and of later stages, which an earlier attempt has left, are deleted: they are computed again.
 
+        Args:
+            index: Number of the stage, from 0.
+            learner: The learner after the stage.
+            row: Its row.
+            predictions: Its predictions.
+            further: Tensors by name for each further file of the stage.
+
         Raises:
             RunError: The disk is full or not writable; nothing that was there is lost.
         """
-        tensors, extra = split_state(learner.state_dict())
         temporary = fresh(self.stage(index))
         try:
             with self.reported():
                 temporary.mkdir()
-                save_file(tensors, temporary / "learner.safetensors")
-                write_json(temporary / "learner.json", extra)
-                save_file(predictions, temporary / "predictions.safetensors")
-                files = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
+                for name, content in {"predictions.safetensors": predictions, **(further or {})}.items():
+                    save_file(content, temporary / name)
+                files = write_state(learner, temporary)
                 write_json(temporary / "stage.json", sealed({**row, "files": files}))
                 for file in temporary.iterdir():
                     flush(file)
@@ -137,7 +153,7 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)  # the error above reaches the user
             raise
         if self.keep == "last" and index and not self.stage(index - 1).is_symlink():
-            (self.stage(index - 1) / "learner.safetensors").unlink(missing_ok=True)
+            (self.stage(index - 1) / WEIGHTS).unlink(missing_ok=True)
 
     def stages(self) -> list[Stage]:
         """The rows of all complete stages, with the checksums of their files.
@@ -147,6 +163,8 @@ class RunFolder:
         """
         finished, recorded = self.finished(), self.recorded()
         self._require_listed(finished, recorded)
+        if recorded is not None and "lessons" in read_header(self.path):
+            finished = min(finished, len(recorded))  # a lesson counts once it is listed
         return [read_stage(self.path, index, recorded or ()) for index in range(finished)]
 
     def rows(self) -> list[StageRow]:
@@ -185,12 +203,14 @@ class RunFolder:
             RunError: The weights are not there (``hardware.checkpoints: last``), damaged, or of another learner.
         """
         index = len(tasks) - 1
-        file, extra = self.stage(index) / "learner.safetensors", self.stage(index) / "learner.json"
         recorded = self.recorded()
         self._require_listed(len(tasks), recorded)
         if recorded and index == len(recorded):  # not listed yet: the one before tells whether the list is of this run
             read_stage(self.path, index - 1, recorded)
-        known = read_stage(self.path, index, recorded or ()).files
+        place, known = self.stage(index), read_stage(self.path, index, recorded or ()).files
+        if recorded is not None and (change := history.changed_state(read_header(self.path), len(tasks))):
+            place, known = self.path / change["folder"], change["files"]
+        file, extra = place / WEIGHTS, place / "learner.json"
         try:
             for one in (file, extra):
                 check_file(one, known.get(one.name), advice=AGAIN)
@@ -209,6 +229,14 @@ class RunFolder:
         """Replace a file in one step; the next run deletes what a killed process has left beside it."""
         with self.reported(), replacing(self.path / name) as half:
             half.write_text(text, encoding="utf-8")
+
+
+def write_state(learner: Learner, folder: Path) -> dict[str, str]:
+    """Write a learner's tensors and extra state to a folder, and return the checksums of all files there."""
+    tensors, extra = split_state(learner.state_dict())
+    save_file(tensors, folder / WEIGHTS)
+    write_json(folder / "learner.json", extra)
+    return {file.name: file_digest(file) for file in sorted(folder.iterdir())}
 
 
 def restore_learner(

@@ -76,6 +76,8 @@ def evaluate(
         cache.fill(learner, images, groups)
         passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
         index = _mixed(np.concatenate(parts))
+        if not len(index):
+            return _none(learner)
         features = cache.get(learner, images, index)
         label = test.labels[index]
     task_of = np.zeros(len(images), dtype=np.int64)
@@ -98,6 +100,8 @@ def evaluate(
                     f"{type(learner).__name__}.logits gave {logits.shape[1]} columns after stage {stage}, where "
                     f"{allowed.shape[1]} classes have been seen; it must give one per class, in order of appearance"
                 )
+            if stream.absent:
+                logits = logits.index_fill(1, torch.tensor(stream.absent), float("-inf"))
             predicted.append(logits.argmax(1))
             within.append((logits + allowed[torch.from_numpy(task[rows])]).argmax(1))
             top.append(logits.topk(min(TOP, logits.shape[1]), dim=1).indices)
@@ -113,7 +117,7 @@ def evaluate(
 
 def count_correct(predictions: Predictions, stream: Stream, stage: int) -> Counts:
     """Counts of correct predictions by task, and the metrics of one stage that need the predictions themselves."""
-    stages = stage + 1
+    stages, tested = stage + 1, len(predictions.label) > 0
     hit, hit_within = predictions.predicted == predictions.label, predictions.within == predictions.label
     seen = len(stream.tasks[stage].seen)
     classes = [task.classes for task in stream.tasks[:stages]]
@@ -125,19 +129,28 @@ def count_correct(predictions: Predictions, stream: Stream, stage: int) -> Count
         "correct": np.bincount(predictions.task[hit], minlength=stages).tolist(),
         "correct_within_task": np.bincount(predictions.task[hit_within], minlength=stages).tolist(),
         "total": np.bincount(predictions.task, minlength=stages).tolist(),
-        "top5_accuracy": float((predictions.top == predictions.label[:, None]).any(1).mean()),
+        "top5_accuracy": float((predictions.top == predictions.label[:, None]).any(1).mean()) if tested else None,
         "class_mean_accuracy": metrics.class_mean_accuracy(
             metrics.confusion_counts(predictions.label, predictions.predicted, seen)
-        ),
+        )
+        if tested
+        else None,
         # domains share their classes, so a predicted class says nothing about the task there
         "task_id_accuracy": metrics.task_id_accuracy(task_of[predictions.predicted], predictions.task)
-        if disjoint
+        if disjoint and tested
         else None,
     }
-    if predictions.routed is not None and predictions.oracle is not None:
+    if predictions.routed is not None and predictions.oracle is not None and tested:
         row["router_accuracy"] = metrics.task_id_accuracy(predictions.routed, predictions.task)
         row["oracle_router_accuracy"] = float(np.mean(predictions.oracle == predictions.label))
     return row
+
+
+def _none(learner: Learner) -> Predictions:
+    """The predictions of a stage without test images."""
+    nothing = np.zeros(0, dtype=np.int64)
+    routed = nothing if isinstance(learner, RoutedLearner) else None
+    return Predictions(*[nothing] * 5, np.zeros((0, 1), dtype=np.int64), 0, 0, routed, routed)
 
 
 def _mixed(items: np.ndarray) -> np.ndarray:

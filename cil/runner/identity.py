@@ -19,11 +19,10 @@ from cil import results
 from cil.config import Config, code
 from cil.errors import CilError, RunError
 from cil.results import EarlierVersions, Header
-from cil.runner.checkpoint import RunFolder
+from cil.runner.checkpoint import WEIGHTS, RunFolder
 from cil.runner.plan import dump, plans
 from cil.utils.nested import flatten
 
-WEIGHTS = "learner.safetensors"
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 72
 

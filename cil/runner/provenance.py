@@ -67,8 +67,26 @@ def make_header(
     accelerator: Accelerator,
 ) -> Header:
     """Provenance: everything about a run that is known before it starts. Its paths are absolute."""
-    config = code.with_paths(dump(plan.config), code.absolute)
     by_task = _data_by_task(stream)
+    data = {
+        "train": {**train.facts, "tasks": by_task["train"]},
+        "test": {**(test.facts if test is not None else NO_IMAGES), "tasks": by_task["test"]},
+    }
+    tasks = [list(task.classes) for task in stream.tasks]
+    return header_of(plan, list(stream.class_names), list(stream.order), tasks, data, backbone, transforms, accelerator)
+
+
+def header_of(
+    plan: Plan,
+    class_names: list[str],
+    class_order: list[int],
+    tasks: list[list[int]],
+    data: dict[str, Any],
+    backbone: Backbone,
+    transforms: Transforms,
+    accelerator: Accelerator,
+) -> Header:
+    """The same, for classes, tasks and data of which the facts are known."""
     return {
         "learner": plan.entry.title,
         "paper": plan.cls.paper,
@@ -76,16 +94,13 @@ def make_header(
         "trains_backbone": plan.cls.trains_backbone,
         "chosen_by": plan.config.chosen_by,
         "tested_on": plan.config.stream.test_on,
-        "config": config,
-        "class_names": list(stream.class_names),
-        "class_order": list(stream.order),
-        "tasks": [list(task.classes) for task in stream.tasks],
+        "config": code.with_paths(dump(plan.config), code.absolute),
+        "class_names": class_names,
+        "class_order": class_order,
+        "tasks": tasks,
         "backbone": {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim},
         "transform": transforms.card,
-        "data": {
-            "train": {**train.facts, "tasks": by_task["train"]},
-            "test": {**(test.facts if test is not None else NO_IMAGES), "tasks": by_task["test"]},
-        },
+        "data": data,
         "code": code.digests(dump(plan.config)["learners"][0], plan.cls),
         "versions": versions(),
         "machine": hardware.facts(accelerator),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class Session:
         seed: Training seed; (seed, stage) decides everything random in a stage.
         observer: Receives progress, logged numbers and finished stages.
         unchanged_since: Version of each view of the learner → the stage since which it has had this version.
+        before_test: Called when a task has been learned, before the learner is tested.
     """
 
     learner: Learner
@@ -63,6 +64,7 @@ class Session:
     seed: int = 0
     observer: Observer = field(default_factory=Observer)
     unchanged_since: dict[Hashable, int] = field(default_factory=dict)
+    before_test: Callable[[], None] = lambda: None
 
     def context(self, stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
         """The context of a stage; numbers that the learner logs are appended to ``logged``."""
@@ -121,7 +123,7 @@ def run_stages(
     for task in observer.track(remaining, f"{learner.name or type(learner).__name__}: stages", len(remaining)):
         row, predictions = run_stage(session, task)
         if folder is not None and accelerator.is_main_process:
-            folder.save_stage(task.index, learner, row, _prediction_tensors(predictions))
+            folder.save_stage(task.index, learner, row, prediction_tensors(predictions))
         rows.append(row)
         observer.stage(rows)
     return rows
@@ -177,6 +179,7 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
     learned = time.perf_counter()
     since = session.unchanged_since
     session.unchanged_since = {version: since.get(version, task.index) for version in learner.views()}
+    session.before_test()
     predictions = evaluate(learner, session.stream, task.index, cache, session.unchanged_since)
     if not learner.stores_images:
         task.close()
@@ -233,7 +236,8 @@ def require_supported(cls: type[Learner], stream: Stream) -> None:
         )
 
 
-def _prediction_tensors(predictions: Predictions) -> dict[str, Tensor]:
+def prediction_tensors(predictions: Predictions) -> dict[str, Tensor]:
+    """Predictions as a stage's folder stores them."""
     return as_tensors(
         index=predictions.index,
         task=predictions.task,

@@ -133,7 +133,7 @@ class Tracker:
             for name, value in row["log"]:
                 self.scalar(name, value)
             end = i + 1
-            self._stage(r[:end, :end], r_task[:end, :end], total[:end], row)
+            self._stage(r[:end, :end], r_task[:end, :end], total[:end, :end], row)
         self._matrix(r, len(rows))
         self._writer.flush()
 

@@ -165,6 +165,7 @@ class Stream:
     def __init__(
         self, train: ImageSet, test: ImageSet | None, tasks: Tasks, *, validation: float = 0.0, test_on: str = "test"
     ) -> None:
+        self.absent: tuple[int, ...] = ()  # labels that are not predicted, though the learner has seen them
         if test is not None and set(train.class_names) != set(test.class_names):
             only_train = sorted(set(train.class_names) - set(test.class_names))[:5]
             only_test = sorted(set(test.class_names) - set(train.class_names))[:5]

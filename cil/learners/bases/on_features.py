@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cil.backbone import Backbone
 from cil.classifiers import Classifier
+from cil.classifiers.base import StatisticsClassifier
 from cil.classifiers.scales import BlockScales, Scale
 from cil.config import Section
 from cil.features import View
@@ -159,6 +160,10 @@ class ClassifierOnFeatures(OnFeatures):
 
     def learn(self, task: Task, ctx: Context) -> None:
         self.classifier.partial_fit(*self.training_features(task, ctx))
+
+    @property
+    def statistics(self) -> StatisticsClassifier | None:
+        return self.classifier if isinstance(self.classifier, StatisticsClassifier) else None
 
     def logits(self, features: Tensor) -> Tensor:
         return self.classifier.logits(self.scaled(features))

@@ -1,0 +1,106 @@
+"""Removes a class exactly from a learner whose state allows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from torch import Tensor
+
+from cil.backbone import Backbone
+from cil.classifiers.scales import BlockScales
+from cil.data.transforms import Transforms
+from cil.errors import DataError, RunError, shortened
+from cil.features import FeatureCache
+from cil.growing import events
+from cil.growing.lesson import Images, open_images, read_contents_of
+from cil.growing.records import learned, read_contents
+from cil.growing.stream import image_set
+from cil.learner import Context, Learner
+from cil.learners import registry
+from cil.runner.checkpoint import RunFolder
+from cil.runner.plan import Plan
+from cil.stream import past_tasks
+
+HIDE = "give --hide for a class that is no longer predicted, although its statistics remain"
+
+
+def without(
+    folder: Path,
+    header: events.Header,
+    label: int,
+    setting: tuple[Plan, Backbone, Accelerator],
+    images: Images | None,
+) -> Learner:
+    """The learner of a model in its current state, without a class.
+
+    Args:
+        folder: The model's folder.
+        header: Its header.
+        label: The class.
+        setting: Learner and backbone of the model, and the device.
+        images: The images that the class was taught with; needed by learners with sums over all classes.
+
+    Raises:
+        RunError: The learner keeps more of the class than can be removed.
+        DataError: Images are needed, or some of the class's are not among those given.
+    """
+    plan, backbone, accelerator = setting
+    name = shortened(header["class_names"][label])
+    learner = registry.instantiate(plan.cls, plan.parameters, backbone).to(accelerator.device)
+    cache = FeatureCache(accelerator, plan.config.inference_batch_size)
+    tasks = past_tasks(header["tasks"], header["class_names"])
+    RunFolder(folder).load_learner(learner, tasks, lambda stage: Context(accelerator, cache, stage=stage))
+    learner.eval()
+    statistics = learner.statistics
+    reason = ""
+    if statistics is None or statistics.removed_with is None:
+        reason = f"learner {plan.entry.title} keeps more of a class than sums of its own"
+    elif next(learner.parameters(), None) is not None and label in header["tasks"][0]:
+        reason = f"the images of the first lesson, and so those of {name}, have trained the features"
+    elif label in header["tasks"][0] and any(isinstance(part, BlockScales) for part in learner.modules()):
+        reason = f"the images of the first lesson, and so those of {name}, have set the scales of the features"
+    if statistics is None or reason:
+        raise RunError(f"{folder}: {name} cannot be forgotten exactly: {reason}; {HIDE}")
+    features = None
+    if statistics.removed_with == "samples":
+        transforms = Transforms(backbone.data_config, plan.config.transform)
+        features = _features(folder, header, label, learner, cache, transforms, images)
+    statistics.remove(label, features)
+    return learner
+
+
+def _features(
+    folder: Path,
+    header: events.Header,
+    label: int,
+    learner: Learner,
+    cache: FeatureCache,
+    transforms: Transforms,
+    images: Images | None,
+) -> Tensor:
+    """The features of all images that a class was trained with, [N, F]."""
+    name = header["class_names"][label]
+    contents = learned(read_contents(folder, len(header["tasks"])), header, label)
+    wanted = [content for content, held_out in contents if not held_out]
+    if images is None:
+        raise DataError(
+            f"{folder}: {shortened(name)} can only be forgotten exactly with its {len(wanted)} images, because "
+            f"{header['learner']} keeps sums over all classes; give them (--images FOLDER), or {HIDE}"
+        )
+    split = open_images(images)
+    if name not in split.source.class_names:
+        raise DataError(f"{split.title}: has no class {shortened(name)}; give the images that it was taught with")
+    own = np.flatnonzero(split.source.labels == split.source.class_names.index(name))
+    digests = read_contents_of(split)
+    place = {digests[i]: i for i in own.tolist()}
+    missing = sum(content not in place for content in wanted)
+    if missing:
+        raise DataError(
+            f"{split.title}: {missing} of the {len(wanted)} images that {shortened(name)} was taught with are not "
+            "there (images are compared by their content); give all of them"
+        )
+    positions, rows = np.unique([place[content] for content in wanted], return_inverse=True)
+    every = image_set(split, positions, np.full(len(positions), label), (), transforms)
+    return learner.scaled(cache.get(learner, every, rows))
