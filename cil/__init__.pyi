@@ -4,6 +4,7 @@ from .config import Config
 from .config.reading import load_config
 from .data.images import load_images
 from .errors import CilError
+from .growing.model import GrowingModel
 from .learner import Context, Learner, LearnerConfig, RoutedLearner
 from .learners.registry import build_learner
 from .merging import build_rule
@@ -21,6 +22,7 @@ __all__ = [
     "Context",
     "DomainIncremental",
     "Group",
+    "GrowingModel",
     "Learner",
     "LearnerConfig",
     "ParamGroup",

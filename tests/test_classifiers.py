@@ -70,6 +70,32 @@ def one_hot(labels, classes=10):
     return np.eye(classes)[np.asarray(labels)]
 
 
+@from_sums
+def test_a_removed_class_was_never_learned(make):
+    """Against the same classifier fitted without the class: all sums up to rounding, and all scores."""
+    x, y = ten_classes()
+    removed, without, kept = make().partial_fit(x, y), make(), y != 3
+    if removed.removed_with is None:
+        with pytest.raises(ConfigError, match="do not tell the samples of one class"):
+            removed.remove(3, x[~kept])
+        return
+    without.partial_fit(x[kept], y[kept])
+    removed.logits(x[:5])  # caches a solution with the class
+    if removed.removed_with == "samples":
+        with pytest.raises(DataError, match="only be removed with its"):
+            removed.remove(3)
+        with pytest.raises(DataError, match="samples; got 2"):
+            removed.remove(3, x[:2])
+    removed.remove(3, x[~kept])
+    for name, expected in without.state_dict().items():
+        torch.testing.assert_close(removed.state_dict()[name], expected, rtol=1e-9, atol=1e-9)
+    scores = removed.logits(x[kept])
+    torch.testing.assert_close(scores, without.logits(x[kept]), rtol=1e-6, atol=1e-7)
+    assert bool((scores[:, 3] == -torch.inf).all())
+    with pytest.raises(ConfigError, match="there is no class 10"):
+        removed.remove(10)
+
+
 @pytest.fixture
 def data():
     rng = np.random.RandomState(0)

@@ -103,7 +103,7 @@ def forget(
     if change["kind"] == "hidden":
         say(f"{model}: {name} is no longer predicted; its statistics remain")
     else:
-        say(f"{model}: {name} is forgotten; earlier stages keep it until they are deleted, so that undo can restore it")
+        say(f"{model}: {name} is forgotten; earlier stages keep its statistics, so that `cil undo` can restore it")
 
 
 def rename(

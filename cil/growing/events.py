@@ -150,7 +150,10 @@ def undone(header: Header, folder: Path) -> tuple[Header, Change | Lesson]:
     before = _counted({**header, "class_names": header["class_names"][:seen]}, tasks, header["lessons"][:-1])
     past = header.get("earlier_versions", [])
     before["versions"] = next((part["versions"] for part in past if part["stages"] >= stages - 1), header["versions"])
-    before["earlier_versions"] = [part for part in past if part["stages"] < stages - 1]
+    if earlier := [part for part in past if part["stages"] < stages - 1]:
+        before["earlier_versions"] = earlier
+    else:
+        before.pop("earlier_versions", None)
     return before, header["lessons"][-1]
 
 

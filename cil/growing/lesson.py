@@ -39,7 +39,7 @@ def open_images(images: Images, on_error: str = "raise", max_pixels: int = MAX_P
     settings: dict[str, Any] = {"on_error": on_error, "max_pixels": max_pixels}
     hardware = HardwareConfig(feature_store="off")
     if isinstance(images, ImageSource):
-        config = DataConfig(dataset="images", **settings)
+        config = DataConfig(dataset="images", train="from Python", **settings)
         return LoadedSplit(config, "train", hardware, source=images)
     place = Path(images).absolute()
     if not place.exists():

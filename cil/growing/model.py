@@ -275,12 +275,11 @@ class GrowingModel:
         return plan, load_backbone(plan.config.backbone, accelerator.device), accelerator
 
     def _plan(self, holdout: float) -> Plan:
-        entry = DEFAULT_LEARNER if self._entry is None else self._entry.model_dump(by_alias=True, exclude_none=True)
         settings: dict[str, Any] = {
             "name": fitting(self.path.absolute().name),
             "data": {"dataset": "cil learn"},
             "stream": {"validation": holdout, "test_on": "validation"},
-            "learners": [entry],
+            "learners": [DEFAULT_LEARNER if self._entry is None else self._entry],
             "orders": ["natural"],
         }
         if self._wanted is not None:
@@ -349,7 +348,7 @@ class GrowingModel:
             self._point("changed")
             temporary.rename(self.path / name)
             flush(self.path)
-        self._point("renamed")
+        self._point("named")
         return {"folder": name, "files": files}
 
     def _commit(self, header: events.Header) -> None:
