@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cil.growing import GrowingModel
 from cil.growing.events import read
+from cil.growing.folder import ModelFolder
 from scripts.fuzz import kills as fuzz
 
 
@@ -26,7 +26,7 @@ def test_a_call_killed_at_any_point_leaves_the_model_before_or_after_it(kills):
 @pytest.mark.slow
 def test_a_model_between_two_is_a_finding(kills, monkeypatch):
     """A commit in two steps, of which the first one forgets the lessons."""
-    commit = GrowingModel._commit
+    commit = ModelFolder.commit
 
     def in_two_steps(self, header):
         if (self.path / "metrics.json").exists():
@@ -34,7 +34,7 @@ def test_a_model_between_two_is_a_finding(kills, monkeypatch):
             commit(self, {**old, "class_names": ["x", *old["class_names"][1:]]})
         commit(self, header)
 
-    monkeypatch.setattr(GrowingModel, "_commit", in_two_steps)
+    monkeypatch.setattr(ModelFolder, "commit", in_two_steps)
     number = kills.known["second lesson"][3].index("committed")
     kills.kill("second lesson", lambda folder: fuzz._die_at(folder, number), None)
     assert kills.findings

@@ -121,7 +121,7 @@ def show(
     every: Annotated[bool, typer.Option("--all", help=f"All classes and lessons, not the last {SHOWN}.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON.")] = False,
 ) -> None:
-    """Show a model's classes, lessons, accuracy, learner, backbone and size."""
+    """Show a model's classes, lessons, accuracy, learner, backbone and size; with --json also the learner's settings."""
     import json
 
     from cil.cli.cache import amount
@@ -131,10 +131,7 @@ def show(
     if as_json:
         say(json.dumps(known, indent=1, ensure_ascii=False))
         return
-    learner = {key: value for key, value in known["learner"].items() if key not in ("name", "class", "label")}
-    settings = ", ".join(f"{key}: {json.dumps(value)}" for key, value in learner.items() if value is not None)
     say(f"learner:   {known['learner'].get('label') or known['learner'].get('name') or known['learner']['class']}")
-    say(f"settings:  {settings}")
     say(f"backbone:  {known['backbone']['name']} ({known['backbone']['feature_dim']} features)")
     say(f"size:      {amount(known['bytes'])}")
     shown = None if every else SHOWN

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cil import results
 from cil.config.names import alike
@@ -98,6 +98,21 @@ def with_lesson(header: Header, lesson: Lesson, task: Sequence[int], names: Sequ
     )
 
 
+def change(
+    kind: Literal["forgotten", "hidden", "renamed"], header: Header, label: int, folder: str = "", files: Any = None
+) -> Change:
+    """What is recorded of a change of a class that happens now."""
+    return {
+        "when": now(),
+        "kind": kind,
+        "label": label,
+        "stages": len(header["tasks"]),
+        "name": header["class_names"][label],
+        "folder": folder,
+        "files": files or {},
+    }
+
+
 def with_change(header: Header, change: Change) -> Header:
     """The header after a change of a class, which is not its renaming."""
     return {**header, "changes": [*header["changes"], change]}
@@ -118,16 +133,7 @@ def renamed(header: Header, label: int, name: str, folder: Path) -> Header:
             f"{folder}: {shortened(old)} cannot be renamed to {shortened(name)}: {reason}; give another name"
         )
     names[label] = name
-    change: Change = {
-        "when": now(),
-        "kind": "renamed",
-        "label": label,
-        "stages": len(header["tasks"]),
-        "name": old,
-        "folder": "",
-        "files": {},
-    }
-    return {**with_change(header, change), "class_names": names}
+    return {**with_change(header, change("renamed", header, label)), "class_names": names}
 
 
 def undone(header: Header, folder: Path) -> tuple[Header, Change | Lesson]:
@@ -138,11 +144,10 @@ def undone(header: Header, folder: Path) -> tuple[Header, Change | Lesson]:
     """
     stages, changes = len(header["tasks"]), header["changes"]
     if changes and changes[-1]["stages"] == stages:
-        change = changes[-1]
-        names = list(header["class_names"])
-        if change["kind"] == "renamed":
-            names[change["label"]] = change["name"]
-        return {**header, "changes": changes[:-1], "class_names": names}, change
+        last, names = changes[-1], list(header["class_names"])
+        if last["kind"] == "renamed":
+            names[last["label"]] = last["name"]
+        return {**header, "changes": changes[:-1], "class_names": names}, last
     if not stages:
         raise RunError(f"{folder}: has learned nothing that could be undone")
     tasks = header["tasks"][:-1]

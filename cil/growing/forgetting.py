@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from torch import Tensor
 
-from cil.backbone import Backbone
 from cil.classifiers.scales import BlockScales
 from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError, shortened
@@ -16,11 +14,11 @@ from cil.features import FeatureCache
 from cil.growing import events
 from cil.growing.lesson import Images, open_images, read_contents_of
 from cil.growing.records import learned, read_contents
+from cil.growing.setting import Setting
 from cil.growing.stream import image_set
 from cil.learner import Context, Learner
 from cil.learners import registry
 from cil.runner.checkpoint import RunFolder
-from cil.runner.plan import Plan
 from cil.stream import past_tasks
 
 HIDE = "give --hide for a class that is no longer predicted, although its statistics remain"
@@ -30,7 +28,7 @@ def without(
     folder: Path,
     header: events.Header,
     label: int,
-    setting: tuple[Plan, Backbone, Accelerator],
+    setting: Setting,
     images: Images | None,
 ) -> Learner:
     """The learner of a model in its current state, without a class.
