@@ -91,6 +91,8 @@ class Change(TypedDict):
     name: str  # of the class, before it was renamed
     folder: str  # of the learner's state since then; empty if the state did not change
     files: dict[str, str]  # checksums of the files in it
+    correct: NotRequired[list[Count]]  # by lesson: right ones among the held-out images that are still tested
+    total: NotRequired[list[Count]]  # by lesson: held-out images that are still tested; 0 where features have changed
 
 
 class EarlierVersions(TypedDict):

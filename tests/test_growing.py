@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -22,6 +23,7 @@ from cil.errors import CilError, DataError, RunError
 from cil.export import export, load
 from cil.growing import GrowingModel
 from cil.growing.events import read
+from cil.growing.records import read_contents
 from cil.growing.summary import facts
 from cil.prediction import open_run, predict
 from cil.runner import run
@@ -75,7 +77,7 @@ LEARNERS = [
     {"name": "aper", "epochs": 1, "tuner": "ssf"},
     {"name": "linear_probe", "epochs": 2},
     {"name": "finetune", "epochs": 1},
-    {"name": "ease", "epochs": 1, "tuner": {"name": "adapter", "width": 2}},
+    {"name": "ease", "epochs": 1, "bottleneck": 2},
 ]
 
 
@@ -186,6 +188,26 @@ def test_what_cannot_be_forgotten_exactly_can_be_hidden(images, model):
     assert 1 not in predicted["predicted"] and 1 not in predicted["label"]
     growing.undo(), growing.undo()
     assert growing.classes == ("ant", "bee", "cat", "dog")
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_accuracy_without_a_class_is_that_of_its_predictions(hide, images, model):
+    """The held-out images are found again by their content, and classified from their files."""
+    growing = model("fecam")
+    for i in range(3):
+        growing.learn(images / str(i), holdout=0.34)
+    growing.forget("cat", hide=hide)
+    known = {hashlib.sha256(file.read_bytes()).digest()[:16]: file for file in (images / "all").rglob("*.png")}
+    trained, expected = growing.predictor(), []
+    for one in read_contents(growing.path, 3):
+        files = [known[one.content[i]] for i in np.flatnonzero(one.held_out)]
+        answers = [found[0][0] == path.parent.name for path, found in predict(trained, files)]
+        expected.append(
+            np.mean([right for right, file in zip(answers, files, strict=True) if file.parent.name != "cat"])
+        )
+    shown = facts(growing.path)
+    assert [lesson["accuracy_now"] for lesson in shown["lessons"]] == pytest.approx(expected)
+    assert shown["accuracy"] == pytest.approx(np.average(expected, weights=[6, 3, 6]))
 
 
 def test_a_class_that_trained_the_features_cannot_be_forgotten_exactly(images, model):
@@ -318,6 +340,25 @@ def test_one_image_other_modes_and_lists_can_be_taught(model, tmp_path):
     taught = growing.learn(tmp_path / "list.csv")
     assert len(growing.classes) == 6 and taught.rows[0]["total"] == [0] and taught.rows[0]["top5_accuracy"] is None
     assert [found[0][0] for _, found in predict(growing.predictor(), files)] == [f"class {i}" for i in range(6)]
+
+
+def test_a_benchmark_reads_the_same_list_as_the_folder(images, tmp_path):
+    """`data.train` may name a CSV file; the features, and so the learner, are those of the folder."""
+    rows = [f"all/{name}/{i}.png,{name}\n" for name in CLASSES for i in range(9)]
+    (images / "list.csv").write_text("".join(rows))
+    settings = {
+        "name": "t",
+        "backbone": TINY,
+        "stream": {"sizes": [2, 2, 2], "validation": 0.34, "test_on": "validation"},
+        "orders": ["natural"],
+        "learners": ["ncm"],
+        "hardware": {"device": "cpu", "feature_store": "off"},
+    }
+    folders = []
+    for train in ("all", "list.csv"):
+        data = {"dataset": "folder", "root": images, "train": train}
+        folders += run(Config.model_validate({**settings, "data": data}), tmp_path / train)
+    assert all(torch.equal(state(folders[0], 2)[key], value) for key, value in state(folders[1], 2).items())
 
 
 def test_models_of_other_versions_and_runs_are_refused(images, model, tmp_path):

@@ -77,7 +77,7 @@ def learn(
 
 def undo(model: Folder) -> None:
     """Take back the last call of learn, forget or rename."""
-    event = _open(model).undo()
+    event: Any = _open(model).undo()
     if "kind" in event:
         say(f"{model}: {event['name']} is no longer {event['kind']}")
     else:
@@ -98,12 +98,15 @@ def forget(
     code: Code = None,
 ) -> None:
     """Remove a class exactly, or refuse with the reason."""
+    from cil.growing.summary import facts
+
     growing = _open(model, device=device, weights=weights, code=code or ())
     change = growing.forget(name, images, hide=hide)
     if change["kind"] == "hidden":
         say(f"{model}: {name} is no longer predicted; its statistics remain")
     else:
         say(f"{model}: {name} is forgotten; earlier stages keep its statistics, so that `cil undo` can restore it")
+    _print_accuracy(facts(model), SHOWN)
 
 
 def rename(
@@ -121,7 +124,7 @@ def show(
     every: Annotated[bool, typer.Option("--all", help=f"All classes and lessons, not the last {SHOWN}.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON.")] = False,
 ) -> None:
-    """Show a model's classes, lessons, accuracy, learner, backbone and size; with --json also the learner's settings."""
+    """Show a model's classes, lessons, accuracy, learner, backbone and size; --json also has the settings."""
     import json
 
     from cil.cli.cache import amount

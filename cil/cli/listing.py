@@ -136,7 +136,7 @@ def datasets() -> Listing:
 
     what = {
         "digits": "scikit-learn's 1,797 digits, ten classes; needs no download",
-        "folder": "class folders or tar files below data.root (data.train, data.test)",
+        "folder": "class folders, tar or CSV files below data.root (data.train, data.test)",
         "hfds/<org>/<set>": "a Hugging Face dataset (pip install 'cil[hf]')",
         **{f"torch/{name}": "torchvision, read from data.root or downloaded there" for name in TORCHVISION},
         "file.py:function": "your own function, from train or test to images",

@@ -119,8 +119,8 @@ class DataConfig(Section):
 
     dataset: str = Field(
         "digits",
-        description="dataset: digits, folder (class folders or tars), torch/<set>, hfds/<org>/<set>, or your own "
-        "function, as pkg.module:function or path/file.py:function",
+        description="dataset: digits, folder (class folders, tars, CSV files), torch/<set>, hfds/<org>/<set>, or your "
+        "own function, as pkg.module:function or path/file.py:function",
     )
     root: Place | None = Field(None, description="folder with the splits; downloads are stored there")
     train: str | None = Field(None, description="training split: a path below root, or the name of a split for hfds")

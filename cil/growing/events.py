@@ -98,19 +98,10 @@ def with_lesson(header: Header, lesson: Lesson, task: Sequence[int], names: Sequ
     )
 
 
-def change(
-    kind: Literal["forgotten", "hidden", "renamed"], header: Header, label: int, folder: str = "", files: Any = None
-) -> Change:
-    """What is recorded of a change of a class that happens now."""
-    return {
-        "when": now(),
-        "kind": kind,
-        "label": label,
-        "stages": len(header["tasks"]),
-        "name": header["class_names"][label],
-        "folder": folder,
-        "files": files or {},
-    }
+def change(kind: Literal["forgotten", "hidden", "renamed"], header: Header, label: int) -> Change:
+    """What is recorded of a change of a class that happens now, and leaves the learner's state as it is."""
+    name, stages = header["class_names"][label], len(header["tasks"])
+    return {"when": now(), "kind": kind, "label": label, "stages": stages, "name": name, "folder": "", "files": {}}
 
 
 def with_change(header: Header, change: Change) -> Header:
@@ -164,16 +155,19 @@ def undone(header: Header, folder: Path) -> tuple[Header, Change | Lesson]:
 
 def data_of(lessons: Sequence[Lesson]) -> dict[str, Any]:
     """What the header of a run says about its data, from a model's lessons."""
-    facts: dict[str, Any] = {}
-    for split, counts, digest in (("train", "train", "train_sha256"), ("test", "held_out", "held_out_sha256")):
-        digests = [lesson[digest] for lesson in lessons]  # type: ignore[literal-required]
-        facts[split] = {
-            "sha256": hashlib.sha256(" ".join(digests).encode()).hexdigest(),
-            "images": sum(sum(lesson[counts].values()) for lesson in lessons),  # type: ignore[literal-required]
-            "skipped": [name for lesson in lessons for name in lesson["unreadable"]] if split == "train" else [],
-            "tasks": [digest[:32] for digest in digests],
-        }
-    return facts
+    train = [(lesson["train"], lesson["train_sha256"]) for lesson in lessons]
+    held_out = [(lesson["held_out"], lesson["held_out_sha256"]) for lesson in lessons]
+    skipped = [name for lesson in lessons for name in lesson["unreadable"]]
+    return {"train": {**_split(train), "skipped": skipped}, "test": {**_split(held_out), "skipped": []}}
+
+
+def _split(lessons: Sequence[tuple[dict[str, int], str]]) -> dict[str, Any]:
+    digests = [digest for _, digest in lessons]
+    return {
+        "sha256": hashlib.sha256(" ".join(digests).encode()).hexdigest(),
+        "images": sum(count for counts, _ in lessons for count in counts.values()),
+        "tasks": [digest[:32] for digest in digests],
+    }
 
 
 def _counted(header: Header, tasks: list[list[int]], lessons: list[Lesson]) -> Header:

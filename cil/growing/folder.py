@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from cil import results
 from cil.errors import RunError
@@ -71,8 +71,8 @@ class ModelFolder(RunFolder):
         self.write("metrics.json", to_json(content))
         self.point("committed")
 
-    def save_change(self, header: events.Header, learner: Learner) -> dict[str, Any]:
-        """Write a learner's state since a change to a folder of its own; returns ``folder`` and ``files``.
+    def save_change(self, header: events.Header, learner: Learner) -> tuple[str, dict[str, str]]:
+        """Write a learner's state since a change to a folder of its own; returns its name and its files' checksums.
 
         Raises:
             RunError: The disk is full or not writable.
@@ -89,7 +89,7 @@ class ModelFolder(RunFolder):
             temporary.rename(self.path / name)
             flush(self.path)
         self.point("named")
-        return {"folder": name, "files": files}
+        return name, files
 
     def draw(self, header: events.Header, rows: Sequence[StageRow]) -> None:
         """Draw all stages for TensorBoard again: they are few, and one of them may have been undone."""

@@ -1,10 +1,13 @@
-"""Removes a class exactly from a learner whose state allows it."""
+"""Removes a class exactly from a learner whose state allows it, and tests what is left."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from cil.classifiers.scales import BlockScales
@@ -13,7 +16,7 @@ from cil.errors import DataError, RunError, shortened
 from cil.features import FeatureCache
 from cil.growing import events
 from cil.growing.lesson import Images, open_images, read_contents_of
-from cil.growing.records import learned, read_contents
+from cil.growing.records import Kept, key, learned, read_contents
 from cil.growing.setting import Setting
 from cil.growing.stream import image_set
 from cil.learner import Context, Learner
@@ -21,19 +24,30 @@ from cil.learners import registry
 from cil.runner.checkpoint import RunFolder
 from cil.stream import past_tasks
 
+BATCH = 1024  # images per call of a classifier
 HIDE = "give --hide for a class that is no longer predicted, although its statistics remain"
 
 
-def without(
-    folder: Path,
-    header: events.Header,
-    label: int,
-    setting: Setting,
-    images: Images | None,
-) -> Learner:
-    """The learner of a model in its current state, without a class.
+def current(folder: Path, header: events.Header, setting: Setting) -> Learner:
+    """The learner of a model in its current state.
+
+    Raises:
+        RunError: The state is missing or damaged.
+    """
+    plan, backbone, accelerator = setting
+    learner = registry.instantiate(plan.cls, plan.parameters, backbone).to(accelerator.device)
+    tasks = past_tasks(header["tasks"], header["class_names"])
+    RunFolder(folder).load_learner(learner, tasks, lambda stage: Context(accelerator, stage=stage))
+    return learner.eval()
+
+
+def remove(
+    learner: Learner, folder: Path, header: events.Header, label: int, setting: Setting, images: Images | None
+) -> None:
+    """Take a class out of a model's learner.
 
     Args:
+        learner: The learner in its current state.
         folder: The model's folder.
         header: Its header.
         label: The class.
@@ -44,17 +58,11 @@ def without(
         RunError: The learner keeps more of the class than can be removed.
         DataError: Images are needed, or some of the class's are not among those given.
     """
-    plan, backbone, accelerator = setting
-    name = shortened(header["class_names"][label])
-    learner = registry.instantiate(plan.cls, plan.parameters, backbone).to(accelerator.device)
-    cache = FeatureCache(accelerator, plan.config.inference_batch_size)
-    tasks = past_tasks(header["tasks"], header["class_names"])
-    RunFolder(folder).load_learner(learner, tasks, lambda stage: Context(accelerator, cache, stage=stage))
-    learner.eval()
+    name, title = shortened(header["class_names"][label]), setting.plan.entry.title
     statistics = learner.statistics
     reason = ""
     if statistics is None or statistics.removed_with is None:
-        reason = f"learner {plan.entry.title} keeps more of a class than sums of its own"
+        reason = f"learner {title} keeps more of a class than sums of its own"
     elif next(learner.parameters(), None) is not None and label in header["tasks"][0]:
         reason = f"the images of the first lesson, and so those of {name}, have trained the features"
     elif label in header["tasks"][0] and any(isinstance(part, BlockScales) for part in learner.modules()):
@@ -63,10 +71,33 @@ def without(
         raise RunError(f"{folder}: {name} cannot be forgotten exactly: {reason}; {HIDE}")
     features = None
     if statistics.removed_with == "samples":
-        transforms = Transforms(backbone.data_config, plan.config.transform)
-        features = _features(folder, header, label, learner, cache, transforms, images)
+        features = _features(folder, header, label, learner, setting, images)
     statistics.remove(label, features)
-    return learner
+
+
+def tested(
+    learner: Learner, kept: Sequence[Kept], absent: Sequence[int], accelerator: Accelerator
+) -> tuple[list[int], list[int]]:
+    """The numbers of right and of tested held-out images of each lesson, from kept features.
+
+    Args:
+        learner: The learner.
+        kept: What each lesson holds out.
+        absent: Labels that are not predicted, and whose images are not tested.
+        accelerator: Device and precision.
+    """
+    views = [key(version) for version in learner.views()]
+    correct, total = [0] * len(kept), [0] * len(kept)
+    for lesson, one in enumerate(kept):
+        rows = np.flatnonzero(~np.isin(one.label, absent))
+        if not len(rows) or not all(view in one.features for view in views):
+            continue
+        features = torch.cat([one.features[view] for view in views], dim=1)[torch.from_numpy(rows)]
+        with torch.inference_mode(), accelerator.autocast():
+            scores = [learner.logits(part.to(accelerator.device)).float().cpu() for part in features.split(BATCH)]
+        best = torch.cat(scores).index_fill(1, torch.tensor(absent, dtype=torch.int64), float("-inf")).argmax(1)
+        correct[lesson], total[lesson] = int((best.numpy() == one.label[rows]).sum()), len(rows)
+    return correct, total
 
 
 def _features(
@@ -74,8 +105,7 @@ def _features(
     header: events.Header,
     label: int,
     learner: Learner,
-    cache: FeatureCache,
-    transforms: Transforms,
+    setting: Setting,
     images: Images | None,
 ) -> Tensor:
     """The features of all images that a class was trained with, [N, F]."""
@@ -100,5 +130,8 @@ def _features(
             "there (images are compared by their content); give all of them"
         )
     positions, rows = np.unique([place[content] for content in wanted], return_inverse=True)
+    plan, backbone, accelerator = setting
+    transforms = Transforms(backbone.data_config, plan.config.transform)
     every = image_set(split, positions, np.full(len(positions), label), (), transforms)
+    cache = FeatureCache(accelerator, plan.config.inference_batch_size)
     return learner.scaled(cache.get(learner, every, rows))

@@ -15,7 +15,7 @@ from cil.errors import StreamError, shortened
 from cil.features import FeatureCache
 from cil.growing import HOLDOUT, events
 from cil.growing.folder import ModelFolder, Point
-from cil.growing.forgetting import without
+from cil.growing.forgetting import current, remove, tested
 from cil.growing.lesson import Images, Prepared, open_images, prepare
 from cil.growing.records import HOLDOUT as KEPT
 from cil.growing.records import IMAGES, Kept, key, read_contents, read_kept
@@ -157,12 +157,15 @@ class GrowingModel:
         """
         with self._folder.opened() as found:
             header = self._there(found)
-            label = events.label_of(header, name, self.path)
-            state: dict[str, Any] = {"folder": "", "files": {}}
+            label, setting = events.label_of(header, name, self.path), self._settings.of(header)
+            learner = current(self.path, header, setting)
+            change = events.change("hidden" if hide else "forgotten", header, label)
             if not hide:
-                learner = without(self.path, header, label, self._settings.of(header), images)
-                state = self._folder.save_change(header, learner)
-            change = events.change("hidden" if hide else "forgotten", header, label, **state)
+                remove(learner, self.path, header, label, setting, images)
+                change["folder"], change["files"] = self._folder.save_change(header, learner)
+            gone = history.absent(events.with_change(header, change))
+            kept = read_kept(self.path, change["stages"])
+            change["correct"], change["total"] = tested(learner, kept, gone, setting.accelerator)
             self._folder.commit(events.with_change(header, change))
         return change
 

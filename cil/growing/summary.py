@@ -7,7 +7,7 @@ from typing import Any
 
 from cil import history, results
 from cil.growing import events
-from cil.rows import StageRow
+from cil.rows import Lesson
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def facts(folder: Path) -> dict[str, Any]:
     checksums = header.get("stage_checksums", ())
     rows = [results.read_stage(folder, stage, checksums).row for stage in range(stages)]
     names, lessons = header["class_names"], header["lessons"]
-    classes = {name: {"train": 0, "held_out": 0, "lessons": []} for name in names}
+    classes: dict[str, dict[str, Any]] = {name: {"train": 0, "held_out": 0, "lessons": []} for name in names}
     for number, lesson in enumerate(lessons, 1):
         for part in ("train", "held_out"):
             for label, count in lesson[part].items():
@@ -36,21 +36,32 @@ def facts(folder: Path) -> dict[str, Any]:
         for label in lesson["train"]:
             classes[names[int(label)]]["lessons"].append(number)
     gone = {names[label]: kind for kind in ("forgotten", "hidden") for label in history.absent(header, kind)}
+    last = rows[-1] if rows else None
+    now = [change for change in header["changes"] if change["stages"] == stages and "total" in change]
+    counts = now[-1] if now else last
+    correct, total = (counts["correct"], counts["total"]) if counts is not None else ([], [])
     return {
         "folder": str(folder),
         "learner": header["config"]["learners"][0],
         "backbone": header["backbone"],
         "classes": {name: known for name, known in classes.items() if name not in gone},
         "not_predicted": gone,
-        "lessons": [_lesson(lesson, header["tasks"][i], names, rows, i) for i, lesson in enumerate(lessons)],
+        "lessons": [
+            {
+                **_lesson(lesson, header["tasks"][i], names),
+                "accuracy_then": _share(rows[i]["correct"][i], rows[i]["total"][i]),
+                "accuracy_now": _share(correct[i], total[i]),
+            }
+            for i, lesson in enumerate(lessons)
+        ],
         "changes": [{**change, "class": names[change["label"]]} for change in header["changes"]],
-        "accuracy": header.get("summary", {}).get("accuracy_last"),
+        "accuracy": _share(sum(correct), sum(total)),
         "forgetting": header.get("summary", {}).get("forgetting"),
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
 
 
-def _lesson(lesson: Any, task: list[int], names: list[str], rows: list[StageRow], stage: int) -> dict[str, Any]:
+def _lesson(lesson: Lesson, task: list[int], names: list[str]) -> dict[str, Any]:
     return {
         "when": lesson["when"],
         "source": lesson["source"],
@@ -60,11 +71,9 @@ def _lesson(lesson: Any, task: list[int], names: list[str], rows: list[StageRow]
         "unreadable": len(lesson["unreadable"]),
         "known": lesson["known"],
         "sha256": lesson["train_sha256"],
-        "accuracy_then": _accuracy(rows[stage], stage),
-        "accuracy_now": _accuracy(rows[-1], stage),
     }
 
 
-def _accuracy(row: StageRow, lesson: int) -> float | None:
-    """The accuracy on what a lesson holds out, after the stage of a row; None if nothing of it was tested."""
-    return row["correct"][lesson] / row["total"][lesson] if row["total"][lesson] else None
+def _share(correct: int, total: int) -> float | None:
+    """An accuracy; None if nothing was tested."""
+    return correct / total if total else None

@@ -150,7 +150,8 @@ def _none(learner: Learner) -> Predictions:
     """The predictions of a stage without test images."""
     nothing = np.zeros(0, dtype=np.int64)
     routed = nothing if isinstance(learner, RoutedLearner) else None
-    return Predictions(*[nothing] * 5, np.zeros((0, 1), dtype=np.int64), 0, 0, routed, routed)
+    top = np.zeros((0, 1), dtype=np.int64)
+    return Predictions(nothing, nothing, nothing, nothing, nothing, top, 0, 0, routed, routed)
 
 
 def _mixed(items: np.ndarray) -> np.ndarray:
