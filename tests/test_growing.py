@@ -168,6 +168,20 @@ def test_a_class_is_forgotten_as_if_it_had_never_been_taught(learner, images, mo
     assert all(np.array_equal(undone[name], before[name]) for name in before)
 
 
+def test_kept_features_stand_for_the_images(images, model):
+    """The same sums as with the images, and only if every lesson of the class has kept them."""
+    kept, given = model("slda", "kept"), model("slda", "given")
+    for growing in (kept, given):
+        for i in range(3):
+            growing.learn(images / str(i), holdout=0.34, keep_features=growing is kept and i < 2)
+    kept.forget("dog")
+    given.forget("dog", images / "1")
+    for name, expected in scores(given, images).items():
+        np.testing.assert_allclose(scores(kept, images)[name], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match="only be forgotten exactly with its 6 images"):
+        kept.forget("elk")
+
+
 def test_what_cannot_be_forgotten_exactly_can_be_hidden(images, model):
     growing = model({"name": "linear_probe", "epochs": 1})
     growing.learn(images / "0")

@@ -37,6 +37,9 @@ def learn(
         str | None, typer.Option(help="Backbone of a new model (see: cil list backbones); default: the one of cil.")
     ] = None,
     holdout: Annotated[float, typer.Option(min=0, max=0.99, help="Share of each class that is held out")] = HOLDOUT,
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features", help="Keep the features of all images, so that forget needs no images.")
+    ] = False,
     on_error: Annotated[OnError, typer.Option(help="What to do with a file that is not an image")] = OnError.RAISE,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels above which an image is not decoded")] = MAX_PIXELS,
     device: Device = "auto",
@@ -61,7 +64,9 @@ def learn(
         from cil.runner.display import Display
     with Display(console) as display:
         growing = GrowingModel(model, entry, backbone, device=device, weights=weights, code=code or (), display=display)
-        taught = growing.learn(images, holdout=holdout, on_error=on_error.value, max_pixels=max_pixels)
+        taught = growing.learn(
+            images, holdout=holdout, keep_features=keep_features, on_error=on_error.value, max_pixels=max_pixels
+        )
     for note in taught.notes:
         say(note, err=True)
     if taught.lesson is not None:

@@ -16,7 +16,7 @@ from cil.errors import DataError, RunError, shortened
 from cil.features import FeatureCache
 from cil.growing import events
 from cil.growing.lesson import Images, open_images, read_contents_of
-from cil.growing.records import Kept, key, learned, read_contents
+from cil.growing.records import Kept, key, learned, read_contents, read_taught
 from cil.growing.setting import Setting
 from cil.growing.stream import image_set
 from cil.learner import Context, Learner
@@ -52,7 +52,8 @@ def remove(
         header: Its header.
         label: The class.
         setting: Learner and backbone of the model, and the device.
-        images: The images that the class was taught with; needed by learners with sums over all classes.
+        images: The images that the class was taught with; needed by learners with sums over all classes, unless the
+            features of these images are kept.
 
     Raises:
         RunError: The learner keeps more of the class than can be removed.
@@ -109,6 +110,10 @@ def _features(
     images: Images | None,
 ) -> Tensor:
     """The features of all images that a class was trained with, [N, F]."""
+    if images is None:
+        kept = read_taught(folder, header, label, list(learner.views()))
+        if kept is not None:
+            return kept
     name = header["class_names"][label]
     contents = learned(read_contents(folder, len(header["tasks"])), header, label)
     wanted = [content for content, held_out in contents if not held_out]

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+from torch import Tensor
+
 from cil import history
 from cil.config import BackboneConfig, LearnerEntry
 from cil.config.schema import MAX_PIXELS
+from cil.data.images import ImageSet
 from cil.data.transforms import Transforms
 from cil.errors import StreamError, shortened
 from cil.features import FeatureCache
@@ -18,9 +22,10 @@ from cil.growing.folder import ModelFolder, Point
 from cil.growing.forgetting import current, remove, tested
 from cil.growing.lesson import Images, Prepared, open_images, prepare
 from cil.growing.records import HOLDOUT as KEPT
-from cil.growing.records import IMAGES, Kept, key, read_contents, read_kept
+from cil.growing.records import IMAGES, TRAIN, Kept, key, read_contents, read_kept
 from cil.growing.setting import Setting, Settings
 from cil.growing.stream import LessonStream, image_set
+from cil.learner import Learner
 from cil.learners import registry
 from cil.prediction.model import Trained, open_run
 from cil.results import Header, StageRow
@@ -92,7 +97,13 @@ class GrowingModel:
         return tuple(header["class_names"][label] for label in history.predicted(header))
 
     def learn(
-        self, images: Images, *, holdout: float = HOLDOUT, on_error: str = "raise", max_pixels: int = MAX_PIXELS
+        self,
+        images: Images,
+        *,
+        holdout: float = HOLDOUT,
+        keep_features: bool = False,
+        on_error: str = "raise",
+        max_pixels: int = MAX_PIXELS,
     ) -> Taught:
         """Teach the model one more task: new classes, more images of known classes, or both.
 
@@ -103,6 +114,8 @@ class GrowingModel:
             images: A folder of class folders, a tar file laid out like it, a CSV file with lines path,label, or a
                 source, e.g. from :func:`cil.data.sources.from_arrays`.
             holdout: Share of each class's images that is held out for testing, in [0, 1).
+            keep_features: Whether the features of all images are kept, and not only those of the held-out ones, so that
+                :meth:`forget` needs no images.
             on_error: ``skip`` to leave out files that are no readable images; ``raise`` to refuse them.
             max_pixels: Maximum number of pixels of an image.
 
@@ -123,7 +136,7 @@ class GrowingModel:
                 return Taught(None, self._folder.rows(), notes=[note])
             setting = self._settings.of(header, holdout)
             before = header if header and stages else self._start(setting)
-            after, rows = self._teach(given, before, setting)
+            after, rows = self._teach(given, before, setting, keep_features)
             self._folder.draw(after, rows)
         return Taught(stages, rows, given.lesson, given.notes)
 
@@ -202,7 +215,9 @@ class GrowingModel:
         self._folder.point("new")
         return started
 
-    def _teach(self, given: Prepared, header: events.Header, setting: Setting) -> tuple[events.Header, list[StageRow]]:
+    def _teach(
+        self, given: Prepared, header: events.Header, setting: Setting, keep_features: bool
+    ) -> tuple[events.Header, list[StageRow]]:
         """Teach one lesson, write its stage, and commit it; returns the new header and all rows."""
         plan, backbone, accelerator = setting
         again = sorted({label for task in header["tasks"] for label in task} & set(given.labels.tolist()))
@@ -224,9 +239,10 @@ class GrowingModel:
         session.before_test = lambda: stream.test_earlier(learner, cache)
         rows = resume(session, self._folder)
         row, predictions = run_stage(session, stream.tasks[-1])
-        features = cache.parts(learner, images, given.held_out) if len(given.held_out) else {}
-        out = Kept(given.labels[given.held_out], {key(version): x for version, x in features.items()})
-        further = {IMAGES: given.contents.tensors(), KEPT: out.tensors()}
+        further = {IMAGES: given.contents.tensors(), KEPT: _kept(learner, cache, images, given, given.held_out)}
+        if keep_features:
+            taught = np.setdiff1d(np.arange(len(given.labels)), given.held_out)
+            further[TRAIN] = _kept(learner, cache, images, given, taught)
         after = events.with_lesson(header, given.lesson, stream.tasks[-1].classes, given.names)
         now = header_of(plan, [], [], [], {}, backbone, transforms, accelerator)
         after |= {"code": now["code"], "versions": now["versions"], "machine": now["machine"]}
@@ -236,3 +252,11 @@ class GrowingModel:
         self._folder.point("saved")
         self._folder.commit(after)
         return after, [*rows, row]
+
+
+def _kept(
+    learner: Learner, cache: FeatureCache, images: ImageSet, given: Prepared, positions: np.ndarray
+) -> dict[str, Tensor]:
+    """The features of some of a lesson's images, as they are stored."""
+    features = cache.parts(learner, images, positions) if len(positions) else {}
+    return Kept(given.labels[positions], {key(version): x for version, x in features.items()}).tensors()

@@ -1,4 +1,4 @@
-"""What a lesson keeps of its images, in the folder of its stage: digests of their contents, and held-out features.
+"""What a lesson keeps of its images, in the folder of its stage: digests of their contents, and features.
 
 No image is kept. The digests tell which images a class has learned already, and which ones `cil forget` must get.
 """
@@ -20,7 +20,7 @@ from cil.errors import RunError
 from cil.results import AGAIN, read_stage, stage_folder
 from cil.utils.stored import check_file
 
-IMAGES, HOLDOUT = "images.safetensors", "holdout.safetensors"
+IMAGES, HOLDOUT, TRAIN = "images.safetensors", "holdout.safetensors", "train.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Kept:
-    """Features of the images that a lesson holds out, float32 [N, F_v] by version of the view, and labels int64 [N]."""
+    """Features of images of a lesson, float32 [N, F_v] by version of the view, and labels int64 [N]."""
 
     label: np.ndarray
     features: Mapping[str, Tensor]
@@ -78,21 +78,47 @@ def read_contents(folder: Path, stages: int) -> list[Contents]:
 
 def read_kept(folder: Path, stages: int) -> list[Kept]:
     """The held-out features of the first ``stages`` lessons; errors as in :func:`read_contents`."""
-    found = []
-    for stage in range(stages):
-        stored = _read(folder, stage, HOLDOUT)
-        label = stored.pop("label").numpy()
-        found.append(Kept(label, {name.removeprefix("view "): features for name, features in stored.items()}))
-    return found
+    return [_read_kept(folder, stage, HOLDOUT) for stage in range(stages)]
+
+
+def read_taught(folder: Path, header: Mapping[str, Any], label: int, views: Sequence[Hashable]) -> Tensor | None:
+    """The features that a class was trained with, [N, F] with the views side by side; None if they are not all kept.
+
+    Raises:
+        RunError: A file is missing or damaged.
+    """
+    parts = []
+    for stage in range(since(header, label), len(header["tasks"])):
+        if str(label) not in header["lessons"][stage]["train"]:
+            continue
+        if TRAIN not in read_stage(folder, stage).files:
+            return None
+        one = _read_kept(folder, stage, TRAIN)
+        if not {key(version) for version in views} <= one.features.keys():
+            return None
+        rows = torch.from_numpy(np.flatnonzero(one.label == label))
+        parts.append(torch.cat([one.features[key(version)][rows] for version in views], dim=1))
+    return torch.cat(parts) if parts else None
+
+
+def since(header: Mapping[str, Any], label: int) -> int:
+    """The first lesson of which the state can hold something of a class: the one after it was forgotten."""
+    forgotten = [change["stages"] for change in header["changes"] if change["label"] == label and change["folder"]]
+    return max(forgotten, default=0)
 
 
 def learned(contents: Sequence[Contents], header: Mapping[str, Any], label: int) -> list[tuple[bytes, bool]]:
     """The images that the state holds of a class, and whether each is held out; none from before it was forgotten."""
-    forgotten = [change["stages"] for change in header["changes"] if change["label"] == label and change["folder"]]
     images: list[tuple[bytes, bool]] = []
-    for one in contents[max(forgotten, default=0) :]:
+    for one in contents[since(header, label) :]:
         images += [(one.content[i], bool(one.held_out[i])) for i in np.flatnonzero(one.label == label).tolist()]
     return images
+
+
+def _read_kept(folder: Path, stage: int, name: str) -> Kept:
+    stored = _read(folder, stage, name)
+    label = stored.pop("label").numpy()
+    return Kept(label, {view.removeprefix("view "): features for view, features in stored.items()})
 
 
 def _read(folder: Path, stage: int, name: str) -> dict[str, Tensor]:

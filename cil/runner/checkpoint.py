@@ -60,7 +60,7 @@ class RunFolder:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise RunError(
-                    f"{self.path}: another process is running in this folder; wait for it or use another --results"
+                    f"{self.path}: another process is running in this folder; wait for it or use another folder"
                 ) from None
         try:
             with self.reported():
