@@ -17,6 +17,7 @@ from cil.config.names import alike
 from cil.errors import DataError, RunError, nearest, shortened
 from cil.history import VERSION, predicted
 from cil.rows import Change, Lesson
+from cil.utils.stored import read_json
 
 Header = dict[str, Any]
 
@@ -34,14 +35,14 @@ def read(folder: Path) -> Header:
     """
     if not (folder / "metrics.json").exists():
         raise RunError(f"{folder}: no model there; `cil learn {folder} --images FOLDER` makes one")
-    header = results.read_header(folder)
-    version = header.get("growing")
+    version = read_json(folder / "metrics.json", advice=results.RESTORE).get("growing")
     if version is None:
         raise RunError(f"{folder}: is a run of `cil run`, and no model of `cil learn`; give another folder")
-    if version > VERSION:
+    if isinstance(version, int) and version > VERSION:  # before types are checked, which may be others there
         raise RunError(
             f"{folder}: was made by a later version of cil (format {version}, this one reads {VERSION}); update cil"
         )
+    header = results.read_header(folder)
     if len(header["lessons"]) != len(header["tasks"]):
         raise RunError(
             f"{folder / 'metrics.json'}: damaged: {len(header['lessons'])} lessons of {len(header['tasks'])} tasks; "

@@ -15,7 +15,7 @@ from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError, shortened
 from cil.features import FeatureCache
 from cil.growing import events
-from cil.growing.lesson import Images, open_images, read_contents_of
+from cil.growing.lesson import Images, open_images
 from cil.growing.records import Kept, key, learned, read_contents, read_taught
 from cil.growing.setting import Setting
 from cil.growing.stream import image_set
@@ -122,12 +122,11 @@ def _features(
             f"{folder}: {shortened(name)} can only be forgotten exactly with its {len(wanted)} images, because "
             f"{header['learner']} keeps sums over all classes; give them (--images FOLDER), or {HIDE}"
         )
-    split = open_images(images)
+    split = open_images(images, "skip")
     if name not in split.source.class_names:
         raise DataError(f"{split.title}: has no class {shortened(name)}; give the images that it was taught with")
     own = np.flatnonzero(split.source.labels == split.source.class_names.index(name))
-    digests = read_contents_of(split)
-    place = {digests[i]: i for i in own.tolist()}
+    place = {split.source.content(i): i for i in own.tolist()}
     missing = sum(content not in place for content in wanted)
     if missing:
         raise DataError(

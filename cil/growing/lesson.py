@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cil.config import DataConfig, HardwareConfig
+from cil.config.reading import validated
 from cil.config.schema import MAX_PIXELS
 from cil.data.folder import as_text, some
 from cil.data.images import LoadedSplit
@@ -35,16 +36,18 @@ def open_images(images: Images, on_error: str = "raise", max_pixels: int = MAX_P
 
     Raises:
         DataError: There is no such path, it has no class folders, a class is empty, or no image can be read.
+        ConfigError: ``on_error`` or ``max_pixels`` is none of what is allowed.
     """
     settings: dict[str, Any] = {"on_error": on_error, "max_pixels": max_pixels}
     hardware = HardwareConfig(feature_store="off")
     if isinstance(images, ImageSource):
-        config = DataConfig(dataset="images", train="from Python", **settings)
+        config = validated(DataConfig, {"dataset": "images", "train": "from Python", **settings})
         return LoadedSplit(config, "train", hardware, source=images)
     place = Path(images).absolute()
     if not place.exists():
         raise DataError(f"{as_text(images)}: no such folder, tar file or CSV file")
-    return LoadedSplit(DataConfig(dataset="folder", root=place.parent, train=place.name, **settings), "train", hardware)
+    config = validated(DataConfig, {"dataset": "folder", "root": place.parent, "train": place.name, **settings})
+    return LoadedSplit(config, "train", hardware)
 
 
 @dataclass(frozen=True)
