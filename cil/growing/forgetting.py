@@ -72,7 +72,7 @@ def remove(
         raise RunError(f"{folder}: {name} cannot be forgotten exactly: {reason}; {HIDE}")
     features = None
     if statistics.removed_with == "samples":
-        features = _features(folder, header, label, learner, setting, images)
+        features = learner.scaled(_features(folder, header, label, learner, setting, images))
     statistics.remove(label, features)
 
 
@@ -138,4 +138,4 @@ def _features(
     transforms = Transforms(backbone.data_config, plan.config.transform)
     every = image_set(split, positions, np.full(len(positions), label), (), transforms)
     cache = FeatureCache(accelerator, plan.config.inference_batch_size)
-    return learner.scaled(cache.get(learner, every, rows))
+    return cache.get(learner, every, rows)
