@@ -57,4 +57,4 @@ class NaiveBayesLearner(AdaptOnce):
     paper = "baseline"
 
     def make_classifier(self):
-        return NaiveBayes(self.backbone.feature_dim, self.config.smoothing)
+        return NaiveBayes(self.width, self.config.smoothing)

@@ -220,13 +220,13 @@ def test_without_layers_a_view_is_what_it_was(backbone):
     plain = build_learner("ncm", backbone)
     assert plain.views() == {FROZEN: backbone} and plain.width == backbone.feature_dim
     tuned = build_learner({"name": "aper", "tuner": "adapter"}, backbone)
-    assert list(tuned.views()) == [FROZEN, "not adapted yet"] and tuned.width == 2 * backbone.feature_dim
+    assert list(tuned.views()) == [FROZEN, "not adapted yet"] and tuned.width == backbone.feature_dim
     assert tuned.views()["not adapted yet"].keywords == {"tuner": tuned.tuner}
     for learner in (plain, tuned):
         assert learner.scales is None and not [key for key in learner.state_dict() if "scales" in key]
     layered = build_learner({"name": "aper", "tuner": "adapter", "layers": "all"}, backbone)
     assert layered.state_dict().keys() - tuned.state_dict().keys() == {"scales.factors"}
-    assert layered.blocks == (48,) * 14 == layered.scales.widths
+    assert layered.blocks == (48,) * 14 == layered.scales.widths and layered.width == 7 * 48
 
 
 def test_layers_are_computed_once_in_the_datas_own_batches_and_stored(image_set, backbone):

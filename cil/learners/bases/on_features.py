@@ -97,8 +97,10 @@ class OnFeatures(Learner):
 
     @property
     def width(self) -> int:
-        """Width of :meth:`features`, in place of ``backbone.feature_dim``."""
-        return sum(self.blocks)
+        """Width of the features of a view, with or without a tuner; it takes the place of ``backbone.feature_dim``."""
+        if self.config.layers is None:
+            return self.backbone.feature_dim
+        return sum(width for view in self.frozen().values() for width in _widths(view, self.backbone))
 
     def frozen(self) -> dict[Hashable, View]:
         """The views of the backbone without a tuner, with ``layers`` collected."""
@@ -152,7 +154,7 @@ class ClassifierOnFeatures(OnFeatures):
 
     @abstractmethod
     def make_classifier(self) -> Classifier:
-        """The classifier on features of width :attr:`width`, without statistics."""
+        """The classifier on :meth:`features`, without statistics; a view of them has the width :attr:`width`."""
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
