@@ -51,6 +51,7 @@ EMBEDDED = "backbone.name=vit_tiny_patch8_64.tinyimagenet100 transform.resize=nu
 SHORTENED = {
     r"^cil run quickstart$": "'orders=[1993]'",
     r"^cil run quickstart .*\branpac\b": "learners.ranpac.projection=64",
+    r"^cil run quickstart .*\blayers\b": "data.per_class=9",
     r"^cil run my_benchmark.yaml": "learners.ranpac.projection=64 'orders=[1993]'",
     r"^cil run my\.yaml": f"{FEW_DIGITS} {EMBEDDED} 'orders=[1993]' 'seeds=[0]' "
     "learners.finetune.epochs=1 learners.joint.epochs=1",
