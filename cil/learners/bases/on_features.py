@@ -104,7 +104,7 @@ class OnFeatures(Learner):
 
     def frozen(self) -> dict[Hashable, View]:
         """The views of the backbone without a tuner, with ``layers`` collected."""
-        views = self.backbone.views()
+        views: Mapping[Hashable, Any] = self.backbone.views()  # each is a backbone
         if self.config.layers is None:
             return dict(views)
         collected = {version: self._collector(version, view, None) for version, view in views.items()}
