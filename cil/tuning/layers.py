@@ -210,7 +210,8 @@ def _forward_intermediates(
     A feature map [B, D, H, W] is returned as its H · W patch tokens. Without ``indices`` all blocks are returned.
     ``sequence`` says whether the model has tokens instead of feature maps.
     """
-    more: dict[str, Any] = {"return_prefix_tokens": True, "output_fmt": "NLC", "norm": norm} if sequence else {}
+    prefixed = bool(getattr(model, "num_prefix_tokens", 0))  # timm's ViTs with relative positions fail without any
+    more: dict[str, Any] = {"return_prefix_tokens": prefixed, "output_fmt": "NLC", "norm": norm} if sequence else {}
     tokens, kept = model.forward_intermediates(images, indices=indices, stop_early=False, **more)
     pairs = [part if isinstance(part, tuple) else (part, None) for part in kept]
     return tokens, [(part.flatten(2).mT if part.ndim == 4 else part, prefix) for part, prefix in pairs]
