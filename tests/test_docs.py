@@ -352,6 +352,8 @@ def test_python_on_a_page_runs(page, place):
             exec(compile(content, page.name, "exec"), scope)  # noqa: S102
     if page.name == "your_own_rule.md":
         torch.testing.assert_close(scope["merged"], torch.tensor([[0.8, 0.8], [0, 0]]) / 2**0.5)
+    if page.name == "layers.md":
+        assert [part.shape[1] for part in scope["parts"]] == [192] * 7
     if page.name == "your_own_tuner.md":
         assert scope["features"].requires_grad
     if page.name == "your_own_classifier.md":
