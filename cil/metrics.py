@@ -111,6 +111,25 @@ def old_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
     return _average(r[i, :i], _tested(total, i)[:i]) if i else float("nan")
 
 
+def base_accuracy_at(r: Array, stage: int = -1) -> float:
+    """Accuracy on the classes of the first task, the base classes, at one stage i: R[i, 0]."""
+    return float(r[stage, 0])
+
+
+def novel_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
+    """Accuracy per image on the classes of all later tasks, the novel classes, at one stage i; NaN at the first."""
+    i = range(len(r))[stage]
+    return _average(r[i, 1 : i + 1], _tested(total, i)[1 : i + 1])
+
+
+def harmonic_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
+    """2bn / (b + n) of base and novel accuracy at one stage (few-shot class-incremental learning, arXiv 2203.06953);
+    0 if one of them is 0, NaN at the first stage. A model that drowns few-shot classes has a small one, while the
+    accuracy over all classes hides it."""
+    base, novel = base_accuracy_at(r, stage), novel_accuracy_at(r, total, stage)
+    return 2 * base * novel / (base + novel) if base + novel != 0 else 0.0
+
+
 def forgetting_by_task(r: Array, stage: int = -1) -> Array:
     """f_j = max_{l<i} R[l, j] − R[i, j] for j < i (Chaudhry et al. 2018, arXiv 1801.10112, eq. 3). Shape [i].
 
@@ -179,6 +198,59 @@ def confusion_counts(labels: Array, predictions: Array, classes: int) -> coo_arr
 
     pairs, counts = np.unique(np.asarray(labels, dtype=np.int64) * classes + predictions, return_counts=True)
     return coo_array((counts, np.divmod(pairs, classes)), shape=(classes, classes))
+
+
+def calibration_error(confidence: Array, correct: Array, bins: int = 15) -> float:
+    """ECE, expected calibration error: Σ_b (n_b/N) |accuracy_b − confidence_b| over bins of equal width (Guo et al.,
+    ICML 2017; Naeini et al., AAAI 2015).
+
+    Args:
+        confidence: Probability of the predicted class, in (0, 1], float [N]; bin b of B holds (b/B, (b+1)/B].
+        correct: Whether the prediction is right, bool [N].
+        bins: Number of bins B.
+    """
+    bin_of = np.clip(np.ceil(np.asarray(confidence) * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(bin_of, np.asarray(correct, dtype=float) - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(bin_of))
+
+
+def unknown_auroc(known: Array, unknown: Array) -> float:
+    """AUROC: the probability that an image of a known class has a larger score than one of an unknown class, where
+    equal scores count half (Hendrycks & Gimpel, ICLR 2017).
+
+    Args:
+        known: Scores of images of known classes, float [N].
+        unknown: Scores of images of unknown classes, float [M].
+    """
+    from scipy.stats import rankdata
+
+    n, m = len(known), len(unknown)
+    ranks = rankdata(np.concatenate([known, unknown]))[:n]
+    return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
+
+
+def unknown_fpr95(known: Array, unknown: Array) -> float:
+    """FPR95: the fraction of unknown images that are taken for known at the largest threshold that takes at least 95 %
+    of the known ones for known. Arguments as in :func:`unknown_auroc`.
+    """
+    threshold = np.sort(known)[::-1][int(np.ceil(0.95 * len(known))) - 1]
+    return float(np.mean(np.asarray(unknown) >= threshold))
+
+
+def rejected(scores: Array, held_out: Array, rate: float) -> Array:
+    """Which images look like no known class, if a fraction ``rate`` of the known ones may be rejected; bool [N].
+
+    An image is rejected if p = (1 + #{held-out scores ≤ its score}) / (1 + n) ≤ rate. A known image that could change
+    places with the held-out ones has p ≤ rate with a probability of at most ``rate`` (conformal p-value, Vovk et al.
+    2005). With n < 1/rate − 1 held-out images nothing is rejected.
+
+    Args:
+        scores: Scores of the images; larger ones look more like known classes, float [N].
+        held_out: Scores of held-out images of known classes, float [n].
+        rate: False-rejection rate in (0, 1).
+    """
+    at_most = np.searchsorted(np.sort(held_out), scores, side="right")
+    return (1 + at_most) <= rate * (1 + len(held_out)) * (1 + 1e-12)  # 0.05 · 20 must not round to below 1
 
 
 def summary(r: Array, r_task: Array, total: Array) -> dict[str, float]:

@@ -16,7 +16,19 @@ import numpy as np
 from cil import metrics
 from cil.config.renamed import current_keys
 from cil.errors import RunError
-from cil.rows import HEADER, RUN_FILE, STAGE_FILE, Costs, Counts, EarlierVersions, Header, StageRow, StateBytes
+from cil.rows import (
+    HEADER,
+    REJECT_BY,
+    RUN_FILE,
+    STAGE_FILE,
+    ConfidenceRow,
+    Costs,
+    Counts,
+    EarlierVersions,
+    Header,
+    StageRow,
+    StateBytes,
+)
 from cil.utils.stored import check_file, content_digest, read_json, sealed
 
 if TYPE_CHECKING:
@@ -25,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AGAIN",
     "RESTORE",
+    "ConfidenceRow",
     "Costs",
     "Counts",
     "EarlierVersions",
@@ -85,17 +98,33 @@ def stage_values(r: np.ndarray, r_task: np.ndarray, total: np.ndarray, row: Stag
         "accuracy/seen_top5": _number(row["top5_accuracy"]),
         "accuracy/new": float(r[stage, stage]),
         "accuracy/old": metrics.old_accuracy_at(r, total, stage),
+        "accuracy/base": metrics.base_accuracy_at(r, stage),
+        "accuracy/novel": metrics.novel_accuracy_at(r, total, stage),
+        "accuracy/harmonic": metrics.harmonic_accuracy_at(r, total, stage),
         "forgetting/mean": metrics.forgetting(r, stage),
         "forgetting/within_task": metrics.forgetting(r_task, stage),
         "bwt": metrics.backward_transfer(r, stage),
         "task_id_accuracy": _number(row["task_id_accuracy"]),
         "within_task_accuracy": metrics.seen_accuracy_at(r_task, total, stage),
         **{name: float(row[name]) for name in ROUTER if name in row},  # type: ignore[literal-required]
+        **(_confidence_values(row["confidence"]) if "confidence" in row else {}),
     }
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _confidence_values(row: ConfidenceRow) -> dict[str, float]:
+    """The values of one stage of a run with ``confidence: true``, NaN where undefined."""
+    values: dict[str, float | None] = {
+        "calibration/temperature": row["temperature"],
+        "calibration/error": row["calibration_error"],
+        "calibration/error_uncalibrated": row["calibration_error_uncalibrated"],
+        **{f"unknown/auroc_{score}": value for score, value in row["unknown_auroc"].items()},
+        **{f"unknown/fpr95_{score}": value for score, value in row["unknown_fpr95"].items()},
+    }
+    return {name: _number(value) for name, value in values.items()}
 
 
 def curves(rows: Sequence[StageRow]) -> dict[str, list[float]]:
@@ -127,6 +156,13 @@ def summarise(rows: Sequence[StageRow]) -> dict[str, Any]:
     summary = metrics.summary(r, r_task, total)
     last = stage_values(r, r_task, total, rows[-1], len(rows) - 1)
     summary |= {name: last[name] for name in ("task_id_accuracy", *ROUTER) if name in last}
+    if "calibration/error" in last:
+        summary["calibration_error"] = last["calibration/error"]
+        for name in ("unknown_auroc", "unknown_fpr95"):
+            known = [row["confidence"][name][REJECT_BY] for row in rows]  # type: ignore[literal-required]
+            known = [value for value in known if value is not None]
+            summary[name] = float(np.mean(known)) if known else math.nan
+    summary |= {f"accuracy_{name}": last[f"accuracy/{name}"] for name in ("base", "novel", "harmonic")}
     costs = [row["costs"] for row in rows]
     summary |= {
         "trainable_parameters": max(c["trainable_parameters"] for c in costs),

@@ -58,6 +58,23 @@ class Counts(_Counts, total=False):
     oracle_router_accuracy: Fraction  # the accuracy if it always did; RoutedLearner alone
 
 
+SCORES = ("max_probability", "energy", "mahalanobis", "relative_mahalanobis")
+"""Names of the scores that tell images of known classes from others."""
+REJECT_BY = "relative_mahalanobis"
+"""The one that ``cil predict --reject`` uses by default."""
+
+
+class ConfidenceRow(TypedDict):
+    """How well a model with ``confidence: true`` knows what it does not know, after a stage."""
+
+    held_out_images: Count  # training images that it was calibrated on
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    calibration_error: Fraction | None  # of the calibrated probabilities, on the test images of the tasks so far
+    calibration_error_uncalibrated: Fraction | None  # at temperature 1
+    unknown_auroc: dict[str, Fraction | None]  # by score; test images of the tasks so far against those of later tasks
+    unknown_fpr95: dict[str, Fraction | None]
+
+
 class StageRow(Counts):
     """One stage of a run: ``stages[i]`` of a run as it is read, and the content of ``stage.json``."""
 
@@ -65,6 +82,7 @@ class StageRow(Counts):
     costs: Costs
     log: list[Named]  # (name, value) of everything the learner logged, in order
     histograms: NotRequired[dict[str, list[Finite]]]  # by name, uses of each numbered thing (prompt, task)
+    confidence: NotRequired[ConfidenceRow]  # of runs with confidence: true
 
 
 class Lesson(TypedDict):
@@ -181,6 +199,12 @@ class _Summary(TypedDict, total=False):
     task_id_accuracy: Fraction | None
     router_accuracy: Fraction | None
     oracle_router_accuracy: Fraction | None
+    accuracy_base: Fraction | None  # on the first task's classes after the last stage
+    accuracy_novel: Fraction | None  # on all others
+    accuracy_harmonic: Fraction | None  # their harmonic mean
+    calibration_error: Fraction | None  # after the last stage
+    unknown_auroc: Fraction | None  # the mean over stages of the score that cil predict --reject uses
+    unknown_fpr95: Fraction | None
     trainable_parameters: Count
     kept_bytes: Count
     passes_per_train_image: Seconds

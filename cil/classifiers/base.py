@@ -195,6 +195,8 @@ class StatisticsClassifier(Classifier):
 
     per_class: ClassVar[tuple[str, ...]] = ("counts",)
     """Names of the buffers with one row per class."""
+    balance: bool = False
+    """Whether every class weighs 1 in the sums over all classes, however many samples it has."""
     counts: Tensor
 
     def __init__(self, feature_dim: int) -> None:
@@ -300,7 +302,7 @@ class StatisticsClassifier(Classifier):
             x = self.checked(features).double()
             if len(x) != count:
                 raise DataError(f"{name}: class {label} has {count} samples; got {len(x)}")
-            self._subtract(_ordinary(x))
+            self._subtract(_ordinary(x) / count**0.5 if self.balance else _ordinary(x))
         for buffer in self.per_class:
             getattr(self, buffer)[label] = 0
         self._forget()
@@ -312,6 +314,29 @@ class StatisticsClassifier(Classifier):
 
     def _removed(self) -> None:
         """Choose again what depends on all sums."""
+
+    @property
+    def totals(self) -> Tensor:
+        """Total weight of each class in the sums over all classes, int64 [C]: its count, or 1 if it has samples."""
+        return (self.counts > 0).to(self.counts) if self.balance else self.counts
+
+    def roots(self, labels: Tensor) -> Tensor | None:
+        """Square roots of the weights of new samples: √(1/n_c), float64 [N, 1]; None if all weights are 1.
+
+        A row of features and its row of one-hot labels, both times the root, enter sums of squares with the weight.
+
+        Raises:
+            DataError: A class has samples already. Their weight could not be reduced: the sums do not tell them apart.
+        """
+        if not self.balance:
+            return None
+        again = self.counts[labels] > 0
+        if bool(again.any()):
+            raise DataError(
+                f"{type(self).__name__}: class {int(labels[again][0])} has samples already; with balance all samples "
+                "of a class must come in one call"
+            )
+        return torch.bincount(labels)[labels].double().rsqrt()[:, None]
 
     def only_seen(self, scores: Tensor) -> Tensor:
         """Return scores [B, C] with −∞ for classes without samples."""

@@ -49,6 +49,8 @@ class LDA(StatisticsClassifier):
         priors: Class priors π_c; ``counts``: the classes' shares of the samples, ``uniform``: equal for all classes
             with samples. Every sample has the same weight in Σ under both.
         blocks: Number of equal parts of the features. Σ is taken to be 0 between parts, so logits are sums over parts.
+        balance: Whether every class has the same weight in Σ, as if all had the same number of samples. All samples of
+            a class must come in one call.
 
     Buffers:
         sums: float64 [C, F]; outer: float64 [F, F], Σ x xᵀ over all classes; counts: int64 [C].
@@ -63,7 +65,12 @@ class LDA(StatisticsClassifier):
     outer: Tensor
 
     def __init__(
-        self, feature_dim: int, shrinkage: Shrinkage = 1e-4, priors: Priors = "counts", blocks: int = 1
+        self,
+        feature_dim: int,
+        shrinkage: Shrinkage = 1e-4,
+        priors: Priors = "counts",
+        blocks: int = 1,
+        balance: bool = False,
     ) -> None:
         super().__init__(feature_dim)
         if shrinkage != "gcv" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
@@ -72,7 +79,7 @@ class LDA(StatisticsClassifier):
             raise ConfigError(f"LDA: blocks is {blocks}; {feature_dim} features do not divide into equal parts")
         if priors not in ("counts", "uniform"):
             raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
-        self.shrinkage, self.priors, self.blocks = shrinkage, priors, blocks
+        self.shrinkage, self.priors, self.blocks, self.balance = shrinkage, priors, blocks, balance
         self.require_memory()
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
@@ -87,9 +94,10 @@ class LDA(StatisticsClassifier):
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> LDA:
         features, labels = self.prepare_fit(features, labels)
+        roots = self.roots(labels)
         self.sums.index_add_(0, labels, features)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
-        for x in features.split(BLOCK):
+        for x in (features if roots is None else features * roots).split(BLOCK):
             add_gram_(self.outer, x)
         return self
 
@@ -102,7 +110,8 @@ class LDA(StatisticsClassifier):
     @exact()
     def transport(self, drift: AffineMap) -> LDA:
         """Apply ``drift`` to means and covariance, as if every sample had been mapped."""
-        self.outer = drift.outer(self.outer, self.sums.sum(0), self.counts.sum())
+        weighted = self.means.sum(0) if self.balance else self.sums.sum(0)
+        self.outer = drift.outer(self.outer, weighted, self.totals.sum())
         self.sums = drift.sums(self.sums, self.counts)
         self._forget()
         return self
@@ -126,14 +135,14 @@ class LDA(StatisticsClassifier):
     @property
     def covariance(self) -> Tensor:
         """Within-class covariance Σ before shrinkage, float64 [F, F]."""
-        between = (self.counts[:, None] * self.means).T @ self.means
+        between = (self.totals[:, None] * self.means).T @ self.means
         within = (between + between.T).div_(2)
         del between  # features may be wide: no more than two matrices beside ``outer``
         torch.sub(self.outer, within, out=within)
         constant = within.diagonal() <= CONSTANT * self.outer.diagonal()
         within[constant] = 0
         within[:, constant] = 0
-        return within.div_(self.counts.sum().clamp(min=1))
+        return within.div_(self.totals.sum().clamp(min=1))
 
     def _solve(self) -> tuple[Tensor, Tensor, list[float]]:
         covariance, means = self.covariance, self.means
@@ -167,12 +176,13 @@ class LDA(StatisticsClassifier):
         samples, seen = int(self.counts.sum()), self.counts > 0
         if samples < 1:
             return [math.inf] * len(RATIOS)
-        means, counts = self.means[seen][:, part], self.counts[seen].double()
-        offsets = counts.sqrt()[:, None] * (means - counts @ means / samples)
-        total = covariance * samples
+        means, weights = self.means[seen][:, part], self.totals[seen].double()
+        weight = float(weights.sum())
+        offsets = weights.sqrt()[:, None] * (means - weights @ means / weight)
+        total = covariance * weight
         add_gram_(total, offsets)
         values, vectors = eigh_(total)
-        strengths = [ratio * scale * samples for ratio in RATIOS]
+        strengths = [ratio * scale * weight for ratio in RATIOS]
         explained = (offsets @ vectors).square().sum(0)
         return generalised_errors(values, explained, len(offsets) - 1, samples, strengths, fitted=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,9 +11,38 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
+from cil.errors import ConfigError
 from cil.utils.precision import exact, without_autocast
 
 Metric = Literal["cosine", "euclidean"]
+
+
+@dataclass(frozen=True)
+class Teen:
+    """Prototypes of classes with few samples, calibrated by those with many (TEEN, Wang et al., arXiv 2312.05229).
+
+    p ← (1 − α) p + α Σ_b w_b p_b with w = softmax_b(τ cos(p, p_b)) over the base classes b, all p of length 1, and the
+    sum scaled to length 1. Here the base classes are those with more than ``shots`` samples; in few-shot streams these
+    are the ones of the first task. It depends on sums alone, and so not on the order of tasks.
+
+    Args:
+        shots: Largest number of samples of a class that is calibrated.
+        alpha: Share α of the base classes, in [0, 1].
+        tau: Sharpness τ of their weights.
+    """
+
+    shots: int = 5
+    alpha: float = 0.5
+    tau: float = 16.0
+
+    def calibrated(self, prototypes: Tensor, counts: Tensor) -> Tensor:
+        """The prototypes [C, F], given at length 1, of classes with ``counts`` samples [C]."""
+        few, base = (counts > 0) & (counts <= self.shots), counts > self.shots
+        if not (bool(few.any()) and bool(base.any())):
+            return prototypes
+        novel, known = prototypes[few], prototypes[base]
+        nearby = F.normalize((self.tau * novel @ known.T).softmax(1) @ known, dim=1)
+        return prototypes.masked_scatter(few[:, None], (1 - self.alpha) * novel + self.alpha * nearby)
 
 
 class NCM(StatisticsClassifier):
@@ -21,6 +51,7 @@ class NCM(StatisticsClassifier):
     Args:
         feature_dim: Feature width F.
         metric: ``cosine`` scores by the cosine of f and μ_c; ``euclidean`` orders classes by ‖f − μ_c‖.
+        teen: Calibration of the means of few samples; None for none. Needs ``cosine``.
 
     Buffers:
         sums: float64 [C, F], sum of the features of each class.
@@ -31,9 +62,11 @@ class NCM(StatisticsClassifier):
     removed_with = "nothing"
     sums: Tensor
 
-    def __init__(self, feature_dim: int, metric: Metric = "cosine") -> None:
+    def __init__(self, feature_dim: int, metric: Metric = "cosine", teen: Teen | None = None) -> None:
         super().__init__(feature_dim)
-        self.metric = metric
+        if teen is not None and metric != "cosine":
+            raise ConfigError(f"NCM: calibrate teen compares class means by cosine; got metric {metric!r}")
+        self.metric, self.teen = metric, teen
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
 
     @exact()
@@ -55,11 +88,17 @@ class NCM(StatisticsClassifier):
         """Class means, float64 [C, F]; zero for a class without samples."""
         return self.sums / self.counts.clamp(min=1)[:, None]
 
+    def _calibrated(self) -> Tensor:
+        assert self.teen is not None
+        return self.teen.calibrated(F.normalize(self.means, dim=1), self.counts)
+
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
         features = self.checked(features)
         means = self.means.to(features.dtype)
         if self.metric == "cosine":
+            if self.teen is not None:
+                means = self.cached("calibrated", self._calibrated).to(features.dtype)
             scores = F.normalize(features, dim=1) @ F.normalize(means, dim=1).T
         else:  # −‖f − μ‖²/2 without the term that is the same for every class
             scores = features @ means.T - means.square().sum(1) / 2

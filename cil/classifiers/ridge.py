@@ -61,6 +61,9 @@ class Ridge(RandomFeatures):
         strength: Fixed λ > 0, or the method that chooses it.
         decision: ``linear`` predicts argmax h·W_c; ``cosine`` divides every W_c by its norm first, as the PILOT toolbox
             does; the paper does not.
+        balance: Whether a sample of class c weighs 1/n_c in G, Q and the criteria for λ, as if every class had one
+            sample: classes with few samples are then predicted as often as others. All samples of a class must come in
+            one call. A fixed λ is relative to these weights.
 
     Buffers:
         gram: float64 [M, M], G. targets: float64 [C, M], Qᵀ. counts: int64 [C]. strength\\_: float64 scalar, λ in use.
@@ -81,6 +84,7 @@ class Ridge(RandomFeatures):
         projection: int | None = None,
         strength: Strength = "holdout",
         decision: Decision = "linear",
+        balance: bool = False,
     ) -> None:
         super().__init__(feature_dim, projection, strength=strength)
         if isinstance(strength, str) and strength not in get_args(Choice):
@@ -89,7 +93,7 @@ class Ridge(RandomFeatures):
             raise ConfigError(f"Ridge: strength is {strength}; it must be positive and finite")
         if decision not in ("linear", "cosine"):
             raise ConfigError(f"Ridge: decision is {decision!r}; it must be 'linear' or 'cosine'")
-        self.decision = decision
+        self.decision, self.balance = decision, balance
         self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.float64))
         initial = 1.0 if isinstance(strength, str) else strength
         self.register_buffer("strength_", torch.tensor(initial, dtype=torch.float64))
@@ -110,8 +114,8 @@ class Ridge(RandomFeatures):
         """
         if self.projection is not None:
             raise ConfigError("Ridge: statistics of random features cannot be transported; use projection None")
-        self.gram = drift.outer(self.gram, self.targets.sum(0), self.counts.sum())
-        self.targets = drift.sums(self.targets, self.counts)
+        self.gram = drift.outer(self.gram, self.targets.sum(0), self.totals.sum())
+        self.targets = drift.sums(self.targets, self.totals)
         self._forget()
         return self
 
@@ -126,16 +130,19 @@ class Ridge(RandomFeatures):
             DataError: A shape, type or value is wrong; nothing is learned then.
         """
         features, labels = self.prepare_fit(features, labels)
+        roots = self.roots(labels)
+        if roots is not None:
+            features = features * roots  # and so H: a ReLU keeps positive factors
         generator = generator or torch.Generator().manual_seed(0)
         self.ensure_drawn(generator)
-        for x, y in zip(features.split(BLOCK), labels.split(BLOCK), strict=True):  # H has 8 · M bytes per row
-            h = self.expand(x)
+        for rows in torch.arange(len(labels), device=labels.device).split(BLOCK):  # H has 8 · M bytes per row
+            h = self.expand(features[rows])
             add_gram_(self.gram, h)
-            self.targets.index_add_(0, y, h)
+            self.targets.index_add_(0, labels[rows], h if roots is None else h * roots[rows])
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         scored = int(self.counts.sum()) if self.strength == "gcv" else len(labels)
         if isinstance(self.strength, str) and scored > 1:
-            self._choose(self._errors(features, labels, generator))
+            self._choose(self._errors(features, labels, generator, roots))
         if isinstance(self.strength, str) and float(self.strength_) == 1:  # not chosen yet, or 1 was chosen in unit 1
             self.strength_.fill_(self._unit())
         return self
@@ -161,7 +168,7 @@ class Ridge(RandomFeatures):
         return [unit * strength for strength in STRENGTHS]
 
     def _unit(self) -> float:
-        square = float(self.gram.diagonal().mean()) / max(1, int(self.counts.sum()))
+        square = float(self.gram.diagonal().mean()) / max(1, int(self.totals.sum()))
         return square if square > 0 and not UNSCALED[0] <= square <= UNSCALED[1] else 1.0
 
     @without_autocast()
@@ -180,11 +187,15 @@ class Ridge(RandomFeatures):
         weights = ridge_solve(self.gram, self.targets.T, float(self.strength_))
         return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
 
-    def _errors(self, features: Tensor, labels: Tensor, generator: torch.Generator) -> list[float]:
+    def _errors(
+        self, features: Tensor, labels: Tensor, generator: torch.Generator, roots: Tensor | None
+    ) -> list[float]:
         """The error of every candidate for λ by the method ``strength``, given the samples of the current call."""
         if self.strength == "gcv":
             return self.generalised_errors()
         one_hot = F.one_hot(labels, self.num_classes).double()
+        if roots is not None:
+            one_hot *= roots
         if self.strength == "loo":
             return self.leave_one_out_errors(features, one_hot)
         order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
@@ -239,9 +250,12 @@ class Ridge(RandomFeatures):
         return [error / y.numel() for error in errors]
 
     def generalised_errors(self) -> list[float]:
-        """The error of every candidate on all samples so far; the n one-hot labels have n ones."""
+        """The error of every candidate on all samples so far.
+
+        The squares of all one-hot labels sum up to the number of samples, or with ``balance`` of classes.
+        """
         if not bool((self.counts > 1).any()):
             return [math.inf] * len(STRENGTHS)
         s, v = eigh_(self.gram.clone())
         n = int(self.counts.sum())
-        return generalised_errors(s, (self.targets @ v).square().sum(0), n, n, self.candidates)
+        return generalised_errors(s, (self.targets @ v).square().sum(0), int(self.totals.sum()), n, self.candidates)

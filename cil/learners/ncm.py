@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
 
-from cil.classifiers.ncm import NCM, Metric
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from cil.classifiers.ncm import NCM, Metric, Teen
 from cil.learners.bases.on_features import ClassifierOnFeatures
 
 
@@ -18,6 +20,15 @@ class NCMLearner(ClassifierOnFeatures):
 
     class Config(ClassifierOnFeatures.Config):
         metric: Metric = Field("cosine", description="similarity of a feature and a class mean")
+        calibrate: Literal["none", "teen"] = Field(
+            "none", description="calibration of few-shot classes; teen: move their means towards similar base classes"
+        )
+        shots: PositiveInt = Field(
+            5,
+            description="largest number of images of a class that teen calibrates; classes with more are base classes",
+        )
+        alpha: float = Field(0.5, ge=0, le=1, description="share of the base classes in a calibrated mean")
+        tau: PositiveFloat = Field(16, description="sharpness of the weights of base classes in teen")
 
     name = "ncm"
     summary = "nearest class mean of frozen features, by cosine (SimpleCIL)"
@@ -25,4 +36,6 @@ class NCMLearner(ClassifierOnFeatures):
     paper = "Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models, IJCV 2024, arXiv 2303.07338"
 
     def make_classifier(self) -> NCM:
-        return NCM(self.width, self.config.metric)
+        config = self.config
+        teen = Teen(config.shots, config.alpha, config.tau) if config.calibrate == "teen" else None
+        return NCM(self.width, config.metric, teen)

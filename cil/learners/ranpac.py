@@ -36,6 +36,11 @@ class RanPAC(AdaptOnce):
             "linear",
             description="class scores; cosine: each class's weights are divided by their norm, as in LAMDA-PILOT",
         )
+        balance: bool = Field(
+            False,
+            description="whether all classes weigh the same, however many images they have, so that few-shot classes "
+            "are predicted, too; a class's images must all be in one task",
+        )
 
     name = "ranpac"
     summary = "ridge regression on random projections of the features"
@@ -45,7 +50,7 @@ class RanPAC(AdaptOnce):
 
     def make_classifier(self) -> Ridge:
         config = self.config
-        return Ridge(self.width, config.projection, config.strength, config.decision)
+        return Ridge(self.width, config.projection, config.strength, config.decision, config.balance)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)

@@ -32,6 +32,11 @@ class SLDA(AdaptOnce):
         priors: Literal["uniform", "counts"] = Field(
             "uniform", description="class priors π_c: equal, or the class frequencies so far"
         )
+        balance: bool = Field(
+            False,
+            description="whether all classes weigh the same in the covariance, however many images they have; a "
+            "class's images must all be in one task",
+        )
 
     name = "slda"
     summary = "linear discriminant analysis, one covariance for all classes"
@@ -40,7 +45,7 @@ class SLDA(AdaptOnce):
     classifier: LDA
 
     def make_classifier(self) -> LDA:
-        return LDA(self.width, self.config.shrinkage, priors=self.config.priors)
+        return LDA(self.width, self.config.shrinkage, priors=self.config.priors, balance=self.config.balance)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)

@@ -1,0 +1,151 @@
+"""Few-shot classes: balanced sums against replicated samples and scikit-learn, TEEN by its formula, and base and novel
+accuracy by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge as SklearnRidge
+from sklearn.linear_model import RidgeCV
+
+from cil import metrics
+from cil.classifiers import LDA, NCM, Ridge
+from cil.classifiers.ncm import Teen
+from cil.errors import ConfigError, DataError
+from cil.learners import build_learner
+from cil.utils.randomness import generator
+
+COUNTS = (40, 20, 5, 2)  # their least common multiple is 40
+
+
+def samples(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.RandomState(seed)
+    y = np.repeat(range(len(COUNTS)), COUNTS)
+    return rng.randn(len(y), 6) + rng.randn(len(COUNTS), 6)[y], y
+
+
+def replicated(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every class with 40 samples: each sample as often as that takes."""
+    times = 40 // np.bincount(y)[y]
+    return np.repeat(x, times, axis=0), np.repeat(y, times)
+
+
+@pytest.mark.parametrize("projection", [None, 30])
+def test_balanced_ridge_is_ridge_on_replicated_samples(projection):
+    x, y = samples()
+    new = samples(1)[0]
+    strength = 0.7
+    ours = Ridge(6, projection, strength, balance=True).draw(generator(3)).partial_fit(x, y, generator(4))
+    many = Ridge(6, projection, strength * 40).draw(generator(3)).partial_fit(*replicated(x, y), generator(4))
+    np.testing.assert_allclose(ours.logits(new), many.logits(new), atol=1e-10)
+    if projection is None:
+        weight = 1 / np.bincount(y)[y]
+        theirs = SklearnRidge(strength, fit_intercept=False).fit(x, np.eye(4)[y], sample_weight=weight)
+        np.testing.assert_allclose(ours.logits(new), theirs.predict(new), atol=1e-10)
+    parts = Ridge(6, projection, strength, balance=True).draw(generator(3))
+    for classes in ([1], [0, 3], [2]):
+        parts.partial_fit(x[np.isin(y, classes)], y[np.isin(y, classes)], generator(4))
+    np.testing.assert_allclose(parts.logits(new), ours.logits(new), atol=1e-10)
+    assert parts.counts.tolist() == list(COUNTS)
+
+
+def test_strength_of_a_balanced_ridge_by_weighted_leave_one_out():
+    """PRESS on weighted samples is scikit-learn's; generalised cross-validation is its formula, by plain inversion."""
+    x, y = samples()
+    weight, one_hot = 1 / np.bincount(y)[y], np.eye(4)[y]
+    ours = Ridge(6, strength="loo", balance=True).partial_fit(x, y)
+    theirs = RidgeCV(ours.candidates, fit_intercept=False, alpha_per_target=False).fit(x, one_hot, sample_weight=weight)
+    assert float(ours.strength_) == theirs.alpha_
+    gcv, errors = Ridge(6, strength="gcv", balance=True).partial_fit(x, y), []
+    h, t = x * np.sqrt(weight)[:, None], one_hot * np.sqrt(weight)[:, None]
+    for strength in gcv.candidates:
+        hat = h @ np.linalg.inv(h.T @ h + strength * np.eye(6)) @ h.T
+        errors.append(((t - hat @ t) ** 2).sum() / len(y) / (1 - np.trace(hat) / len(y)) ** 2)
+    np.testing.assert_allclose(gcv.generalised_errors(), errors, rtol=1e-8)
+    assert float(gcv.strength_) == gcv.candidates[int(np.argmin(errors))]
+    holdout = Ridge(6, strength="holdout", balance=True).partial_fit(x, y, generator(0))
+    assert float(holdout.strength_) in holdout.candidates
+
+
+def test_balanced_lda_has_the_mean_of_the_classes_covariances():
+    x, y = samples()
+    ours = LDA(6, shrinkage=0.1, priors="uniform", balance=True).partial_fit(x, y)
+    covariance = np.mean([np.cov(x[y == c].T, bias=True) for c in range(4)], axis=0)
+    np.testing.assert_allclose(ours.covariance, covariance, atol=1e-12)
+    np.testing.assert_allclose(ours.means, [x[y == c].mean(0) for c in range(4)], atol=1e-12)
+    many = LDA(6, shrinkage=0.1, priors="uniform").partial_fit(*replicated(x, y))
+    np.testing.assert_allclose(ours.logits(x), many.logits(x), atol=1e-9)
+
+
+@pytest.mark.parametrize("classifier", [lambda: Ridge(6, strength=0.1, balance=True), lambda: LDA(6, balance=True)])
+def test_a_balanced_class_comes_once(classifier):
+    x, y = samples()
+    model = classifier().partial_fit(x, y)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        DataError, match="class 2 has samples already; with balance all samples of a class must come in"
+    ):
+        model.partial_fit(x[y == 2], y[y == 2])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_teen_by_its_formula():
+    rng = np.random.RandomState(0)
+    y = np.repeat([0, 1, 2, 3, 4], [30, 20, 6, 5, 1])
+    x = rng.randn(len(y), 8) + rng.randn(6, 8)[y]
+    new = rng.randn(9, 8)
+    model = NCM(8, teen=Teen(shots=5, alpha=0.3, tau=4)).partial_fit(x, y)
+
+    def unit(v):
+        return v / np.linalg.norm(v, axis=-1, keepdims=True)
+
+    p = unit(np.stack([x[y == c].mean(0) for c in range(5)]))
+    expected = p.copy()
+    for c in (3, 4):
+        weights = np.exp(4 * p[:3] @ p[c])
+        expected[c] = 0.7 * p[c] + 0.3 * unit(weights @ p[:3] / weights.sum())
+    np.testing.assert_allclose(model.logits(new), unit(new) @ unit(expected).T, atol=1e-12)
+    plain = NCM(8).partial_fit(x, y)
+    np.testing.assert_allclose(model.logits(new)[:, :3], plain.logits(new)[:, :3], atol=1e-15)  # base classes stay
+    parts = NCM(8, teen=Teen(shots=5, alpha=0.3, tau=4))
+    for some in (y > 3, y < 2, (y > 1) & (y < 4)):  # few-shot classes first: the order of tasks changes nothing
+        parts.partial_fit(x[some], y[some]).logits(new)
+    np.testing.assert_allclose(parts.logits(new), model.logits(new), atol=1e-12)
+    few = NCM(8, teen=Teen(shots=100)).partial_fit(x, y)  # without base classes nothing is calibrated
+    np.testing.assert_allclose(few.logits(new), plain.logits(new), atol=1e-15)
+    with pytest.raises(ConfigError, match="compares class means by cosine; got metric 'euclidean'"):
+        NCM(8, "euclidean", Teen())
+
+
+def test_learners_pass_their_keys_on(backbone):
+    assert build_learner({"name": "ranpac", "projection": 20, "balance": True}, backbone).classifier.balance
+    assert build_learner({"name": "slda", "balance": True}, backbone).classifier.balance
+    teen = {"name": "ncm", "calibrate": "teen", "shots": 3, "alpha": 0.1, "tau": 8}
+    assert build_learner(teen, backbone).classifier.teen == Teen(3, 0.1, 8.0)
+    assert build_learner("ncm", backbone).classifier.teen is None
+
+
+def test_few_shot_classes_are_not_drowned():
+    """One-hot ridge hardly predicts classes of 3 among classes of 200 samples; balanced, it does."""
+    rng = np.random.RandomState(0)
+    means = rng.randn(10, 30)
+    y = np.repeat(range(10), [200] * 6 + [3] * 4)
+    x, y_new = means[y] + rng.randn(len(y), 30), np.repeat(range(10), 50)
+    new = means[y_new] + rng.randn(len(y_new), 30)
+    novel = {}
+    for balance in (False, True):
+        predicted = Ridge(30, strength=1.0, balance=balance).partial_fit(x, y).logits(new).argmax(1).numpy()
+        novel[balance] = (predicted == y_new)[y_new >= 6].mean()
+    assert novel[False] < 0.4 and novel[True] > novel[False] + 0.3
+
+
+def test_base_novel_and_harmonic_accuracy_by_hand():
+    nan = float("nan")
+    r, total = np.array([[0.9, nan, nan], [0.5, 0.8, nan], [0.6, 0.9, 0.3]]), np.array([10, 20, 10])
+    assert [metrics.base_accuracy_at(r, i) for i in range(3)] == [0.9, 0.5, 0.6]
+    assert metrics.novel_accuracy_at(r, total, 1) == 0.8
+    assert metrics.novel_accuracy_at(r, total) == pytest.approx((18 + 3) / 30)
+    assert metrics.harmonic_accuracy_at(r, total) == pytest.approx(2 * 0.6 * 0.7 / 1.3)
+    assert np.isnan([metrics.novel_accuracy_at(r, total, 0), metrics.harmonic_accuracy_at(r, total, 0)]).all()
+    assert metrics.harmonic_accuracy_at(np.array([[1.0, nan], [0.0, 0.0]]), np.array([5, 5])) == 0.0
