@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cil.cli.output import expanded, say
 from cil.config.schema import MAX_PIXELS
+from cil.rows import REJECT_BY, SCORES
+
+if TYPE_CHECKING:
+    from cil.prediction import Ranked
 
 Weights = Annotated[
     Path | None,
@@ -124,6 +128,17 @@ def predict(
     ] = None,
     on_error: Annotated[OnError, typer.Option(help="What to do with a file that is not an image")] = OnError.RAISE,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels above which an image is not decoded")] = MAX_PIXELS,
+    reject: Annotated[
+        float | None,
+        typer.Option(
+            help="Say unknown of images that look like no known class, so that at most this fraction of known ones is "
+            "refused, e.g. 0.05; for runs with confidence=true"
+        ),
+    ] = None,
+    by: Annotated[str, typer.Option(help=f"Score by which --reject refuses images: {', '.join(SCORES)}")] = REJECT_BY,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Print calibrated probabilities; for runs with confidence=true")
+    ] = False,
     weights: Weights = None,
     code: Code = None,
 ) -> None:
@@ -142,21 +157,26 @@ def predict(
     console, stdout = Console(stderr=True), sys.stdout
     with console.status("loading torch …"):
         from cil.export import is_artifact, load
-        from cil.prediction import find_images, open_run
+        from cil.prediction import find_images, open_confident, open_run
         from cil.prediction import predict as predict_images
         from cil.runner.display import Display
 
         if is_artifact(run):
             if weights is not None:
                 raise ExportError(f"--weights {weights}: {run} is an exported model and has its weights; leave it out")
+            if reject is not None or probabilities:
+                raise ExportError(f"{run}: is an exported model, which has no held-out images; give the run's folder")
             model = load(run, device, code=code or ())
+        elif reject is not None or probabilities:
+            model = open_confident(run, device, reject=reject, score=by, weights=weights, code=code or ())
         else:
             model = open_run(run, device, weights=weights, code=code or ())
         paths = find_images(images, lambda line: say(line, err=True))
 
-    def tell(path: Path, ranked: list[tuple[str, float]]) -> None:
+    def tell(path: Path, ranked: Ranked) -> None:
+        unknown = "unknown; " if ranked.known is False else ""
         classes = ", ".join(f"{printable(name)} ({score:.3f})" for name, score in ranked)
-        say(f"{as_text(path)}: {classes}", file=stdout)
+        say(f"{as_text(path)}: {unknown}{classes}", file=stdout)
 
     skipped = 0
 
@@ -167,7 +187,7 @@ def predict(
 
     # a progress bar would disturb lines that are printed to the same terminal
     bar = console if out is not None or not stdout.isatty() else None
-    target = nullcontext(tell) if out is None else open_writer(out, min(top, len(model.names)))
+    target = nullcontext(tell) if out is None else open_writer(out, min(top, len(model.names)), reject is not None)
     with Display(bar) as display, target as add:
         for path, ranked in predict_images(
             model,

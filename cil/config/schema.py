@@ -270,6 +270,11 @@ class Config(Section):
     seeds: list[Seed] = Field([0], min_length=1, description="training seeds")
     inference_batch_size: PositiveInt = Field(128, description="images per forward pass outside training")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="mixed precision of the backbone")
+    confidence: bool = Field(
+        False,
+        description="whether probabilities are calibrated on the held-out training images (stream.validation) after "
+        "each stage, and images of unknown classes can be rejected; both are measured",
+    )
     chosen_by: str = Field(
         "default",
         description="how hyper-parameters were chosen, e.g. default, first_task, proxy or paper; stored with results",
@@ -291,6 +296,15 @@ class Config(Section):
     @classmethod
     def _names(cls, raw: Any) -> Any:
         return [as_section(item) for item in raw] if isinstance(raw, list) else raw
+
+    @model_validator(mode="after")
+    def _held_out(self) -> Config:
+        if self.confidence and (not self.stream.validation or self.stream.test_on == "validation"):
+            raise ValueError(
+                "confidence: true needs held-out training images that are not tested on; set stream.validation, e.g. "
+                "0.1, and stream.test_on: test"
+            )
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> Config:

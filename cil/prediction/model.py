@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
@@ -32,8 +33,15 @@ from cil.runner.plan import Plan, plans
 from cil.stream import past_tasks
 from cil.utils import hardware
 
-Ranked = list[tuple[str, float]]
-"""(class name, score of the model) pairs, best first."""
+
+class Ranked(list[tuple[str, float]]):
+    """(class name, score of the model) pairs, best first.
+
+    Attributes:
+        known: Whether the image looks like one of the known classes; None if the model was not asked.
+    """
+
+    known: bool | None = None
 
 
 class Model(nn.Module, ABC):
@@ -52,6 +60,10 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images float [B, 3, S, S] → (logits [B, C], features [B, F]), both float32."""
+
+    def judged(self, images: Tensor) -> tuple[Tensor, np.ndarray | None]:
+        """Class scores [B, C] on the CPU, and whether each image looks like a known class, bool [B], or None."""
+        return self(images)[0].cpu(), None
 
 
 class Trained(Model):
@@ -257,12 +269,15 @@ def predict(
 def top_classes(model: Model, images: Tensor, top: int) -> list[Ranked]:
     """The ``top`` classes of each image of a batch of normalised images float [B, 3, S, S]."""
     with torch.inference_mode():
-        scores = model(images.to(model.device))[0].cpu()
+        scores, known = model.judged(images.to(model.device))
     best = scores.topk(min(top, len(model.names)), dim=1)
-    return [
-        [(model.names[c], value) for value, c in zip(values, classes, strict=True)]
+    found = [
+        Ranked((model.names[c], value) for value, c in zip(values, classes, strict=True))
         for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
+    for ranked, one in zip(found, () if known is None else known.tolist(), strict=known is not None):
+        ranked.known = one
+    return found
 
 
 def _read(path: Path, transforms: Transforms, max_pixels: int) -> Tensor | DataError:

@@ -20,8 +20,8 @@ Add = Callable[[Path, "Ranked"], None]
 
 
 @contextmanager
-def _json(file: TextIO, columns: int) -> Iterator[Add]:
-    """A list of {"path": …, "classes": [{"class": …, "score": …}, …]}, one image per line."""
+def _json(file: TextIO, columns: int, known: bool) -> Iterator[Add]:
+    """A list of {"path": …, "classes": [{"class": …, "score": …}, …]}, one image per line; "known" follows the path."""
     before = "[\n"
 
     def add(path: Path, ranked: Ranked) -> None:
@@ -34,23 +34,29 @@ def _json(file: TextIO, columns: int) -> Iterator[Add]:
 
 
 @contextmanager
-def _json_lines(file: TextIO, columns: int) -> Iterator[Add]:
+def _json_lines(file: TextIO, columns: int, known: bool) -> Iterator[Add]:
     """The same objects without a list around them, one per line."""
     yield lambda path, ranked: print(_object(path, ranked), file=file)
 
 
 @contextmanager
-def _csv(file: TextIO, columns: int) -> Iterator[Add]:
-    """A table path, class_1, score_1, class_2, … with a header; quoted as in RFC 4180, and control characters
-    in names are escaped, as on a terminal."""
+def _csv(file: TextIO, columns: int, known: bool) -> Iterator[Add]:
+    """A table path, known (if asked), class_1, score_1, class_2, … with a header; quoted as in RFC 4180, and control
+    characters in names are escaped, as on a terminal."""
     writer = csv.writer(file)
-    writer.writerow(["path", *[f"{what}_{i}" for i in range(1, columns + 1) for what in ("class", "score")]])
+    writer.writerow(
+        ["path", *["known"] * known, *[f"{what}_{i}" for i in range(1, columns + 1) for what in ("class", "score")]]
+    )
     yield lambda path, ranked: writer.writerow(
-        [path, *[cell for name, score in ranked for cell in (printable(name), score)]]
+        [
+            path,
+            *([str(ranked.known).lower()] if known else []),
+            *[cell for name, score in ranked for cell in (printable(name), score)],
+        ]
     )
 
 
-FORMATS: dict[str, Callable[[TextIO, int], AbstractContextManager[Add]]] = {
+FORMATS: dict[str, Callable[[TextIO, int, bool], AbstractContextManager[Add]]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".csv": _csv,
@@ -70,12 +76,13 @@ def check_output(file: Path) -> None:
 
 
 @contextmanager
-def open_writer(file: Path, columns: int) -> Iterator[Add]:
+def open_writer(file: Path, columns: int, known: bool = False) -> Iterator[Add]:
     """Yields a function that adds the classes of an image; ``file`` is replaced when the block ends without an error.
 
     Args:
         file: The file to write; its suffix decides the format.
         columns: Number of classes per image, for the header of a table.
+        known: Whether the images say if they look like a known class, for a column of a table.
 
     Raises:
         DataError: As :func:`check_output` raises it, or the disk is full or not writable.
@@ -86,7 +93,7 @@ def open_writer(file: Path, columns: int) -> Iterator[Add]:
         reporting(file, "What was there stays", error=DataError),
         replacing(file) as half,
         half.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream,
-        FORMATS[file.suffix.lower()](stream, columns) as add,
+        FORMATS[file.suffix.lower()](stream, columns, known) as add,
     ):
         yield add
 
@@ -95,4 +102,5 @@ def _object(path: Path, ranked: Ranked) -> str:
     classes: list[dict[str, Any]] = [
         {"class": name, "score": score if math.isfinite(score) else None} for name, score in ranked
     ]
-    return json.dumps({"path": str(path), "classes": classes}, ensure_ascii=False, allow_nan=False)
+    known = {} if getattr(ranked, "known", None) is None else {"known": ranked.known}
+    return json.dumps({"path": str(path), **known, "classes": classes}, ensure_ascii=False, allow_nan=False)

@@ -158,6 +158,7 @@ def _run_one(
                 batch_size=plan.config.inference_batch_size,
                 folder=folder,
                 store=inputs.store,
+                confidence=plan.config.confidence,
                 observer=recorder or Observer(display),
             )
         except TrainingError as error:

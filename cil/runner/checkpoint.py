@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cil import history
 from cil.errors import RunError
@@ -224,6 +224,22 @@ class RunFolder:
         except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise RunError(f"{file}: does not fit this learner or is damaged: {reason}") from None
+
+    def load_module(self, module: nn.Module, stage: int, name: str) -> None:
+        """Give a module the tensors that a finished stage has in its file ``name``.
+
+        Raises:
+            RunError: The file is missing, damaged, or of another module.
+        """
+        file = self.stage(stage) / name
+        known = read_stage(self.path, stage, self.recorded() or ()).files
+        try:
+            check_file(file, known.get(name), advice=AGAIN)
+            module.load_state_dict(load_file(file))
+        except FileNotFoundError:
+            raise RunError(f"{file}: not there; {AGAIN}") from None
+        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+            raise RunError(f"{file}: damaged, or of another version: {' '.join(str(error).split())}") from None
 
     def write(self, name: str, text: str) -> None:
         """Replace a file in one step; the next run deletes what a killed process has left beside it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,7 +15,9 @@ from cil.errors import StreamError, TrainingError
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, check_trained
 from cil.results import Costs, StageRow
-from cil.runner.checkpoint import RunFolder, as_tensors, state_bytes
+from cil.runner.checkpoint import RunFolder, as_tensors, split_state, state_bytes
+from cil.runner.confidence import FILE as CONFIDENCE
+from cil.runner.confidence import Confidence
 from cil.runner.display import Display
 from cil.runner.evaluation import Predictions, count_correct, evaluate
 from cil.store import FeatureStore
@@ -56,6 +59,8 @@ class Session:
         observer: Receives progress, logged numbers and finished stages.
         unchanged_since: Version of each view of the learner → the stage since which it has had this version.
         before_test: Called when a task has been learned, before the learner is tested.
+        confidence: Calibrates the learner after every stage; None if that is not asked for.
+        store: Feature store of what ``confidence`` needs.
     """
 
     learner: Learner
@@ -65,6 +70,13 @@ class Session:
     observer: Observer = field(default_factory=Observer)
     unchanged_since: dict[Hashable, int] = field(default_factory=dict)
     before_test: Callable[[], None] = lambda: None
+    confidence: Confidence | None = None
+    store: FeatureStore | None = None
+
+    @cached_property
+    def apart(self) -> FeatureCache:
+        """Features of test images that no cost of the method counts; they may be read from the same store."""
+        return FeatureCache(self.cache.accelerator, self.cache.batch_size, self.observer.track, self.store)
 
     def context(self, stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
         """The context of a stage; numbers that the learner logs are appended to ``logged``."""
@@ -90,6 +102,7 @@ def run_stages(
     store: FeatureStore | None = None,
     observer: Observer | None = None,
     stop_after: int | None = None,
+    confidence: bool = False,
 ) -> list[StageRow]:
     """Take a learner through a stream, resuming after the stages that ``folder`` already holds.
 
@@ -103,6 +116,8 @@ def run_stages(
         store: Feature store to read from and write to; none by default.
         observer: Receives progress, logged numbers and finished stages.
         stop_after: Stop once this many stages are finished, as an interruption would.
+        confidence: Whether the learner is calibrated on held-out images after every stage, and tested on images of
+            later tasks; the stream needs ``validation``.
 
     Returns:
         One row per finished stage.
@@ -118,12 +133,15 @@ def run_stages(
     learner.to(accelerator.device)
     learner.backbone.to(accelerator.device)
     session = Session(learner, stream, FeatureCache(accelerator, batch_size, observer.track, store), seed, observer)
+    if confidence:
+        session.confidence, session.store = Confidence(learner.backbone.feature_dim), store
     rows = resume(session, folder)
     remaining = stream.tasks[len(rows) : stop_after]
     for task in observer.track(remaining, f"{learner.name or type(learner).__name__}: stages", len(remaining)):
         row, predictions = run_stage(session, task)
         if folder is not None and accelerator.is_main_process:
-            folder.save_stage(task.index, learner, row, prediction_tensors(predictions))
+            more = {} if session.confidence is None else {CONFIDENCE: split_state(session.confidence.state_dict())[0]}
+            folder.save_stage(task.index, learner, row, prediction_tensors(predictions), more)
         rows.append(row)
         observer.stage(rows)
     return rows
@@ -149,6 +167,8 @@ def resume(session: Session, folder: RunFolder | None) -> list[StageRow]:
         for task in past:
             task.close()
     folder.load_learner(learner, past, session.context)
+    if session.confidence is not None:
+        folder.load_module(session.confidence, len(past) - 1, CONFIDENCE)
     session.unchanged_since = dict(zip(learner.views(), rows[-1]["unchanged_since"], strict=True))
     return rows
 
@@ -167,20 +187,17 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
     accelerator, logged = cache.accelerator, list[tuple[str, float]]()
     ctx = session.context(task.index, logged)
     passes, read, started = learner.backbone.passes + cache.passes_saved, cache.read, time.perf_counter()
-    learner.begin(task, ctx)
-    learner.train()
-    if task.index == 0:
-        _learn_first(learner, task, ctx)
-    else:
-        learner.learn(task, ctx)
-    learner.eval()
-    check_trained(ctx)
+    learn_task(learner, task, ctx)
     train_passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
     learned = time.perf_counter()
     since = session.unchanged_since
     session.unchanged_since = {version: since.get(version, task.index) for version in learner.views()}
     session.before_test()
     predictions = evaluate(learner, session.stream, task.index, cache, session.unchanged_since)
+    seconds_test = time.perf_counter() - learned
+    confidence = session.confidence
+    if confidence is not None:
+        confidence.learn(learner, task, cache, max(session.unchanged_since.values()))
     if not learner.stores_images:
         task.close()
     costs: Costs = {
@@ -191,7 +208,7 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         "test_passes": hardware.total(accelerator, predictions.passes),
         "features_from_store": hardware.total(accelerator, read + predictions.read),
         "seconds_learn": learned - started,
-        "seconds_test": time.perf_counter() - learned,
+        "seconds_test": seconds_test,
         "peak_memory_bytes": hardware.peak_memory_bytes(accelerator.device),
     }
     row: StageRow = {
@@ -201,7 +218,26 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         "log": logged,
         "histograms": ctx.histograms,
     }
+    if confidence is not None:
+        row["confidence"] = confidence.measure(learner, session.stream, task.index, session.apart)
     return row, predictions
+
+
+def learn_task(learner: Learner, task: Task, ctx: Context) -> None:
+    """Begin ``task`` and learn it; the learner is in evaluation mode afterwards.
+
+    Raises:
+        TrainingError: The learner's parameters are not finite, or in the first stage a tensor that an optimiser was
+            given never had a gradient.
+    """
+    learner.begin(task, ctx)
+    learner.train()
+    if task.index == 0:
+        _learn_first(learner, task, ctx)
+    else:
+        learner.learn(task, ctx)
+    learner.eval()
+    check_trained(ctx)
 
 
 def _learn_first(learner: Learner, task: Task, ctx: Context) -> None:

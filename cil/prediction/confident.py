@@ -1,0 +1,86 @@
+"""Models that say how sure they are: calibrated probabilities, and images that look like no known class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cil import results
+from cil.backbone import FROZEN
+from cil.errors import ConfigError, RunError, nearest
+from cil.prediction.model import Trained, restore
+from cil.rows import REJECT_BY, SCORES
+from cil.runner.checkpoint import RunFolder
+from cil.runner.confidence import FILE, Confidence
+from cil.utils import hardware
+
+
+class Confident(Trained):
+    """A learner with what was calibrated on the images held out of its tasks.
+
+    Args:
+        confidence: The calibration.
+        reject: Fraction of images of known classes that may be rejected, in (0, 1); None: nothing is rejected.
+        score: One of :data:`cil.rows.SCORES`, by which images are rejected.
+        parts: Arguments of :class:`Trained`.
+
+    Raises:
+        ConfigError: ``reject`` or ``score`` is out of range.
+    """
+
+    def __init__(self, confidence: Confidence, reject: float | None, score: str, *parts: Any) -> None:
+        super().__init__(*parts)
+        if reject is not None and not 0 < reject < 1:
+            raise ConfigError(f"reject: {reject:g}; allowed: above 0 and below 1, e.g. 0.05")
+        if score not in SCORES:
+            raise ConfigError(f"reject: unknown score {score!r}{nearest(score, SCORES)}; allowed: {', '.join(SCORES)}")
+        self.confidence, self.reject, self.score = confidence, reject, score
+
+    def judged(self, images: Tensor) -> tuple[Tensor, np.ndarray | None]:
+        """Calibrated probabilities float64 [B, C] on the CPU, and whether each image looks like a known class [B]."""
+        logits, features = self(images)
+        logits = logits.cpu()
+        probabilities = self.confidence.probabilities(logits)
+        if self.reject is None:
+            return probabilities, None
+        frozen = features if set(self.learner.views()) == {FROZEN} else self.backbone(images).float()
+        scores = self.confidence.scores(logits, frozen.cpu())
+        return probabilities, ~self.confidence.rejected(scores, self.reject, self.score)
+
+
+def open_confident(
+    folder: Path,
+    device: str = "cpu",
+    *,
+    reject: float | None = None,
+    score: str = REJECT_BY,
+    weights: Path | None = None,
+    code: Sequence[Path] = (),
+) -> Confident:
+    """A run with ``confidence: true`` as a model that says how sure it is; see :func:`cil.prediction.open_run`.
+
+    Args:
+        folder: A run folder.
+        device: As ``hardware.device``.
+        reject: Fraction of images of known classes that may be rejected; None: nothing is rejected.
+        score: By which score images are rejected.
+        weights: New place of the backbone's weights, if they were moved.
+        code: New places of the files of custom classes, if they were moved.
+
+    Raises:
+        RunError: The run was made without ``confidence: true``, or as ``open_run`` raises it.
+        ConfigError: ``reject`` or ``score`` is out of range.
+    """
+    header, run = results.read_header(folder), RunFolder(folder)
+    if not header["config"].get("confidence"):
+        raise RunError(
+            f"{folder}: holds no held-out images to be sure by; run it with confidence=true and stream.validation=0.1"
+        )
+    parts = restore(folder, hardware.accelerator(device), weights=weights, code=code)
+    confidence = Confidence(parts[0].backbone.feature_dim)
+    run.load_module(confidence, run.finished() - 1, FILE)
+    return Confident(confidence, reject, score, *parts)
