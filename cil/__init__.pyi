@@ -4,6 +4,7 @@ from .config import Config
 from .config.reading import load_config
 from .data.images import load_images
 from .errors import CilError
+from .estimator import IncrementalClassifier
 from .growing.model import GrowingModel
 from .learner import Context, Learner, LearnerConfig, RoutedLearner
 from .learners.registry import build_learner
@@ -23,6 +24,7 @@ __all__ = [
     "DomainIncremental",
     "Group",
     "GrowingModel",
+    "IncrementalClassifier",
     "Learner",
     "LearnerConfig",
     "ParamGroup",

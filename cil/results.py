@@ -18,7 +18,6 @@ from cil.config.renamed import current_keys
 from cil.errors import RunError
 from cil.rows import (
     HEADER,
-    REJECT_BY,
     RUN_FILE,
     STAGE_FILE,
     ConfidenceRow,
@@ -127,6 +126,22 @@ def _confidence_values(row: ConfidenceRow) -> dict[str, float]:
     return {name: _number(value) for name, value in values.items()}
 
 
+def _confidence_summary(rows: Sequence[StageRow]) -> dict[str, float]:
+    """The summary of a run with ``confidence: true``: calibration after the last stage, scores as means over stages."""
+    values = [_confidence_values(row["confidence"]) for row in rows if "confidence" in row]
+    if "confidence" not in rows[-1]:
+        return {}
+    summary = {}
+    for name, last in values[-1].items():
+        kind, what = name.split("/")
+        if kind == "calibration":
+            summary[f"calibration_{what}"] = last
+        else:
+            known = [one[name] for one in values if not math.isnan(one[name])]
+            summary[f"unknown_{what}"] = float(np.mean(known)) if known else math.nan
+    return summary
+
+
 def curves(rows: Sequence[StageRow]) -> dict[str, list[float]]:
     """Per-stage values by name, NaN where undefined; what TensorBoard and the figures draw."""
     r, r_task, total = matrices(rows)
@@ -156,12 +171,7 @@ def summarise(rows: Sequence[StageRow]) -> dict[str, Any]:
     summary = metrics.summary(r, r_task, total)
     last = stage_values(r, r_task, total, rows[-1], len(rows) - 1)
     summary |= {name: last[name] for name in ("task_id_accuracy", *ROUTER) if name in last}
-    if "calibration/error" in last:
-        summary["calibration_error"] = last["calibration/error"]
-        for name in ("unknown_auroc", "unknown_fpr95"):
-            known = [row["confidence"][name][REJECT_BY] for row in rows]  # type: ignore[literal-required]
-            known = [value for value in known if value is not None]
-            summary[name] = float(np.mean(known)) if known else math.nan
+    summary |= _confidence_summary(rows)
     summary |= {f"accuracy_{name}": last[f"accuracy/{name}"] for name in ("base", "novel", "harmonic")}
     costs = [row["costs"] for row in rows]
     summary |= {

@@ -202,9 +202,17 @@ class _Summary(TypedDict, total=False):
     accuracy_base: Fraction | None  # on the first task's classes after the last stage
     accuracy_novel: Fraction | None  # on all others
     accuracy_harmonic: Fraction | None  # their harmonic mean
-    calibration_error: Fraction | None  # after the last stage
-    unknown_auroc: Fraction | None  # the mean over stages of the score that cil predict --reject uses
-    unknown_fpr95: Fraction | None
+    calibration_temperature: Annotated[float, Field(gt=0)] | None  # this and what follows: with confidence: true
+    calibration_error: Fraction | None  # after the last stage, as the next
+    calibration_error_uncalibrated: Fraction | None
+    unknown_auroc_max_probability: Fraction | None  # means over the stages, as what follows
+    unknown_auroc_energy: Fraction | None
+    unknown_auroc_mahalanobis: Fraction | None
+    unknown_auroc_relative_mahalanobis: Fraction | None
+    unknown_fpr95_max_probability: Fraction | None
+    unknown_fpr95_energy: Fraction | None
+    unknown_fpr95_mahalanobis: Fraction | None
+    unknown_fpr95_relative_mahalanobis: Fraction | None
     trainable_parameters: Count
     kept_bytes: Count
     passes_per_train_image: Seconds

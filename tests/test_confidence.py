@@ -146,7 +146,8 @@ def test_a_run_reports_what_the_stored_scores_say(trained):
     assert curves["calibration/error"][-1] == last["calibration_error"]
     assert np.isnan(curves[f"unknown/auroc_{REJECT_BY}"]).tolist() == [False, False, True]
     summary = results.read_header(trained)["summary"]
-    assert summary["unknown_auroc"] == pytest.approx(np.nanmean(curves[f"unknown/auroc_{REJECT_BY}"]))
+    assert summary[f"unknown_auroc_{REJECT_BY}"] == pytest.approx(np.nanmean(curves[f"unknown/auroc_{REJECT_BY}"]))
+    assert summary["calibration_error"] == last["calibration_error"]
 
 
 def read(model, source, index):

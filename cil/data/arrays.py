@@ -23,7 +23,7 @@ def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, class_na
         DataError: The images are not uint8 of such a shape, their number is not that of the labels, a label is not a
             class position, two classes have the same name, or a class has no images.
     """
-    pixels, names = _checked_images(images), checked_names(class_names)
+    pixels, names = checked_images(images), checked_names(class_names)
     if not names:
         raise DataError("class_names is empty; give one name per class")
     positions = checked_labels(labels, names)
@@ -40,7 +40,7 @@ def from_arrays(images: np.ndarray, labels: Sequence[int] | np.ndarray, class_na
     )
 
 
-def _checked_images(images: np.ndarray) -> np.ndarray:
+def checked_images(images: np.ndarray) -> np.ndarray:
     wanted = "images must be uint8 [N, H, W] or [N, H, W, 3]"
     try:
         pixels = np.asarray(images)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cil import results
+from cil import history, results
 from cil.backbone import FROZEN
 from cil.errors import ConfigError, RunError, nearest
 from cil.prediction.model import Trained, restore
@@ -61,7 +61,7 @@ def open_confident(
     weights: Path | None = None,
     code: Sequence[Path] = (),
 ) -> Confident:
-    """A run with ``confidence: true`` as a model that says how sure it is; see :func:`cil.prediction.open_run`.
+    """A run with ``confidence: true``, or a saved estimator that holds out images, as a model that says how sure it is.
 
     Args:
         folder: A run folder.
@@ -72,15 +72,19 @@ def open_confident(
         code: New places of the files of custom classes, if they were moved.
 
     Raises:
-        RunError: The run was made without ``confidence: true``, or as ``open_run`` raises it.
+        RunError: Nothing was calibrated there, or no longer holds; or as :func:`cil.prediction.open_run` raises it.
         ConfigError: ``reject`` or ``score`` is out of range.
     """
     header, run = results.read_header(folder), RunFolder(folder)
-    if not header["config"].get("confidence"):
+    if gone := history.absent(header):
+        name = header["class_names"][gone[0]]
+        raise RunError(f"{folder}: was calibrated while it predicted {name!r}; leave out --reject and --probabilities")
+    last = min(run.finished(), len(header["tasks"])) - 1
+    if last >= 0 and FILE not in results.read_stage(folder, last).files:
         raise RunError(
             f"{folder}: holds no held-out images to be sure by; run it with confidence=true and stream.validation=0.1"
         )
     parts = restore(folder, hardware.accelerator(device), weights=weights, code=code)
     confidence = Confidence(parts[0].backbone.feature_dim)
-    run.load_module(confidence, run.finished() - 1, FILE)
+    run.load_module(confidence, last, FILE)
     return Confident(confidence, reject, score, *parts)

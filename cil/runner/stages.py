@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from accelerate import Accelerator
@@ -60,7 +59,8 @@ class Session:
         unchanged_since: Version of each view of the learner → the stage since which it has had this version.
         before_test: Called when a task has been learned, before the learner is tested.
         confidence: Calibrates the learner after every stage; None if that is not asked for.
-        store: Feature store of what ``confidence`` needs.
+        apart: Features of test images on which ``confidence`` is measured, and which no cost of the method counts; None
+            if it is not measured.
     """
 
     learner: Learner
@@ -71,12 +71,7 @@ class Session:
     unchanged_since: dict[Hashable, int] = field(default_factory=dict)
     before_test: Callable[[], None] = lambda: None
     confidence: Confidence | None = None
-    store: FeatureStore | None = None
-
-    @cached_property
-    def apart(self) -> FeatureCache:
-        """Features of test images that no cost of the method counts; they may be read from the same store."""
-        return FeatureCache(self.cache.accelerator, self.cache.batch_size, self.observer.track, self.store)
+    apart: FeatureCache | None = None
 
     def context(self, stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
         """The context of a stage; numbers that the learner logs are appended to ``logged``."""
@@ -134,7 +129,8 @@ def run_stages(
     learner.backbone.to(accelerator.device)
     session = Session(learner, stream, FeatureCache(accelerator, batch_size, observer.track, store), seed, observer)
     if confidence:
-        session.confidence, session.store = Confidence(learner.backbone.feature_dim), store
+        session.confidence = Confidence(learner.backbone.feature_dim)
+        session.apart = FeatureCache(accelerator, batch_size, observer.track, store)
     rows = resume(session, folder)
     remaining = stream.tasks[len(rows) : stop_after]
     for task in observer.track(remaining, f"{learner.name or type(learner).__name__}: stages", len(remaining)):
@@ -218,7 +214,7 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         "log": logged,
         "histograms": ctx.histograms,
     }
-    if confidence is not None:
+    if confidence is not None and session.apart is not None:
         row["confidence"] = confidence.measure(learner, session.stream, task.index, session.apart)
     return row, predictions
 
