@@ -117,21 +117,21 @@ def huggingface_set(name: str, root: Path | None, split: str, options: dict[str,
         import datasets  # noqa: F401
     except ImportError:
         raise DataError(f"{name} needs the package datasets: pip install 'cil[hf]'") from None
+    title, key = f"{name}, split {split}", options["input_key"]
     try:
         dataset = create_dataset(name, root=str(root) if root else None, split=split, **options)
     except Exception as error:  # many types: no network, unknown dataset, split or column
+        columns = getattr(error, "table_column_names", [])  # of old versions' CastError for a column that is missing
+        if columns and key not in columns:
+            raise _no_images(title, key, columns) from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "cast" in reason.lower():
-            reason += f"; column {options['input_key']!r} does not hold images, set data.image_key"
-        raise DataError(f"{name}, split {split}: {reason}") from None
+            reason += f"; column {key!r} does not hold images, set data.image_key"
+        raise DataError(f"{title}: {reason}") from None
     reader = dataset.reader
-    labels = _targets(reader, f"{name}, split {split}", options["target_key"])
+    labels = _targets(reader, title, options["target_key"])
     if not any(_is_image(reader, row) for row in range(min(16, len(labels)))):
-        others = [column for column in reader.dataset.column_names if column != options["input_key"]]
-        raise DataError(
-            f"{name}, split {split}: column {options['input_key']!r} holds no images; set data.image_key to another "
-            f"column: {', '.join(others)}"
-        )
+        raise _no_images(title, key, reader.dataset.column_names)
     by_index = {v: k for k, v in reader.class_to_idx.items()}
     names = [str(by_index.get(c, c)) for c in range(int(labels.max()) + 1)]
     digest = hashlib.sha256(
@@ -141,6 +141,11 @@ def huggingface_set(name: str, root: Path | None, split: str, options: dict[str,
     return from_reader(
         reader, labels, names, describe=lambda i: f"{name} {split} image {i}", fingerprint=digest.hexdigest()
     )
+
+
+def _no_images(title: str, key: str, columns: Sequence[str]) -> DataError:
+    others = ", ".join(column for column in columns if column != key)
+    return DataError(f"{title}: column {key!r} holds no images; set data.image_key to another column: {others}")
 
 
 def _targets(reader: Any, title: str, key: str) -> np.ndarray:
