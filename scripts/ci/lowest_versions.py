@@ -2,18 +2,21 @@
 
 Makes a virtual environment in which every requirement with a lower bound ``>=`` has exactly that version (those of the
 package and of its extra ``test``), installs the package without dependencies, and runs the fast tests there. What these
-packages require themselves is chosen by pip. Use the lowest Python that the package supports: old versions have no
-wheels for newer ones.
+packages require themselves is chosen by the installer: uv if there is one on the path, otherwise pip, which takes
+longer. Use the lowest Python that the package supports: old versions have no wheels for newer ones.
 
     python -m scripts.ci.lowest_versions --python python3.10
+    python -m scripts.ci.lowest_versions --python python3.10 --place ~/lowest tests/test_runner.py
     python -m scripts.ci.lowest_versions --list
 
-Needs Python 3.11 or newer to run, and packaging. pip reads its own environment variables, e.g. for another index.
+Arguments that the script does not know go to pytest. It needs Python 3.11 or newer, and packaging. The installer reads
+its own environment variables, e.g. for another index.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,8 @@ from pathlib import Path
 
 import tomllib
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from scripts import ROOT
 
@@ -45,12 +50,13 @@ def declared(project: dict, extras: set[str]) -> list[Requirement]:
 
 
 def lowest(requirement: Requirement) -> str:
-    """``name==version`` at the lower bound; a requirement without one as it is."""
-    bounds = [part.version for part in requirement.specifier if part.operator == ">="]
+    """``name==version`` at the lower bound, the highest if there are several; a requirement without one as it is."""
+    bounds = [Version(part.version) for part in requirement.specifier if part.operator == ">="]
     if not bounds:
         return str(requirement)
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-    return f"{requirement.name}{extras}=={bounds[0]}"
+    marker = f"; {requirement.marker}" if requirement.marker else ""
+    return f"{requirement.name}{extras}=={max(bounds)}{marker}"
 
 
 def pins(file: Path = ROOT / "pyproject.toml", extras: tuple[str, ...] = ("test",)) -> list[str]:
@@ -58,7 +64,7 @@ def pins(file: Path = ROOT / "pyproject.toml", extras: tuple[str, ...] = ("test"
     project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
     merged: dict[str, Requirement] = {}
     for requirement in declared(project, set(extras)):
-        known = merged.setdefault(requirement.name.lower(), requirement)
+        known = merged.setdefault(canonicalize_name(requirement.name), requirement)
         if known is not requirement:
             known.specifier &= requirement.specifier
             known.extras |= requirement.extras
@@ -72,6 +78,21 @@ def run(*command: str | Path) -> None:
         sys.exit(ended.returncode)
 
 
+def make(place: Path, python: str) -> Path:
+    """Make a virtual environment with the lowest versions and the package in ``place``; returns its interpreter."""
+    made, uv = place / "bin" / "python", shutil.which("uv")
+    if uv:
+        run(uv, "venv", "-q", "--clear", "--seed", "--python", python, place)
+        install: list[str | Path] = [uv, "pip", "install", "-q", "--prerelease", "disallow", "--python", made]
+    else:
+        run(python, "-m", "venv", "--clear", place)
+        install = [made, "-m", "pip", "install", "-q"]
+    run(*install, *pins())
+    run(*install, "--no-deps", ".")
+    run(made, "-m", "pip", "check")
+    return made
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Run the fast tests with the lowest declared versions.")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environment (default: this one)")
@@ -82,12 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(pins()))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        place = (given.place or Path(temporary) / "venv").absolute()
-        run(given.python, "-m", "venv", "--clear", place)
-        python = place / "bin" / "python"
-        run(python, "-m", "pip", "install", "-q", *pins())
-        run(python, "-m", "pip", "install", "-q", "--no-deps", ".")
-        run(python, "-m", "pip", "check")
+        place = given.place or Path(temporary) / "venv"
+        python = make(place.absolute(), given.python)
         run(python, *TESTS, *tests)
 
 
