@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 from comparisons import header, rows
+from test_cli import write
+from waiting import until
 
 from cil import results
 from cil.config.reading import load_config
@@ -138,28 +139,38 @@ def begun(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_stopped_resumed_and_drawn_again(tmp_path, capsys):
+def test_stopped_resumed_and_drawn_again(tmp_path, capsys, monkeypatch):
     """Real runs: stopped after a stage, gone on with beside another learner, then nothing left to do."""
-    few = ["--streams", "digits_50", "--orders", "1993", "--per-class", "6", "--results", str(tmp_path)]
-    command = [sys.executable, "-m", "scripts.publish.reproduce", *few, "--learners", "finetune"]
-    first = tmp_path / "digits_50_at_6" / "finetune" / "order1993-seed0"
-    driver = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 400
-    while not begun(first) and driver.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGTERM)
-    assert b"run the same command to resume" in driver.communicate(timeout=60)[1]
+    epochs = 20  # of about 0.1 s: two stages take longer than the way of the signal
+    file = write(tmp_path / "t.yaml", learners=[{"name": "finetune", "epochs": epochs}, "ncm"])
+    monkeypatch.setattr(campaigns, "CAMPAIGNS", (campaigns.Campaign("t", (str(file),)),))
+    few = ["--orders", "1993", "--per-class", "30", "--results", str(tmp_path / "r")]
+    code = (
+        "from scripts.publish import campaigns, reproduce\n"
+        f"campaigns.CAMPAIGNS = (campaigns.Campaign('t', ({str(file)!r},)),)\n"
+        f"raise SystemExit(reproduce.main({[*few, '--learners', 'finetune']!r}))"
+    )
+    first = tmp_path / "r" / "t_at_30" / "finetune" / "order1993-seed0"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
+    try:
+        until(lambda: begun(first) or driver.poll() is not None, 200, "no stage is finished")
+        driver.send_signal(signal.SIGTERM)
+        assert b"run the same command to resume" in driver.communicate(timeout=60)[1]
+    finally:
+        driver.kill()
     assert driver.returncode == 130 and not results.read_run(first)["complete"]
     kept = results.read_run(first)["stages"]
 
     more = [*few, "--learners", "finetune", "ncm"]
     assert reproduce.main([*more, "--list"]) == 0
     listed = capsys.readouterr().out
-    assert f"order1993-seed0 {len(results.read_run(first)['stages'])} stages done" in listed and "2 to do" in listed
+    assert f"order1993-seed0 {len(kept)} stages done" in listed and "2 to do" in listed
     assert reproduce.main([*more, "--jobs", "2"]) == 0
     assert "[2/2]" in capsys.readouterr().out
     assert results.read_run(first)["complete"] and results.read_run(first)["stages"][: len(kept)] == kept
-    files = [first / "metrics.json", tmp_path / "digits_50_at_6" / "compare.png"]
+    files = [first / "metrics.json", tmp_path / "r" / "t_at_30" / "compare.png"]
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     assert reproduce.main(more) == 0
     assert "2 of 2 runs are done, 0 to do" in capsys.readouterr().out
