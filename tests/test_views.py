@@ -370,6 +370,15 @@ def test_post_norm_blocks_stay_refused():
         Adapter(backbone)
 
 
+def one_block(name: str) -> torch.nn.Module:
+    """A timm model without data; of one block, which is like the others, where that is an option of its own."""
+    with torch.device("meta"):
+        try:
+            return timm.create_model(name, num_classes=0, depth=1)
+        except (TypeError, AssertionError):  # it has no depth, or a list with an entry per block
+            return timm.create_model(name, num_classes=0)
+
+
 @pytest.mark.slow
 def test_the_list_says_what_fits_every_architecture():
     from timm.models import model_entrypoint
@@ -379,10 +388,8 @@ def test_the_list_says_what_fits_every_architecture():
     assert len(names) > 200
     wrong = []
     for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name, num_classes=0)
         try:
-            require_views(model)
+            require_views(one_block(name))
             entered = True
         except BackboneError:
             entered = False
