@@ -8,12 +8,12 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
 from comparisons import falling, header, rows
 from test_cli import cil  # noqa: F401 - a fixture
+from waiting import until
 
 from cil.errors import RunError
 from cil.report.tensorboard import log_folder
@@ -78,11 +78,13 @@ def test_it_serves_and_stops(tmp_path):
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "-u", "-m", "cil", "tensorboard", *map(str, given), "--port", "0", "--host", "127.0.0.1"]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
     try:
-        line = process.stdout.readline()  # an end of the process ends it, too
-        url = re.match(r"(http://127\.0\.0\.1:\d+/)#custom_scalars", line)
-        assert url, line + process.stderr.read()
+        until(lambda: "\n" in out.read_text() or process.poll() is not None, 100, "TensorBoard has printed no address")
+        url = re.match(r"(http://127\.0\.0\.1:\d+/)#custom_scalars", out.read_text())
+        assert url, out.read_text() + err.read_text()
         get = build_opener(ProxyHandler({})).open
 
         def read(path):
@@ -90,10 +92,11 @@ def test_it_serves_and_stops(tmp_path):
                 return json.load(answer)
 
         wanted = ["one/ncm/order1-seed0", "two/ncm/order1-seed0"]
-        until = time.monotonic() + 30
-        while (found := read("data/runs")) != wanted or not read("data/plugin/custom_scalars/layout"):
-            assert time.monotonic() < until, found
-            time.sleep(0.2)
+        until(
+            lambda: read("data/runs") == wanted and read("data/plugin/custom_scalars/layout"),
+            30,
+            lambda: f"TensorBoard shows {read('data/runs')}",
+        )
         [category] = read("data/plugin/custom_scalars/layout")["category"]
         assert category["chart"][0] == {
             "title": "accuracy over all classes seen", "multiline": {"tag": ["accuracy/seen$"]}
@@ -101,12 +104,12 @@ def test_it_serves_and_stops(tmp_path):
         drawn = read("data/plugin/scalars/scalars?run=two%2Fncm%2Forder1-seed0&tag=accuracy%2Fseen")
         assert [step for _, step, _ in drawn] == [1, 2, 3]
         process.terminate()  # as Ctrl-C, which Python handles by itself
-        out, err = process.communicate(timeout=20)
-        assert process.returncode == 0 and out == "stopped\n" and "Traceback" not in err
+        assert process.wait(20) == 0
+        assert out.read_text().splitlines()[1:] == ["stopped"] and "Traceback" not in err.read_text()
         assert not list((tmp_path / "tmp").glob("cil-tensorboard-*"))
     finally:
         process.kill()
-        process.wait()
+        process.wait(20)
 
 
 def test_a_port_in_use_is_one_line(tmp_path):

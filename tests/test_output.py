@@ -103,6 +103,19 @@ def test_closed_streams_and_those_of_tests_are_left_or_replaced(monkeypatch):
     assert sys.stdout is own
 
 
+@pytest.mark.parametrize(("how", "seen"), [("write_through", b"a\nb"), ("line_buffering", b"a\n"), (None, b"")])
+def test_a_stream_that_is_replaced_waits_no_longer_than_before(monkeypatch, how, seen):
+    """``python -u`` writes through, a terminal by lines; who reads a pipe line by line would else wait for ever."""
+    there = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(there, **({how: True} if how else {})))
+    prepare_streams()
+    assert isinstance(sys.stdout, Output)
+    sys.stdout.write("a\n")
+    assert there.getvalue() == seen[:2]
+    sys.stdout.write("b")
+    assert there.getvalue() == seen
+
+
 @pytest.mark.parametrize("columns", ["0", "1", "-5", "x", ""])
 def test_a_terminal_of_any_width(columns, tmp_path, monkeypatch, capsys):
     from cil.cli.benchmark import compare

@@ -156,6 +156,7 @@ def tensorboard(
 ) -> None:
     """Start TensorBoard with all runs on one page, over stages. Ctrl-C stops it."""
     import signal
+    import sys
     import threading
 
     from cil.report.tensorboard import serving
@@ -163,6 +164,7 @@ def tensorboard(
     with serving(results, host, port) as url:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as with Ctrl-C, and delete the links
         say(f"{url}#custom_scalars   (Ctrl-C stops)")
+        sys.stdout.flush()  # also to a pipe or a file, in which it would stay unseen until the end
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -50,8 +50,8 @@ def prepare_streams() -> None:
         if stream is None:  # closed by the caller
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
         elif type(stream) is io.TextIOWrapper:
-            at_once = stream.line_buffering
-            output = Output(stream.buffer, stream.encoding, "replace", line_buffering=at_once)
+            lines, at_once = stream.line_buffering, stream.write_through  # with -u, stdout is to hold nothing back
+            output = Output(stream.buffer, stream.encoding, "replace", line_buffering=lines, write_through=at_once)
             output.replaced = stream
             setattr(sys, name, output)
 
