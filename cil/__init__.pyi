@@ -9,6 +9,8 @@ from .growing.model import GrowingModel
 from .learner import Context, Learner, LearnerConfig, RoutedLearner
 from .learners.registry import build_learner
 from .merging import build_rule
+from .reuse.finding import find
+from .reuse.joining import join
 from .runner import run, run_stages
 from .selection.backbones import rank_backbones
 from .stream import ClassIncremental, DomainIncremental, Stream, Task
@@ -36,7 +38,9 @@ __all__ = [
     "build_learner",
     "build_rule",
     "build_tuner",
+    "find",
     "fit",
+    "join",
     "learners",
     "load_backbone",
     "load_config",

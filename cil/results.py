@@ -25,6 +25,7 @@ from cil.rows import (
     Counts,
     EarlierVersions,
     Header,
+    Joined,
     StageRow,
     StateBytes,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Counts",
     "EarlierVersions",
     "Header",
+    "Joined",
     "Stage",
     "StageRow",
     "StateBytes",
@@ -57,6 +59,7 @@ __all__ = [
     "read_run",
     "read_stage",
     "run_file",
+    "run_folders",
     "stage_folder",
     "stage_values",
     "summarise",
@@ -361,15 +364,19 @@ def find(paths: list[Path]) -> list[dict[str, Any]]:
     for path in paths:
         if not path.exists():
             raise RunError(f"{path}: no such folder")
-        found = [{**read_run(folder), "folder": str(folder)} for folder in sorted(_run_folders(path))]
+        found = [{**read_run(folder), "folder": str(folder)} for folder in sorted(run_folders(path))]
         if not any(run["stages"] for run in found):
             raise RunError(f"{path}: no run there has finished a stage yet")
         runs += [run for run in found if run["stages"]]
     return list({run["folder"]: run for run in runs}.values())
 
 
-def _run_folders(path: Path) -> Iterator[Path]:
-    """The folders at or below ``path`` with a ``metrics.json``; links to folders are not followed."""
+def run_folders(path: Path) -> Iterator[Path]:
+    """The folders at or below ``path`` with a ``metrics.json``; links to folders are not followed.
+
+    Raises:
+        RunError: A folder holds stages but no ``metrics.json``.
+    """
     for place, folders, names in os.walk(path):
         folder = Path(place)
         if "metrics.json" in (*names, *folders):

@@ -120,6 +120,21 @@ class EarlierVersions(TypedDict):
     versions: dict[str, str]
 
 
+class Joined(TypedDict):
+    """A run that was joined with others, as it was then."""
+
+    folder: str
+    checksum: str  # of its metrics.json
+    learner: str
+    class_names: list[str]  # of all its labels, in order of appearance
+    tasks: list[list[Count]]  # the labels of each task that it had learned
+    images: Count  # training images that it had learned
+    data: dict[str, Any]  # as in its header
+    config: dict[str, Any]
+    versions: dict[str, str]
+    joined: NotRequired[list[dict[str, Any]]]  # the runs of which it was made itself
+
+
 class Header(TypedDict):
     """What is known about a run before it starts: the configuration, and every fact that its numbers depend on."""
 
@@ -139,6 +154,7 @@ class Header(TypedDict):
     code: NotRequired[dict[str, str]]  # for each source file of custom code: its sha256
     versions: dict[str, str]  # of the packages, and the commit of a checkout
     earlier_versions: NotRequired[list[EarlierVersions]]  # of the first stages, where they differ from versions
+    joined: NotRequired[list[Joined]]  # the runs of which this one was made, by `cil join`
     machine: dict[str, Any]
     growing: NotRequired[Count]  # version of the two below, of a model that `cil learn` teaches
     lessons: NotRequired[list[Lesson]]

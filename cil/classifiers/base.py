@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -197,6 +197,11 @@ class StatisticsClassifier(Classifier):
     """Names of the buffers with one row per class."""
     balance: bool = False
     """Whether every class weighs 1 in the sums over all classes, however many samples it has."""
+    pooled: ClassVar[tuple[str, ...] | None] = None
+    """Names of the buffers that are sums over the samples of all classes; None if the state is more than sums, so that
+    two classifiers cannot be added."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Names of the buffers that :meth:`add` computes again from the sums."""
     counts: Tensor
 
     def __init__(self, feature_dim: int) -> None:
@@ -215,6 +220,61 @@ class StatisticsClassifier(Classifier):
             for name in self.per_class:
                 setattr(self, name, self._extended(name, getattr(self, name), new))
             self._forget(self.counts.new_zeros(0))
+
+    @exact()
+    def add(self: S, others: Sequence[tuple[S, Sequence[int]]]) -> S:
+        """Add the sums of other classifiers: the result is that of the samples of all, up to the order of additions.
+
+        Args:
+            others: Classifiers with the same arguments, each with the class here of each of its classes. This one grows
+                to the largest.
+
+        Raises:
+            ConfigError: One is of another kind or width, is not made of sums, or differs in a tensor that is no sum,
+                such as a random projection. With ``balance``, two have samples of one class.
+        """
+        for other, rows in others:
+            if (name := self.unlike(other)) is not None:
+                raise ConfigError(f"{type(self).__name__}: cannot be added to one with another {name}")
+            self.grow(max(rows, default=-1) + 1)
+            place = torch.as_tensor(rows, dtype=torch.int64, device=self.device)
+            twice = (self.counts[place] > 0) & (other.counts.to(self.device) > 0)
+            if self.balance and bool(twice.any()):
+                raise ConfigError(
+                    f"{type(self).__name__}: class {int(place[twice][0])} has samples in several classifiers; with "
+                    "balance all samples of a class must be in one"
+                )
+            for name in self.per_class:
+                getattr(self, name).index_add_(0, place, getattr(other, name).to(self.device))
+            for name in self.pooled or ():
+                getattr(self, name).add_(getattr(other, name).to(self.device))
+        self._forget()
+        return self
+
+    @exact()
+    def clear(self: S) -> S:
+        """Forget all samples and classes; what is no sum, such as a random projection, stays."""
+        for name in self.per_class:
+            setattr(self, name, getattr(self, name)[:0].clone())
+        for name in self.pooled or ():
+            getattr(self, name).zero_()
+        self._forget(self.counts)
+        return self
+
+    def unlike(self, other: Classifier) -> str | None:
+        """Return what forbids to add another classifier's sums to these, None if nothing does."""
+        if type(other) is not type(self) or self.pooled is None:
+            return "kind of classifier"
+        if other.feature_dim != self.feature_dim:
+            return "width of features"
+        fixed = self._buffers.keys() - {*self.per_class, *self.pooled, *self.derived}
+        for name in sorted(fixed):
+            mine, theirs = self._buffers[name], other._buffers[name]
+            if (mine is None) != (theirs is None):
+                return name
+            if mine is not None and theirs is not None and not torch.equal(mine, theirs.to(mine.device)):
+                return name
+        return None
 
     def _extended(self, name: str, rows: Tensor, new: int) -> Tensor:
         """The buffer ``name``, extended by ``new`` rows of zeros.

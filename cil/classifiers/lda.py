@@ -61,6 +61,7 @@ class LDA(StatisticsClassifier):
 
     per_class = ("sums", "counts")
     removed_with = "samples"
+    pooled = ("outer",)
     sums: Tensor
     outer: Tensor
 

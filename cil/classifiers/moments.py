@@ -22,6 +22,7 @@ class ClassMoments(StatisticsClassifier):
 
     per_class = ("sums", "outers", "counts")
     removed_with = "nothing"
+    pooled = ()
     sums: Tensor
     outers: Tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -75,6 +76,8 @@ class Ridge(RandomFeatures):
 
     strength: Strength
     removed_with = "samples"
+    pooled = ("gram",)
+    derived = ("strength_",)
     gram: Tensor
     strength_: Tensor
 
@@ -143,13 +146,32 @@ class Ridge(RandomFeatures):
         scored = int(self.counts.sum()) if self.strength == "gcv" else len(labels)
         if isinstance(self.strength, str) and scored > 1:
             self._choose(self._errors(features, labels, generator, roots))
-        if isinstance(self.strength, str) and float(self.strength_) == 1:  # not chosen yet, or 1 was chosen in unit 1
-            self.strength_.fill_(self._unit())
+        self._use_unit()
+        return self
+
+    @exact()
+    def add(self, others: Sequence[tuple[Ridge, Sequence[int]]]) -> Ridge:
+        """Add the sums of other classifiers; see :meth:`StatisticsClassifier.add`.
+
+        With ``gcv``, λ is chosen again from the joint sums, as joint training chooses it. ``holdout`` and ``loo`` need
+        samples; λ is then that of the classifier with the most samples, and of the first one of equals.
+        """
+        largest = max((self, *(other for other, _ in others)), key=lambda one: int(one.counts.sum()))
+        strength = float(largest.strength_)
+        super().add(others)
+        self.strength_.fill_(strength)
+        if self.strength == "gcv":
+            self._choose(self.generalised_errors())
+        self._use_unit()
         return self
 
     def _choose(self, errors: list[float]) -> None:
         if math.isfinite(min(errors)):
             self.strength_.fill_(self.candidates[errors.index(min(errors))])
+
+    def _use_unit(self) -> None:
+        if isinstance(self.strength, str) and float(self.strength_) == 1:  # not chosen yet, or 1 was chosen in unit 1
+            self.strength_.fill_(self._unit())
 
     def _subtract(self, features: Tensor) -> None:
         taken = torch.zeros_like(self.gram)

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from cil.cli import benchmark, cache, data, growing, launched, learners, models, sweep
+from cil.cli import benchmark, cache, data, growing, launched, learners, models, reuse, sweep
 from cil.cli.output import prepare_streams, say
 from cil.errors import CilError, clipped
 
@@ -36,6 +36,8 @@ app.command()(learners.new_learner)
 app.command()(models.merge)
 app.command()(models.export)
 app.command()(models.predict)
+app.command()(reuse.join)
+app.command()(reuse.find)
 app.command()(growing.learn)
 app.command()(growing.undo)
 app.command()(growing.show)

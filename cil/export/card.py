@@ -213,6 +213,12 @@ def usage(facts: Facts) -> list[str]:
 def training(facts: Facts) -> str:
     """A paragraph on data, stream and training."""
     learner, protocol, stages = facts["learner"], facts["protocol"], facts["stages"]
+    if parents := facts.get("joined"):
+        runs = ", ".join(
+            f"`{one['learner']}` with {len(one['class_names'])} classes and {one['images']} training images"
+            for one in parents
+        )
+        return f"Joined from {len(parents)} runs that were trained apart: {runs}. No image was used to join them."
     sizes = [len(task) for task in facts["tasks"]]
     what = "domains" if protocol["stream"]["type"] == "domain_incremental" else "tasks"
     text = (
@@ -233,6 +239,8 @@ def training(facts: Facts) -> str:
 def results(facts: Facts) -> list[str]:
     """The measures of the run and its curves, as Markdown tables."""
     summary, curves = facts["summary"], facts["curves"]
+    if facts.get("joined") and summary["accuracy_last"] is None:
+        return [prose("The joined model has not been tested as a whole.")]
     rows = [f"| {name} | {percent(summary[key])} |" for key, name in MEASURES]
     accuracy, forgetting = curves["accuracy/seen"], curves["forgetting/mean"]
     stages = [

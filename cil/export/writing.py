@@ -143,7 +143,9 @@ def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) 
     """
     config, backbone, learner = run["config"], model.backbone, model.learner
     stages, packages = run["stages"], program.ONNX_PACKAGES if format == "onnx" else ()
+    parents = [{key: one[key] for key in ("learner", "class_names", "images")} for one in run.get("joined", ())]
     return {
+        **({"joined": parents} if parents else {}),
         "schema": SCHEMA,
         "format": format,
         "classes": list(model.names),

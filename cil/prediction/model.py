@@ -90,7 +90,12 @@ class Trained(Model):
 
 
 def restore(
-    folder: Path, accelerator: Accelerator, *, weights: Path | None = None, code: Sequence[Path] = ()
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    weights: Path | None = None,
+    code: Sequence[Path] = (),
+    backbone: Backbone | None = None,
 ) -> tuple[Learner, Transforms, Sequence[str]]:
     """The learner of a run after its last finished stage, its transforms, and its class names.
 
@@ -101,6 +106,7 @@ def restore(
         accelerator: Device and precision.
         weights: New place of the backbone's weights; by default they are where they were.
         code: New places of the files of custom classes; see :func:`cil.config.code.found`.
+        backbone: The run's backbone if it is loaded already, as that of another run with the same section ``backbone``.
 
     Raises:
         RunError: The folder is not a run folder, no stage is finished, or the backbone weights are not there or differ
@@ -112,7 +118,7 @@ def restore(
     finished = min(run_folder.finished(), len(header["tasks"]))  # `cil learn` may have been killed behind the last one
     if not finished:
         raise RunError(f"{folder}: no stage is finished (or its stage folders were deleted); run it first")
-    plan, backbone = recorded_setting(folder, header, accelerator.device, weights=weights, code=code)
+    plan, backbone = recorded_setting(folder, header, accelerator.device, weights=weights, code=code, backbone=backbone)
     learner = registry.instantiate(plan.cls, plan.parameters, backbone).to(accelerator.device)
     cache = FeatureCache(accelerator, plan.config.inference_batch_size)
     tasks = past_tasks(header["tasks"][:finished], header["class_names"])
@@ -128,6 +134,7 @@ def recorded_setting(
     *,
     weights: Path | None = None,
     code: Sequence[Path] = (),
+    backbone: Backbone | None = None,
 ) -> tuple[Plan, Backbone]:
     """The learner's class and settings of a run, and its backbone; arguments and errors as in :func:`restore`.
 
@@ -137,6 +144,7 @@ def recorded_setting(
         device: Device of the backbone.
         weights: New place of the backbone's weights.
         code: New places of the files of custom classes.
+        backbone: The backbone, if it is loaded already.
     """
     entry = custom.found(header["config"]["learners"][0], code)
     try:
@@ -146,7 +154,9 @@ def recorded_setting(
         raise RunError(f"{folder / 'metrics.json'}: its config cannot be used here: {reason}") from None
     [plan] = plans(config)
     custom.warn_if_changed(header.get("code"), entry, plan.cls, folder)
-    return plan, _backbone(folder, config.backbone, header["backbone"], device, weights)
+    if backbone is None or backbone.fingerprint != header["backbone"]["sha256"]:
+        backbone = _backbone(folder, config.backbone, header["backbone"], device, weights)
+    return plan, backbone
 
 
 def _backbone(

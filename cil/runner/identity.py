@@ -92,14 +92,14 @@ def look(folder: RunFolder, header: Header, *, redo: bool = False) -> Found:
         first, last = folder.stage(change.stage).name, folder.stage(finished - 1).name
         stages_depend = f"{first} depends" if first == last else f"{first} to {last} depend"
         raise RunError(
-            f"{folder.path}: holds a run with {change.what} = {_short(change.old)}, now "
-            f"{_short(change.new)}; {stages_depend} on it: run again with --redo to compute that again, or give "
+            f"{folder.path}: holds a run with {change.what} = {short(change.old)}, now "
+            f"{short(change.new)}; {stages_depend} on it: run again with --redo to compute that again, or give "
             "the new run another name= or label, or another --results"
         )
     return Found(held, _last_with_weights(folder, min(change.stage, there)))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A value in a message; of a digest the first digits say enough."""
     return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value) else _REPR.repr(value)
 

@@ -17,7 +17,7 @@ from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
 from cil.results import Header
 from cil.runner.plan import Plan, dump
-from cil.stream import Stream
+from cil.stream import Stream, Task
 from cil.utils import hardware
 
 PACKAGES = ("cil", "torch", "torchvision", "timm", "peft", "accelerate", "numpy")
@@ -110,13 +110,18 @@ def header_of(
 def _data_by_task(stream: Stream) -> dict[str, list[str]]:
     """For each split the fingerprint of every task's images, 32 hexadecimal digits each.
 
-    Of the training split these are the images that the task trains on and those that it holds out, in this order.
+    Those of the training split are described at :func:`train_digest`.
     """
     train, test = [], []
     with stream.open_test() as tested:
         for task in stream.tasks:
-            images, positions = task.train.source
-            held_out = task.validation.source[1] if task.validation is not None else positions[:0]
-            train.append(images.source.fingerprint_of(np.concatenate([positions, held_out]))[:32])
+            train.append(train_digest(task))
             test.append(tested.images.source.fingerprint_of(tested.task(task.index)[0])[:32])
     return {"train": train, "test": test}
+
+
+def train_digest(task: Task) -> str:
+    """Fingerprint of the images that a task trains on and of those that it holds out, 32 hexadecimal digits."""
+    images, positions = task.train.source
+    held_out = task.validation.source[1] if task.validation is not None else positions[:0]
+    return images.source.fingerprint_of(np.concatenate([positions, held_out]))[:32]
