@@ -197,7 +197,7 @@ class StatisticsClassifier(Classifier):
     """Names of the buffers with one row per class."""
     balance: bool = False
     """Whether every class weighs 1 in the sums over all classes, however many samples it has."""
-    pooled: ClassVar[tuple[str, ...] | None] = None
+    over_classes: ClassVar[tuple[str, ...] | None] = None
     """Names of the buffers that are sums over the samples of all classes; None if the state is more than sums, so that
     two classifiers cannot be added."""
     derived: ClassVar[tuple[str, ...]] = ()
@@ -246,7 +246,7 @@ class StatisticsClassifier(Classifier):
                 )
             for name in self.per_class:
                 getattr(self, name).index_add_(0, place, getattr(other, name).to(self.device))
-            for name in self.pooled or ():
+            for name in self.over_classes or ():
                 getattr(self, name).add_(getattr(other, name).to(self.device))
         self._forget()
         return self
@@ -256,18 +256,18 @@ class StatisticsClassifier(Classifier):
         """Forget all samples and classes; what is no sum, such as a random projection, stays."""
         for name in self.per_class:
             setattr(self, name, getattr(self, name)[:0].clone())
-        for name in self.pooled or ():
+        for name in self.over_classes or ():
             getattr(self, name).zero_()
         self._forget(self.counts)
         return self
 
     def unlike(self, other: Classifier) -> str | None:
         """Return what forbids to add another classifier's sums to these, None if nothing does."""
-        if type(other) is not type(self) or self.pooled is None:
+        if type(other) is not type(self) or self.over_classes is None:
             return "kind of classifier"
         if other.feature_dim != self.feature_dim:
             return "width of features"
-        fixed = self._buffers.keys() - {*self.per_class, *self.pooled, *self.derived}
+        fixed = self._buffers.keys() - {*self.per_class, *self.over_classes, *self.derived}
         for name in sorted(fixed):
             mine, theirs = self._buffers[name], other._buffers[name]
             if (mine is None) != (theirs is None):

@@ -61,7 +61,7 @@ class LDA(StatisticsClassifier):
 
     per_class = ("sums", "counts")
     removed_with = "samples"
-    pooled = ("outer",)
+    over_classes = ("outer",)
     sums: Tensor
     outer: Tensor
 

@@ -22,7 +22,7 @@ class ClassMoments(StatisticsClassifier):
 
     per_class = ("sums", "outers", "counts")
     removed_with = "nothing"
-    pooled = ()
+    over_classes = ()
     sums: Tensor
     outers: Tensor
 

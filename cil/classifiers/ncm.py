@@ -60,7 +60,7 @@ class NCM(StatisticsClassifier):
 
     per_class = ("sums", "counts")
     removed_with = "nothing"
-    pooled = ()
+    over_classes = ()
     sums: Tensor
 
     def __init__(self, feature_dim: int, metric: Metric = "cosine", teen: Teen | None = None) -> None:

@@ -76,7 +76,7 @@ class Ridge(RandomFeatures):
 
     strength: Strength
     removed_with = "samples"
-    pooled = ("gram",)
+    over_classes = ("gram",)
     derived = ("strength_",)
     gram: Tensor
     strength_: Tensor

@@ -142,7 +142,7 @@ def routed(parents: Sequence[Parent], names: Sequence[str], accelerator: Acceler
 
 def _sums(parent: Parent) -> StatisticsClassifier:
     sums = parent.learner.statistics
-    if sums is not None and sums.pooled is not None:
+    if sums is not None and sums.over_classes is not None:
         return sums
     raise RunError(
         f"{parent.folder}: the classifier of {parent.header['learner']} is not made of sums, as those of ncm, slda, "
