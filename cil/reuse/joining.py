@@ -59,7 +59,7 @@ def join(
         route: Route between the runs by the density of an image. Runs without a specification get one, for which their
             training images or stored features are needed.
         images: Test images, a folder of class folders or a tar file with exactly the joined classes: the joined run is
-            tested on them. Without them it has no accuracy, and comparisons leave it out.
+            tested on them. Without them it has no accuracy.
         device: As ``hardware.device``.
         weights: New place of the backbone's weights, if they were moved.
         code: New places of the files of custom classes, if they were moved.
