@@ -34,6 +34,7 @@ OTHER_TUNERS = ("ssf", "vpt_shallow", "vpt_deep", "lora", "full")
         ("loranpac", {"projection": 100, "rank": 5, "tuner": "ssf", "epochs": 3, "lr": 0.1}),
         ("fecam", {}),
         ("slda", {}),
+        ("layer_lda", {}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8, "init_ptm": True, "beta": 0.5}),
         ("slca", {"epochs": 5, "milestones": [4], "samples": 16, "fresh_norm": False}),
     ]

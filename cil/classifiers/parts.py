@@ -77,7 +77,8 @@ class PartsLDA(StatisticsClassifier):
     def logits(self, features: Array) -> Tensor:
         features = self.checked(features)
         parts = zip(self._lda(), self._columns, strict=True)
-        return sum(head.logits(features[:, columns.to(features.device)]) for head, columns in parts) / len(self.heads)
+        scores = [head.logits(features[:, columns.to(features.device)]) for head, columns in parts]
+        return torch.stack(scores).mean(0)
 
     @property
     def shrinkages(self) -> list[float]:

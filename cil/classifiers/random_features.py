@@ -37,7 +37,7 @@ class RandomFeatures(StatisticsClassifier):
         super().__init__(feature_dim)
         if projection is not None and projection < 1:
             raise ConfigError(f"{type(self).__name__}: projection is {projection}; it must be at least 1, or None")
-        self._width = projection or feature_dim
+        self._width, self._projected = projection or feature_dim, projection is not None
         for name, value in settings.items():
             setattr(self, name, value)
         self.require_memory()
@@ -50,10 +50,10 @@ class RandomFeatures(StatisticsClassifier):
 
     @property
     def narrower(self) -> str:
-        return super().narrower if self._width == self.feature_dim else "set `projection` to {width} or less"
+        return "set `projection` to {width} or less" if self._projected else super().narrower
 
     def kept_bytes(self, classes: int, width: int) -> float:
-        return super().kept_bytes(classes, width) + 4 * self.feature_dim * (width if width != self.feature_dim else 0)
+        return super().kept_bytes(classes, width) + self._projected * 4 * self.feature_dim * width
 
     @exact()
     def draw(self, generator: torch.Generator) -> RandomFeatures:

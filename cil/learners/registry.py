@@ -28,6 +28,7 @@ BUILTIN = {
     "loranpac": "cil.learners.loranpac:LoRanPAC",
     "fecam": "cil.learners.fecam:FeCAM",
     "slda": "cil.learners.slda:SLDA",
+    "layer_lda": "cil.learners.layer_lda:LayerLDA",
     "ease": "cil.learners.ease:EASE",
     "tuna": "cil.learners.tuna:TUNA",
     "mos": "cil.learners.mos:MOS",

@@ -14,6 +14,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     growth        FILE                measurements of bench/growth.py
     backbones     FILE                scores from study_backbones.py
     families      FILE                what works with each family, from studies/families.py
+    leads         ROOT:LABEL:FOLDER,… one learner against the best other one of every stream
     published     FILE/DATASET        published numbers beside ours
 
 For numbers in prose see values.py.
@@ -35,7 +36,7 @@ from cil import report, results
 from cil.errors import CilError
 from cil.report.row import pair_of
 from scripts import ROOT
-from scripts.publish import campaigns, families, stage_costs, values
+from scripts.publish import campaigns, families, leads, stage_costs, values
 from scripts.publish.published import published
 
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -258,6 +259,7 @@ def render(page: Path) -> str:
         "stages": stage_costs.table,
         "backbones": backbones,
         "families": families.table,
+        "leads": leads.table,
         "costs": campaigns.costs,
         "steps": steps,
         "published": published,

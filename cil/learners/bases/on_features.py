@@ -58,6 +58,10 @@ def _as_layers(raw: Any) -> Any:
     return {"blocks": raw} if isinstance(raw, str | list) else raw
 
 
+Chosen = Annotated[Layers | None, BeforeValidator(_as_layers)]
+"""Type of the key ``layers``, for a learner with another default."""
+
+
 class OnFeatures(Learner):
     """A learner on features that are frozen, or adapted once.
 
@@ -72,7 +76,7 @@ class OnFeatures(Learner):
     """
 
     class Config(LearnerConfig):
-        layers: Annotated[Layers | None, BeforeValidator(_as_layers)] = Field(
+        layers: Chosen = Field(
             None,
             description="blocks whose outputs are part of the features, by name or indices, or a section; null: only "
             "the backbone's own feature",
