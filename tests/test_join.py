@@ -252,15 +252,15 @@ def test_models_that_keep_learning_are_joined_without_what_they_forgot(tmp_path)
     one.learn(part("train", ["one"], 0))
     one.forget("three")
     two.learn(part("train", ["five", "one"], 1))
-    joint = join([one.folder, two.folder], tmp_path / "joint")
+    joint = join([one.path, two.path], tmp_path / "joint")
     model = open_run(joint.folder)
     assert model.names == ("four", "one", "five") and joint.shared == 1
     found = model.learner.classifier
-    known = [open_run(folder).learner.classifier for folder in (one.folder, two.folder)]
+    known = [open_run(folder).learner.classifier for folder in (one.path, two.path)]
     counts = [int(known[0].counts[1]), int(known[0].counts[2] + known[1].counts[1]), int(known[1].counts[0])]
     assert found.counts.tolist() == counts and min(counts) > 0
     torch.testing.assert_close(found.sums[1], known[0].sums[2] + known[1].sums[1], rtol=1e-14, atol=0)
-    assert open_run(join([one.folder, two.folder], tmp_path / "routed", route=True).folder).names == model.names
+    assert open_run(join([one.path, two.path], tmp_path / "routed", route=True).folder).names == model.names
     two.forget("five", hide=True)
     with pytest.raises(RunError, match=r"hides the class 'five'.*teach it again"):
-        join([one.folder, two.folder], tmp_path / "again")
+        join([one.path, two.path], tmp_path / "again")
