@@ -27,6 +27,7 @@ from cil.growing.records import read_contents
 from cil.growing.summary import facts
 from cil.prediction import open_run, predict
 from cil.runner import run
+from cil.runner.tensorboard import Tracker
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox")
 
@@ -47,6 +48,13 @@ def images(tmp_path_factory) -> Path:
             picture(root / "all" / name / f"{i}.png", 100 * c + i)
         shutil.copytree(root / "all" / name, root / str(c // 2) / name)
     return root
+
+
+@pytest.fixture(autouse=True)
+def _no_figure(request, monkeypatch):
+    """TensorBoard's figure of the matrix takes two thirds of a lesson's time here; one test draws it."""
+    if request.node.name != "test_the_folder_is_read_as_any_run":
+        monkeypatch.setattr(Tracker, "_matrix", lambda self, r, stage: None)
 
 
 @pytest.fixture
