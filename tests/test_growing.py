@@ -282,6 +282,18 @@ def test_the_folder_is_read_as_any_run(images, model, tmp_path, cil):  # noqa: F
         np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-4)
 
 
+def test_a_model_that_holds_out_nothing_is_compared_and_exported(images, model, tmp_path, cil):  # noqa: F811
+    growing = model()
+    for i in range(2):
+        growing.learn(images / str(i), holdout=0)
+    ended = cil("compare", growing.path, "--out", tmp_path / "page", "--export", tmp_path / "table.csv")
+    assert ended.returncode == 0 and "ncm" in ended.stdout, ended.stderr
+    assert results.read_run(growing.path)["summary"]["accuracy_last"] is None
+    exported = export(growing.path, tmp_path / "exported")
+    assert load(exported).names == CLASSES[:4] and "accuracy" in (exported / "README.md").read_text()
+    assert "–" in cil("show", growing.path).stdout
+
+
 def test_the_commands_end_with_what_they_did(images, tmp_path, cil):  # noqa: F811
     place = tmp_path / "m"
     options = ("--learner", "ranpac", "--set", "projection=16", "--device", "cpu")
