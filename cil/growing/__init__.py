@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LEARNER", "HOLDOUT", "GrowingModel", "Taught"]
 
 DEFAULT_LEARNER = {"name": "fecam", "shrinkage": [10.0, 10.0]}
-"""The learner of a new model. RanPAC reaches more where a class has many images, but keeps some 780 MB per stage and
-needs minutes for each; this one keeps 300 kB per class and can forget a class exactly."""
+"""The learner of a new model. RanPAC reaches more where a class has many images, but keeps some 800 MB in every stage;
+this one keeps 300 kB per class, and can forget a class exactly without its images."""
 HOLDOUT = 0.2
 """Share of each class's images that a lesson holds out by default."""
 
