@@ -7,6 +7,7 @@ to files outside ``docs/``, which :func:`on_page_markdown` replaces by their pla
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -175,9 +176,8 @@ def shipped_learners() -> dict[str, set[str]]:
 def reference_results(name: str, cls: type[Learner]) -> str:
     """A learner's rows of the reference results, one table per benchmark, and the settings they belong to."""
     parts = []
-    for folder in sorted({file.parents[2] for file in (ROOT / "results" / "reference").glob("*/*/*/metrics.json")}):
-        runs = [run for run in results.find([folder]) if entry_of(run).name == name]
-        for group in report.by_protocol(runs):
+    for every in reference_runs():
+        for group in report.by_protocol([run for run in every if entry_of(run).name == name]):
             parts += [f"{report.describe_protocol(group[0])}:", tables.ranked(group)]
             for run in {run["learner"]: run for run in group}.values():
                 values = changed(cls.Config.model_validate(entry_of(run).parameters))
@@ -186,6 +186,13 @@ def reference_results(name: str, cls: type[Learner]) -> str:
     if parts:
         parts.append("Results of all learners: [results](../results.md).")
     return "\n\n".join(parts)
+
+
+@functools.cache
+def reference_runs() -> list[list[dict[str, Any]]]:
+    """The runs of each folder of the reference results, read once for the pages of all learners."""
+    folders = {file.parents[2] for file in (ROOT / "results" / "reference").glob("*/*/*/metrics.json")}
+    return [results.find([folder]) for folder in sorted(folders)]
 
 
 def entry_of(run: dict[str, Any]) -> LearnerEntry:

@@ -70,7 +70,8 @@ SHORTENED = {
     r"^cil run (cifar10|digits)/(defaults|frozen)": "'learners=[ncm, fecam]'",
     r"^cil run (cifar10|digits)/chosen": "'learners=[{name: slda, label: slda_chosen, shrinkage: 0.01}]'",
     r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",
-    r"^cil sweep ": "data.per_class=3 backbone.weights=random 'backbone.options={depth: 1}'",
+    r"^cil sweep ": "data.per_class=3 backbone.weights=random 'backbone.options={depth: 1}' --orders 1993 --jobs 1",
+    r"^cil sweep .*\branpac\b": "learners.ranpac.projection=64",
     r"^python -m \S+bench\.l2p": "--rounds 1 --per-class 2",
     r"^python -m \S+bench\.throughput": "--quick --sizes tiny --images 4 --tuners adapter --out bench",
     r"^python -m \S+bench\.growth": "--quick --heads ncm --out bench",
@@ -366,9 +367,8 @@ def test_python_on_a_page_runs(page, place):
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    built = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    )
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
     return out
 
