@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_cli import cil, write  # noqa: F401 (a fixture)
 from test_runner import settings as configured
 from test_runner import stable
+from waiting import until
 
 from cil import results
 from cil.config.reading import load_config
@@ -25,6 +26,7 @@ from cil.runner import run
 from cil.runner.checkpoint import RunFolder
 from cil.runner.plan import dump, plans
 from cil.sweep.grid import expand_grid, trials
+from cil.sweep.pool import LOOK
 
 PROBE = {"name": "linear_probe", "epochs": 1}
 RUN = "order1993-seed0"
@@ -54,12 +56,13 @@ class Breaks(NCMLearner):
         raise RuntimeError("broken\\nfor good")
 
 class Waits(NCMLearner):
-    "Stops in stage 1 while a file called wait is there."
+    "Stops in stage 1 while a file called wait is there, at most five minutes."
     def learn(self, task, ctx):
         note(f"waits {task.index}")
         if task.index == 1 and Path("wait").exists():
             Path("waiting").write_text(str(os.getpid()))
-            while Path("wait").exists():
+            end = time.monotonic() + 300
+            while Path("wait").exists() and time.monotonic() < end:
                 time.sleep(0.05)
         super().learn(task, ctx)
 """
@@ -208,7 +211,9 @@ for command in ("sweep", "tune"):
 print([name for name in ("ray", "torch", "timm", "numpy") if name in sys.modules])
 """
     environment = {**os.environ, "COLUMNS": "120"}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, timeout=100
+    )
     assert found.stdout.strip() == "[]"
 
 
@@ -249,14 +254,14 @@ def test_a_worker_waits_for_a_folder_that_is_about_to_be_free(place, monkeypatch
 
     holder = threading.Thread(target=hold)
     holder.start()
-    held.wait(60)
+    assert held.wait(60)
     monkeypatch.setattr(worker, "PATIENCE", 0.2)
     refused = worker.attempt(config, "results", str(place), 1)
     assert refused.state == "failed" and "another process is running" in refused.reason and not refused.retry
     monkeypatch.setattr(worker, "PATIENCE", 60)
     threading.Timer(0.3, release.set).start()
     assert worker.attempt(config, "results", str(place), 1).state == "ran"
-    holder.join()
+    holder.join(60)
 
 
 def test_a_node_without_the_folder_says_so(place):
@@ -331,71 +336,84 @@ def test_printed_commands_give_the_same_folders_in_a_shell(cil, place, workers):
     page = (Path(__file__).parents[1] / "docs/sweeps.md").read_text()
     (place / "array.sh").write_text(page.split('title="array.sh"\n')[1].split("```")[0])
     for way in ("head -n 1 runs.txt | xargs -L 1 env", "SLURM_ARRAY_TASK_ID=2 bash array.sh"):
-        done = subprocess.run(way, shell=True, capture_output=True, text=True, env={**os.environ, "PATH": path})
+        environment = {**os.environ, "PATH": path}
+        done = subprocess.run(way, shell=True, capture_output=True, text=True, env=environment, timeout=200)
         assert done.returncode == 0, done.stderr
     for lr in ("0.1", "0.01"):
         swept = place / "results/t" / f"linear_probe_lr={lr}" / RUN
         same_run(swept, place / "by hand" / swept.relative_to(place / "results"))
 
 
+@contextlib.contextmanager
+def stage_1_and_no_further(place, driver):
+    """Until a run of the driver waits in stage 1; yields the processes that the driver has started. All end with it."""
+    waiting, started = place / "waiting", []
+    try:
+        until(
+            lambda: (waiting.exists() and waiting.read_text()) or driver.poll() is not None,
+            200,
+            lambda: f"no run has come to stage 1: {(place / 'out').read_text()}",
+        )
+        assert driver.poll() is None, (place / "out").read_text()
+        started += driver.children(recursive=True)
+        yield started
+    finally:
+        (place / "wait").unlink(missing_ok=True)
+        for process in (driver, *started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 @pytest.mark.slow
-def test_a_driver_that_is_stopped_or_killed_loses_nothing(place):
-    """Ctrl-C, then kill -9 of the driver and all its processes, each in the middle of a run; then the command again."""
-    pytest.importorskip("ray")
+def test_a_driver_that_is_stopped_or_killed_loses_nothing(cil, place, workers):  # noqa: F811
+    """Ctrl-C, then kill -9 of the driver, each in the middle of a run: all its processes end. Then once more."""
     write(place / "c.yaml", learners=[{"class": "strange.py:Waits"}])
     folder = place / "results/t/Waits" / RUN
 
-    def start() -> subprocess.Popen[str]:
+    def start() -> psutil.Popen:
         command = [sys.executable, "-m", "cil", "sweep", "c.yaml"]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        return subprocess.Popen(
-            command,
-            text=True,
-            stdout=-1,
-            stderr=-1,
-            start_new_session=True,
-            env=environment,
-            cwd=place,
-            # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        with (place / "out").open("w") as out:
+            return psutil.Popen(
+                command,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=environment,
+                cwd=place,
+                # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
 
-    def stop_in_stage_1(how: int) -> tuple[int, str]:
+    def stop_in_stage_1(stop) -> tuple[int, str]:
         (place / "wait").touch()
-        (place / "waiting").unlink(missing_ok=True)
+        waiting = place / "waiting"
+        waiting.unlink(missing_ok=True)
         driver = start()
-        deadline = time.monotonic() + 400
-        while not (place / "waiting").exists() or not (place / "waiting").read_text():
-            if driver.poll() is not None or time.monotonic() > deadline:
-                (place / "wait").unlink()  # or its worker would wait for ever
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(driver.pid, signal.SIGKILL)
-                pytest.fail(f"no run has come to stage 1: {driver.communicate()}")
-            time.sleep(0.05)
-        os.killpg(driver.pid, how)
-        out, _ = driver.communicate(timeout=60)
-        while alive(int((place / "waiting").read_text())):
-            assert time.monotonic() < deadline, "the worker outlives its driver"
-            time.sleep(0.05)
-        return driver.returncode, out
+        with stage_1_and_no_further(place, driver) as started:
+            assert int(waiting.read_text()) in {process.pid for process in started}
+            stop(driver.pid)
+            code = driver.wait(60)
+            _, left = psutil.wait_procs(started, timeout=60)
+            assert not left, "processes outlive their driver"
+        return code, (place / "out").read_text()
 
-    code, out = stop_in_stage_1(signal.SIGINT)
+    code, out = stop_in_stage_1(lambda pid: os.killpg(pid, signal.SIGINT))
     assert code == 130 and "stopped. Finished stages are kept" in out
     assert RunFolder(folder).finished() == 1
-    assert stop_in_stage_1(signal.SIGKILL)[0] == -signal.SIGKILL
+    assert stop_in_stage_1(lambda pid: os.kill(pid, signal.SIGKILL))[0] == -signal.SIGKILL
     assert RunFolder(folder).finished() == 1
-    (place / "wait").unlink()
-    last = start()
-    out, err = last.communicate(timeout=200)
-    assert last.returncode == 0 and "1 runs: 1 ran" in out, err
+    out = cil("sweep", "c.yaml")  # here, on the Ray of the other tests
+    assert out.returncode == 0 and "1 runs: 1 ran" in out.stdout, out.stderr
     assert (place / "trace").read_text().replace("waits ", "").split() == ["0", "1", "1", "1", "2"]
     [alone] = run(load_config("c.yaml"), "alone")
     same_run(folder, alone)
 
 
-@pytest.fixture
-def waiting_sweep(place):
-    """A sweep in a process of its own whose first run waits in stage 1, and the processes that it has started."""
+@pytest.mark.slow
+@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
+def test_a_dead_daemon_is_started_again(place, daemon):
+    """Ray's daemon dies in the middle of a run: no run fails, none counts an attempt, and the numbers are the same."""
     pytest.importorskip("ray")
     write(place / "c.yaml", learners=[{"class": "strange.py:Waits"}])
     (place / "wait").touch()
@@ -403,46 +421,14 @@ def waiting_sweep(place):
     command = [sys.executable, "-m", "cil", "sweep", "c.yaml", "--seeds", "0,1", "--jobs", "1"]
     with (place / "out").open("w") as out:
         driver = psutil.Popen(command, env=environment, cwd=place, stdout=out, stderr=out)
-    deadline = time.monotonic() + 200
-    while not (place / "waiting").exists():
-        assert driver.poll() is None and time.monotonic() < deadline, (place / "out").read_text()
-        time.sleep(0.1)
-    started = driver.children(recursive=True)
-    yield driver, started
-    (place / "wait").unlink(missing_ok=True)
-    for process in (driver, *started):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("daemon", ["raylet", "gcs_server"])
-def test_a_dead_daemon_is_started_again(place, waiting_sweep, daemon):
-    """Ray's daemon dies in the middle of a run: no run fails, none counts an attempt, and the numbers are the same."""
-    driver, started = waiting_sweep
-    [victim] = [process for process in started if process.name() == daemon]
-    victim.kill()
-    time.sleep(5)
-    (place / "wait").unlink()
-    assert driver.wait(200) == 0
-    out = (place / "out").read_text()
-    assert out.count(f"Ray's {daemon} on this machine has died; Ray is started again") == 1
-    assert "2 runs: " in out and " 0 failed" in out and "attempt 1" not in out
+    with stage_1_and_no_further(place, driver) as started:
+        [victim] = [process for process in started if process.name() == daemon]
+        victim.kill()
+        time.sleep(LOOK + 1)
+        (place / "wait").unlink()
+        assert driver.wait(200) == 0
+    said = (place / "out").read_text()
+    assert said.count(f"Ray's {daemon} on this machine has died; Ray is started again") == 1
+    assert "2 runs: " in said and " 0 failed" in said and "attempt 1" not in said
     [alone] = run(load_config("c.yaml"), "alone")
     same_run(place / "results/t/Waits" / RUN, alone)
-
-
-@pytest.mark.slow
-def test_a_killed_driver_leaves_no_process_behind(waiting_sweep):
-    driver, started = waiting_sweep
-    driver.kill()
-    _, left = psutil.wait_procs(started, timeout=30)
-    assert not left
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
