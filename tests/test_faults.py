@@ -1,4 +1,4 @@
-"""Faults: killed at any moment, two processes in one folder, a full disk, Ctrl-C. With real processes."""
+"""Faults: killed at any moment, two processes in one folder, a full disk, Ctrl-C. Processes that end so are real."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from test_cli import cil, write  # noqa: F401 - a fixture
 from test_runner import stable
+from waiting import until
 
 from cil import results
+from cil.config.reading import load_config
+from cil.runner import run
 from cil.runner.checkpoint import RunFolder
 
 LEARNERS = [{"name": "finetune", "epochs": 4, "train_batch_size": 128}]
@@ -101,8 +104,7 @@ def finish(process, timeout=240):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     place = tmp_path_factory.mktemp("whole")
-    code, _, err = finish(start(write(place / "c.yaml", learners=LEARNERS), place))
-    assert code == 0, err
+    run(load_config(str(write(place / "c.yaml", learners=LEARNERS))), place / "results")
     return place
 
 
@@ -117,31 +119,30 @@ def compare(place: Path, whole: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_started_again_ends_the_same_to_the_bit(tmp_path, uninterrupted, moment):
+def test_killed_and_started_again_ends_the_same_to_the_bit(cil, tmp_path, uninterrupted, moment):  # noqa: F811
     config = write(tmp_path / "c.yaml", learners=LEARNERS)
     code, _, err = finish(start(config, tmp_path, MOMENTS[moment]))
     assert code == -signal.SIGKILL, f"the process was to be killed {moment}, but ended with {code}: {err}"
     assert not results.read_run(tmp_path / "results" / "t" / "finetune" / RUN)["complete"]
-    code, _, err = finish(start(config, tmp_path))
-    assert code == 0, err
+    ended = cil("run", config, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     compare(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
-def test_killed_from_outside_again_and_again(tmp_path, uninterrupted):
+def test_killed_from_outside_again_and_again(cil, tmp_path, uninterrupted):  # noqa: F811
     """kill -9 at moments that nothing in the program knows of, a little after a stage appears; then once to the end."""
     config = write(tmp_path / "c.yaml", learners=LEARNERS)
     folder = tmp_path / "results" / "t" / "finetune" / RUN
     for stage, delay in ((0, 0.0), (1, 0.05)):
         process = start(config, tmp_path)
-        while not (folder / f"stage-{stage:02d}").exists() and process.poll() is None:
-            time.sleep(0.002)
+        there = folder / f"stage-{stage:02d}"
+        until(lambda there=there, process=process: there.exists() or process.poll() is not None, 200, f"no {there}")
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    code, _, err = finish(start(config, tmp_path))
-    assert code == 0, err
+        assert finish(process)[0] == -signal.SIGKILL, "the run ended before it could be killed"
+    ended = cil("run", config, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     compare(tmp_path, uninterrupted)
 
 
@@ -153,7 +154,7 @@ def test_a_folder_in_use_is_refused(cil, tmp_path):  # noqa: F811
         holder.stdout.read(1)
         ended = cil("run", config, cwd=tmp_path)
     finally:
-        holder.communicate(b"enough")
+        holder.communicate(b"enough", timeout=60)
     assert ended.returncode == 2 and "another process is running in this folder" in ended.stderr
     assert cil("run", config).returncode == 0
 
@@ -193,9 +194,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
     process = start(config, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = tmp_path / "results" / "t" / "finetune" / RUN
-    deadline = time.time() + 120
-    while not (folder / "stage-00").exists() and time.time() < deadline:
-        time.sleep(0.05)
+    until(lambda: (folder / "stage-00").exists() or process.poll() is not None, 200, "no stage is finished")
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert code == 130, (code, err)
