@@ -135,7 +135,8 @@ TRAIN = ["train", "--batch", "32", "--micro", "16", "--jitter", "0", "--cutmix",
 @pytest.mark.slow
 def test_a_short_run_learns_is_exported_and_goes_on(tmp_path, script):
     assert "done: 20 steps, 640 images" in script(*TRAIN, "--images", "640", "--workers", "1", "--out", "run")
-    script("eval", "--checkpoint", "run/last.pt", "--export", "run.safetensors", "--report", "report.json")
+    evaluated = ("eval", "--checkpoint", "run/last.pt", "--which", "ema")
+    script(*evaluated, "--export", "run.safetensors", "--report", "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ema"]["pretrain_val_top1"] > 80 and report["ema"]["stream100_logistic"] > 80
     model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=192, depth=1, num_heads=3,
