@@ -138,7 +138,8 @@ def test_a_broken_image_is_named_by_whoever_reads_it(tmp_path, picture_folder, w
     break_image(root / split / name / f"{number}.png")
     learner = "{name: aper, epochs: 1, train_batch_size: 2}" if "training" in when else "ncm"
     changes = ["data.dataset=folder", f"data.root={root}", "data.per_class=null", "stream.sizes=null"]
-    changes += ["stream.increment=2", "orders=[natural]", f"learners=[{learner}]", "hardware.feature_store=off"]
+    changes += ["stream.increment=2", "stream.validation=0", "stream.test_on=test", "orders=[natural]"]
+    changes += [f"learners=[{learner}]", "hardware.feature_store=off"]
     done = launch(tmp_path, 2, *changes, *more, "inference_batch_size=2")
     assert done.returncode != 0
     assert done.stderr.count(f"{number}.png: not a readable image") == 1, done.stderr

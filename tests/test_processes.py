@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_cli import cil  # noqa: F401 - a fixture
 
+from cil.cli import main
 from cil.results import read_run
 
 NO_DROPOUT = {"tuner": {"name": "adapter", "dropout": 0, "bottleneck": 8}}
@@ -74,21 +75,21 @@ def same_hits(learner: str, one: list[int], two: list[int]) -> bool:
 
 def command(results: Path, learners: Sequence[str]) -> list[str]:
     entries = [{**LEARNERS[label], "label": label} for label in learners]
-    changes = ["data.per_class=9", f"learners={json.dumps(entries)}", "orders=[1993]", "stream.sizes=[2, 8]"]
+    changes = ["data.per_class=18", "stream.validation=0.5", "stream.test_on=validation"]  # 9 to train, 9 to test
+    changes += [f"learners={json.dumps(entries)}", "orders=[1993]", "stream.sizes=[2, 8]"]
     changes += ["stream.increment=null", "inference_batch_size=16", "hardware.device=cpu"]
     return ["run", "quickstart", *changes, "--results", str(results)]
 
 
 def launch(results: Path, processes: int, *more: str, learners=tuple(LEARNERS)) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m"]  # accelerate launch --cpu would start one process, whatever the number asked for
-    if processes > 1:
-        start += ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-        start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    start = [sys.executable, "-m", "accelerate.commands.launch"]
+    start += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]  # --cpu would start one process
+    start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
     return subprocess.run(
         [*start, "cil", *command(results, learners), *more],
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=350,
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -100,12 +101,16 @@ def launch(results: Path, processes: int, *more: str, learners=tuple(LEARNERS)) 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[int, Path]:
-    """Processes → results folder of a whole benchmark run with so many."""
-    found = {}
-    for processes in (1, 2):
-        found[processes] = tmp_path_factory.mktemp(f"processes{processes}")
-        done = launch(found[processes], processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+    """Processes → results folder of a whole benchmark run with so many; the one process is this one."""
+    found = {processes: tmp_path_factory.mktemp(f"processes{processes}") for processes in (1, 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIL_CACHE", str(found[1] / "cache"))
+        patch.setattr(sys, "argv", ["cil", *command(found[1], tuple(LEARNERS))])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code
+    done = launch(found[2], 2)
+    assert done.returncode == 0, done.stderr[-3000:]
     return found
 
 
