@@ -54,7 +54,7 @@ assert "check-learner" in CliRunner().invoke(app, ["--help"]).output
 assert "learners, tuners, rules" in CliRunner().invoke(app, ["list", "--help"]).output
 print([name for name in ("torch", "timm", "avalanche", "peft", "numpy") if name in sys.modules])
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert found.stdout.strip() == "[]"
 
 

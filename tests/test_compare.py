@@ -49,7 +49,7 @@ def bench(tmp_path):
 
 def test_nothing_heavy_is_imported():
     code = "import sys, cil.report; print([m for m in ('torch', 'timm', 'tensorboard') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert found.stdout.strip() == "[]"
 
 

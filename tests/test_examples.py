@@ -353,7 +353,7 @@ try:
 except AttributeError as error:
     print(error)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert found.returncode == 0, found.stderr
     assert found.stdout == "No cil attribute nonsense\n"
 

@@ -474,7 +474,7 @@ def test_recorded_paths_are_absolute(pictures, tmp_path):
 def test_what_killed_processes_leave_is_removed_by_the_next_write(tmp_path):
     """Files and folders under temporary names of processes that have ended; those of living ones stay."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    dead.wait(60)
     gone = [f".table.csv.{dead.pid}", f".table.csv.{dead.pid}.0a1b2c3d", f".table.csv.old.{dead.pid}"]
     stay = [f".table.csv.{os.getppid()}", f".other.csv.{dead.pid}", f".table.csv.{dead.pid}.x", "table.csv.1"]
     for name in (*gone[:2], *stay):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from marks import slow_beyond
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import cil  # noqa: F401 - a fixture
+from waiting import until
 
 from cil.errors import CilError
 from cil.merging import build_rule
@@ -382,11 +382,13 @@ def test_killed_in_the_middle(place, states):
     )
     out = place / "out.safetensors"
     command = [sys.executable, "-c", code, place / "base.safetensors", out, place / "t0.safetensors"]
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, env=os.environ) as process:
-        deadline = time.time() + 100
-        while process.stdout.readline().strip() != "norm.bias":
-            assert time.time() < deadline and process.poll() is None
-        process.send_signal(signal.SIGKILL)
+    said = place / "said"
+    with said.open("w") as stdout, subprocess.Popen([*map(str, command)], stdout=stdout, env=os.environ) as process:
+        try:
+            until(lambda: "norm.bias" in said.read_text() or process.poll() is not None, 100, "no norm.bias is written")
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
     state = place / "out.safetensors.state.safetensors"
     assert not out.exists() and not state.exists() and leftovers(place)
     merge_files("average", place / "base.safetensors", [place / "t0.safetensors"], out, state=state)
@@ -473,7 +475,8 @@ def test_memory_is_that_of_a_tensor_not_of_a_model(tmp_path):
             with TensorWriter(place / f"{file}.safetensors", shapes) as writer:
                 for i, name in enumerate(shapes):
                     writer.write(name, torch.randn(512, 512, generator=torch.Generator().manual_seed(i + len(file))))
-        found = subprocess.run([sys.executable, "-c", code, place, "ties"], capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", code, place, "ties"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
         grown[count] = float(found.stdout)
         shutil.rmtree(place)
     assert grown[64] < grown[8] + 20, grown  # 56 MiB more of base, as much of task, twice as much of state

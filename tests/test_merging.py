@@ -1006,7 +1006,7 @@ def test_merging_needs_neither_backbones_nor_learners():
         "print(sorted({n.split('.')[1] for n in sys.modules if n.startswith('cil.')}))\n"
         "print([n for n in ('timm', 'peft', 'avalanche', 'accelerate') if n in sys.modules])\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert found.stdout.splitlines() == [
         "['config', 'errors', 'merging', 'utils']",
         "[]",

@@ -176,7 +176,8 @@ def named(text: str, root: Path) -> set[Path]:
 def ignored(files: Iterable[Path], root: Path) -> list[str]:
     """Those that git ignores, and that a fresh checkout would therefore not have."""
     names = "\n".join(str(file.relative_to(root)) for file in sorted(files))
-    found = subprocess.run(["git", "check-ignore", "--stdin"], cwd=root, input=names, capture_output=True, text=True)
+    command = ["git", "check-ignore", "--stdin"]
+    found = subprocess.run(command, cwd=root, input=names, capture_output=True, text=True, timeout=60)
     assert found.returncode in (0, 1), found.stderr
     return found.stdout.split()
 
@@ -189,7 +190,7 @@ def test_files_behind_the_pages_are_published():
 
 
 def test_a_file_that_git_ignores_is_found(tmp_path):
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True, timeout=60)
     (tmp_path / ".gitignore").write_text("/results/*\n!/results/bench/\n")
     for name in ("bench/a.json", "mine/ncm/order1993-seed0/metrics.json", "mine/b.png"):
         (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from cil.runner.provenance import checkout
 
 def git(root: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
-    done = subprocess.run(["git", *identity, *arguments], cwd=root, capture_output=True, text=True, check=True)
+    command = ["git", *identity, *arguments]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout.strip()
 
 
