@@ -22,6 +22,8 @@ from cil.merging import (
     NUFILT,
     OPCM,
     TIES,
+    TSVM,
+    WUDI,
     Average,
     ContinualTIES,
     DareTIES,
@@ -324,6 +326,144 @@ def test_isotropic_merging(dtype):
     rule = IsoC().start(base).add_update(low)
     got = update(rule.merged(), base)["blocks.0.mlp.fc1.weight"]  # rank one is isotropic as it is
     assert float((got - 1).abs().max()) < TOLERANCE[dtype]
+
+
+def test_the_published_scale_of_isotropic_merging_is_that_of_the_sum():
+    base, tasks, _ = stream(3)
+    mean, total = (update(run(IsoC(1.5, of=of), base, tasks).merged(), base) for of in ("mean", "sum"))
+    for name in base:
+        factor = 3 if name in LINEAR else 1
+        assert float((total[name] - factor * mean[name]).abs().max()) < 1e-12, name
+
+
+# --- TSV-M -----------------------------------------------------------------------------------------------------------
+
+
+def nearest_orthonormal(matrix):
+    p, _, q = np.linalg.svd(matrix, full_matrices=False)
+    return p @ q
+
+
+@BOTH
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_tsv_m_equals_the_batch_form_in_any_order(count, dtype):
+    """Two SVDs of all updates at once, in numpy, in float64 to 1e-12; 5 tasks do not divide 6 directions."""
+    base, tasks, _ = stream(count, dtype)
+    orders = [range(count), range(count)[::-1]]
+    merged = [update(run(TSVM(0.7), base, [tasks[i] for i in order]).merged(), base) for order in orders]
+    for name in base:
+        taus = [(t[name].double() - base[name].double()).numpy() for t in tasks]
+        expected = np.mean(taus, 0)
+        if name in LINEAR:
+            rows = []
+            for parts in zip(*(np.split(tau, 3 if "qkv" in name else 1) for tau in taus), strict=True):
+                k = min(parts[0].shape) // count
+                svds = [np.linalg.svd(part, full_matrices=False) for part in parts]
+                u, v = (np.concatenate(x, 1) for x in ([a[:, :k] for a, _, _ in svds], [c[:k].T for _, _, c in svds]))
+                s = np.concatenate([b[:k] for _, b, _ in svds])
+                rows.append(0.7 * nearest_orthonormal(u) * s @ nearest_orthonormal(v).T)
+            expected = np.concatenate(rows)
+        for one in merged:
+            error = np.abs(one[name].numpy() - expected).max()
+            assert error < (1e-12 if dtype == torch.float64 else 1e-3), name
+
+
+def low_rank(count, r, dtype=torch.float64, name="blocks.0.mlp.fc1.weight"):
+    m, n = SHAPES[name]
+    return [{name: (draw(m, r, seed=t) @ draw(r, n, seed=50 + t)).to(dtype)} for t in range(count)]
+
+
+def test_tsv_m_takes_no_directions_that_an_update_lacks():
+    """Three tasks of rank one have three directions and not six: as in the space that they span; in both precisions."""
+    base, name = model(), "blocks.0.mlp.fc1.weight"
+    deltas = low_rank(3, 1)
+    svds = [np.linalg.svd(delta[name].numpy()) for delta in deltas]
+    u, v = np.stack([a[:, 0] for a, _, _ in svds], 1), np.stack([c[0] for _, _, c in svds], 1)
+    expected = nearest_orthonormal(u) * [b[0] for _, b, _ in svds] @ nearest_orthonormal(v).T
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        rule = TSVM().start({key: value.to(dtype) for key, value in base.items()})
+        for delta in deltas:
+            rule.add_update({name: delta[name].to(dtype)})
+        got = {entry.name: delta for entry, delta in rule.deltas()}[name]
+        assert np.abs(got.double().numpy() - expected).max() < tolerance
+    twice = TSVM().start(base).add_update(deltas[0]).add_update(deltas[0])  # two equal directions are one
+    got = {entry.name: delta for entry, delta in twice.deltas()}[name]
+    assert float((got - deltas[0][name]).abs().max()) < 1e-12
+
+
+def test_tsv_m_refuses_more_tasks_than_directions_and_changes_nothing():
+    base, tasks, _ = stream(D + 1)
+    rule = run(TSVM(), base, tasks[:D])
+    before = copy.deepcopy(rule.state_dict())
+    with pytest.raises(BackboneError, match="has 6 singular directions, so 6 tasks can be merged"):
+        rule.add(tasks[D])
+    assert all(torch.equal(value, before[key]) for key, value in rule.state_dict().items())
+
+
+# --- WUDI ------------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("anchor", ["zero", "mean", "sum"])
+def test_wudi_equals_the_batch_form_in_any_order(anchor, dtype):
+    base, tasks, _ = stream(4, dtype)
+    orders = [(0, 1, 2, 3), (3, 1, 0, 2)]
+    merged = [update(run(WUDI(0.2, anchor), base, [tasks[i] for i in order]).merged(), base) for order in orders]
+    for name in base:
+        taus = [(t[name].double() - base[name].double()).numpy() for t in tasks]
+        expected = np.mean(taus, 0)
+        if name in LINEAR:
+            grams = [tau.T @ tau / (tau**2).sum() for tau in taus]
+            c, b = sum(grams), sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
+            a = {"zero": 0, "mean": 1 / 4, "sum": 1}[anchor] * sum(taus)
+            expected = a + (b - a @ c) @ np.linalg.inv(c + 0.2 * np.diag(c).mean() * np.eye(len(c)))
+        for one in merged:
+            error = np.abs(one[name].numpy() - expected).max()
+            assert error < (1e-12 if dtype == torch.float64 else TOLERANCE[dtype]), name
+
+
+def test_wudis_steps_are_adam_on_the_published_objective():
+    """torch's own gradient of Σ ‖(M − Δ_t) Δ_tᵀ‖² / ‖Δ_t‖², from the sum of the updates."""
+    base, tasks, _ = stream(3)
+    merged = update(run(WUDI(steps=25, lr=1e-2), base, tasks).merged(), base)
+    for name in LINEAR:
+        deltas = [task[name] - base[name] for task in tasks]
+        weight = nn.Parameter(torch.stack(deltas).sum(0))
+        optimizer = torch.optim.Adam([weight], lr=1e-2)
+        for _ in range(25):
+            optimizer.zero_grad()
+            loss = sum(((weight - d) @ d.T).square().sum() / d.square().sum() for d in deltas)
+            loss.backward()
+            optimizer.step()
+        assert float((merged[name] - weight.detach()).abs().max()) < 1e-9, name
+
+
+def test_wudi_changes_no_tasks_outputs_if_row_spaces_are_independent():
+    base, name = model(), "blocks.0.mlp.fc1.weight"
+    deltas = low_rank(3, 2)  # 3 · 2 directions fill the 6 inputs
+    rule = WUDI(ridge=0.0).start(base)
+    for delta in deltas:
+        rule.add_update(delta)
+    merged = {entry.name: delta for entry, delta in rule.deltas()}[name]
+    for delta in deltas:
+        inputs = delta[name].T @ draw(len(delta[name]), 7, seed=9)  # in its row space
+        assert float((merged @ inputs - delta[name] @ inputs).abs().max()) < 1e-10
+    assert float((merged - sum(delta[name] for delta in deltas)).abs().max()) > 1e-2  # which the sum does not do
+    unchanged = {key: value.clone() for key, value in rule.state_dict().items() if key.startswith("gram")}
+    rule.add_update({})  # a task that changed nothing does not count
+    assert all(torch.equal(rule.state_dict()[key], value) for key, value in unchanged.items())
+
+
+def test_wudis_wide_gram_matrices_in_blocks():
+    base, tasks, _ = stream(2)
+    name = "blocks.1.mlp.fc2.weight"  # 24 inputs
+    cut = run(WUDI(block=10), base, tasks)
+    assert cut.get_buffer("gram:blocks/1/mlp/fc2/weight").shape == (3, 8, 8)
+    got = update(cut.merged(), base)[name].numpy()
+    taus = [(task[name] - base[name]).numpy() for task in tasks]
+    c = sum(tau.T @ tau / (tau**2).sum() for tau in taus) * np.kron(np.eye(3), np.ones((8, 8)))
+    b = sum(tau @ (tau.T @ tau / (tau**2).sum() * np.kron(np.eye(3), np.ones((8, 8)))) for tau in taus)
+    assert np.abs(got - b @ np.linalg.inv(c + 0.1 * np.diag(c).mean() * np.eye(24))).max() < 1e-12
 
 
 # --- NUFILT ----------------------------------------------------------------------------------------------------------
@@ -984,6 +1124,13 @@ def test_configurations():
         lambda: RegMean(block=0),
         lambda: GramMerge(slope=2.0),
         lambda: IsoC(math.nan),
+        lambda: IsoC(of="max"),
+        lambda: TSVM(math.inf),
+        lambda: WUDI(ridge=-1.0),
+        lambda: WUDI(anchor="max"),
+        lambda: WUDI(steps=-1),
+        lambda: WUDI(lr=0.0),
+        lambda: WUDI(block=0),
         lambda: NUFILT(protected=0),
         lambda: NUFILT(steps=-1),
         lambda: NUFILT(lr=0.0),

@@ -32,6 +32,8 @@ from cil.merging.opcm import OPCM
 from cil.merging.regmean import GramMerge, RegMean
 from cil.merging.store import Store
 from cil.merging.ties import TIES, ContinualTIES
+from cil.merging.tsv_m import TSVM
+from cil.merging.wudi import WUDI
 
 __all__ = [
     "DARE",
@@ -40,6 +42,8 @@ __all__ = [
     "NUFILT",
     "OPCM",
     "TIES",
+    "TSVM",
+    "WUDI",
     "Average",
     "ContinualTIES",
     "DareTIES",

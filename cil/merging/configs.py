@@ -24,6 +24,8 @@ from cil.merging.nufilt import NUFILT
 from cil.merging.opcm import OPCM, Variant
 from cil.merging.regmean import GramMerge, RegMean
 from cil.merging.ties import TIES, Combination, ContinualTIES, Trim
+from cil.merging.tsv_m import TSVM
+from cil.merging.wudi import WUDI, Anchor
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -172,6 +174,30 @@ class IsoCConfig(_Rule):
     name: Literal["iso_c"] = "iso_c"
     scale: Finite = Field(1.0, description="factor on the updates of linear weights")
     split_qkv: bool = Field(True, description="whether query, key and value of a fused weight are separate")
+    of: Literal["mean", "sum"] = Field(
+        "mean", description="update whose singular values become equal; sum: as published, T times the mean"
+    )
+
+
+class TSVMConfig(_Rule):
+    """Leading singular vectors of all updates, made orthogonal; see :class:`cil.merging.TSVM`."""
+
+    name: Literal["tsv_m"] = "tsv_m"
+    scale: Finite = Field(1.0, description="factor on the updates of linear weights")
+    split_qkv: bool = Field(True, description="whether query, key and value of a fused weight are separate")
+
+
+class WUDIConfig(_Rule):
+    """Least interference with every update on its own row space; see :class:`cil.merging.WUDI`."""
+
+    name: Literal["wudi"] = "wudi"
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.1, description="ridge penalty, as a multiple of the mean diagonal of the sum of the updates' Gram matrices"
+    )
+    anchor: Anchor = Field("zero", description="update to which the penalty shrinks")
+    steps: NonNegativeInt = Field(0, description="Adam steps of the published iteration; 0: the closed form")
+    lr: Positive = Field(1e-5, description="learning rate of Adam")
+    block: PositiveInt | None = Field(None, description="largest width of the diagonal blocks of Gram matrices kept")
 
 
 class NUFILTConfig(_Rule):
@@ -210,6 +236,8 @@ RuleSection = (
     | RegMeanConfig
     | GramMergeConfig
     | IsoCConfig
+    | TSVMConfig
+    | WUDIConfig
     | NUFILTConfig
     | OPCMConfig
 )
@@ -247,6 +275,8 @@ RULES: dict[str, type[Rule]] = {
     "regmean": RegMean,
     "gram_merge": GramMerge,
     "iso_c": IsoC,
+    "tsv_m": TSVM,
+    "wudi": WUDI,
     "nufilt": NUFILT,
     "opcm": OPCM,
 }

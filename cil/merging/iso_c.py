@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,37 +20,49 @@ from cil.merging.store import State
 class IsoC(SumRule):
     """Isotropic merging in the common space (Iso-C, arXiv 2502.04959): every singular value becomes their mean.
 
-    For the mean update Δ = U diag(σ) Vᵀ of a linear weight: Δ ← s · mean(σ) U Vᵀ. All other tensors are averaged, as
-    in mammoth's code. The rule is exact and order-free, and reading needs one SVD per matrix. A mean update without
-    full numerical rank (LoRA) has arbitrary directions: only those with σ_i > max(m, n) ε σ_0 are used, and the mean is
-    over them (our decision).
+    For the update Δ = U diag(σ) Vᵀ of a linear weight, Δ ← s · mean(σ) U Vᵀ. The authors take the sum of the updates
+    for Δ (``of="sum"``), which gives T times the result of their mean for the same s. All other tensors are averaged,
+    as in mammoth's code. The rule is exact and order-free, and reading needs one SVD per matrix. A Δ without full
+    numerical rank (LoRA) has arbitrary directions: only those with σ_i > max(m, n) ε σ_0 are used, and the mean is over
+    them (our decision).
 
     Args:
-        scale: Factor s, finite; 1.0 to 1.5 in the literature. It scales only linear weights.
+        scale: Factor s, finite; 1.0 to 1.5 in the literature, for the sum. It scales only linear weights.
+        of: Δ, the ``sum`` or the ``mean`` of the updates.
         split_qkv: Whether the three row blocks of a fused query, key and value weight are separate matrices.
 
     State:
         sum: Σ τ.
 
     Raises:
-        ConfigError: ``scale`` is not finite.
+        ConfigError: ``scale`` is not finite, or ``of`` is unknown.
     """
 
-    summary = "mean update with equal singular values"
+    summary = "merged update with equal singular values"
     paper = "arXiv 2502.04959"
     matrices = True
 
-    def __init__(self, scale: float = 1.0, split_qkv: bool = True, *, finalisers: Sequence[Finaliser] = ()) -> None:
+    def __init__(
+        self,
+        scale: float = 1.0,
+        split_qkv: bool = True,
+        of: Literal["mean", "sum"] = "mean",
+        *,
+        finalisers: Sequence[Finaliser] = (),
+    ) -> None:
         super().__init__(finalisers)
         if not math.isfinite(scale):
             raise ConfigError(f"IsoC: scale is {scale}; it must be finite")
-        self.scale, self.split_qkv = scale, split_qkv
+        if of not in ("mean", "sum"):
+            raise ConfigError(f"IsoC: of is {of!r}; it must be 'mean' or 'sum'")
+        self.scale, self.split_qkv, self.of = scale, split_qkv, of
 
     def read(self, entry: Entry, state: State, statistic: float) -> Tensor:
         mean = state["sum"] / int(self.count)
         if not entry.linear:
             return mean
-        return torch.cat([self.scale * isotropic(block) for block in row_blocks(entry, mean, self.split_qkv)])
+        merged = state["sum"] if self.of == "sum" else mean
+        return torch.cat([self.scale * isotropic(block) for block in row_blocks(entry, merged, self.split_qkv)])
 
 
 def isotropic(matrix: Tensor) -> Tensor:

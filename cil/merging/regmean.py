@@ -114,7 +114,7 @@ class RegMean(Rule):
             return state
         gram = self._blocked(entry, gram).to(state["gram"])
         gram = self.rho * gram + (1 - self.rho) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
-        product = state["product"] + _times(tau.double(), gram)
+        product = state["product"] + times(tau.double(), gram)
         return {"gram": state["gram"] + gram, "product": product}
 
     def read(self, entry: Entry, state: State, statistic: float) -> Tensor:
@@ -183,7 +183,7 @@ def blocks(width: int, limit: int | None) -> int:
     return next(k for k in range(-(-width // limit), width + 1) if width % k == 0)
 
 
-def _times(left: Tensor, gram: Tensor) -> Tensor:
+def times(left: Tensor, gram: Tensor) -> Tensor:
     """Multiply left [out, in] by a block-diagonal matrix [k, in/k, in/k]."""
     k, width, _ = gram.shape
     parts = left.reshape(-1, k, width).transpose(0, 1) @ gram  # [k, out, in/k]
