@@ -214,7 +214,7 @@ def test_models_that_keep_learning_are_found_by_the_features_that_they_keep(pict
     for names in (LOW, HIGH):
         model = GrowingModel(tmp_path / names[0], "ncm", TINY, device="cpu")
         model.learn(part("train", names))
-        folders.append(model.folder)
+        folders.append(model.path)
     model.forget("three")
     found = find(folders, pictures(HIGH[1:]))
     best = min(found.matches, key=lambda match: match.mmd2)

@@ -49,7 +49,8 @@ def test_the_state_of_a_rule_is_as_large_as_it_says(rule):
     spec = [slot for entry in made.layout.entries for slot in made.state_spec(entry).values()]
     numbers = sum(torch.Size(shape).numel() for shape, _ in spec)
     grams = 16 if "Gram" in made.state_size else 0
-    assert numbers == grams + (60 if made.state_size.startswith("2 P") else 30)
+    of_linear = {"tsv_m": 4 * (6 + 4 + 2) + 6, "wudi": 30 + 24 + grams}  # [6, 4] has 4 directions; the bias is summed
+    assert numbers == of_linear.get(rule, grams + (60 if made.state_size.startswith("2 P") else 30))
     doubles = sum(torch.Size(shape).numel() for shape, dtype in spec if dtype == torch.float64)
     assert doubles == (grams + 24 if grams else 0)
 

@@ -102,17 +102,21 @@ def test_any_learners_are_routed_predicted_with_and_exported(mixed, tmp_path, ci
     ended = cil("join", *mixed, "--out", out, "--route")
     assert ended.returncode == 0, ended.stderr
     assert "6 classes of 3 runs" in ended.stdout
-    model = open_run(out)
-    images = random_images()
+    model, source = open_run(out), part("test", ["zero", "one", "two"])
+    images = torch.cat([_pixels(source.read(i), model.transforms) for i in range(0, 35, 5)])
     with torch.no_grad():
         scores = model(images)[0].double()
         torch.testing.assert_close(scores.exp().sum(1), torch.ones(7, dtype=torch.float64), rtol=1e-5, atol=0)
         for i, folder in enumerate(mixed):
-            alone = open_run(folder)(images)[0].double().log_softmax(1)
+            learner = open_run(folder).learner
+            features = learner.features(images)
+            alone = (
+                learner.logits(features if learner.statistics is None else features.double()).double().log_softmax(1)
+            )
             mine = scores[:, 2 * i : 2 * i + 2]
             torch.testing.assert_close(mine - mine[:, :1], alone - alone[:, :1], rtol=0, atol=2e-3)
         one = torch.cat([model(image[None])[0] for image in images])
-        torch.testing.assert_close(one.double(), scores, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(one.double(), scores, rtol=1e-3, atol=1e-2)
     folder = export(out)
     torch.testing.assert_close(load(folder)(images)[0].double(), scores, rtol=1e-5, atol=1e-4)
     assert (out / FILE).exists()

@@ -258,7 +258,7 @@ class StatisticsClassifier(Classifier):
             setattr(self, name, getattr(self, name)[:0].clone())
         for name in self.over_classes or ():
             getattr(self, name).zero_()
-        self._forget(self.counts)
+        self._forget()
         return self
 
     def unlike(self, other: Classifier) -> str | None:

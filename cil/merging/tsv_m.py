@@ -47,7 +47,7 @@ class TSVM(Rule):
 
     summary = "leading singular vectors of all updates, made orthogonal to each other"
     paper = "arXiv 2412.00081"
-    state_size = "q (m + n + 2) per weight [m, n], q = min(m, n)"
+    state_size = "q (m + n + 2) per linear weight [m, n], q = min(m, n)"
     matrices = True
 
     def __init__(self, scale: float = 1.0, split_qkv: bool = True, *, finalisers: Sequence[Finaliser] = ()) -> None:

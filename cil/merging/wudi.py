@@ -54,7 +54,7 @@ class WUDI(Rule):
 
     summary = "least interference with every update on its own row space"
     paper = "arXiv 2503.08099"
-    state_size = "2 P and Gram matrices, float64"
+    state_size = "P, another P of linear weights and Gram matrices, float64"
     matrices = True
 
     def __init__(

@@ -134,8 +134,8 @@ def routed(parents: Sequence[Parent], names: Sequence[str], accelerator: Acceler
     assert isinstance(learner, Routed)
     [task] = past_tasks([range(len(names))], names)
     learner.begin(task, Context(accelerator))
-    for part, density, parent, known in zip(learner.parts, learner.densities, parents, specifications, strict=True):
-        part.load_state_dict(parent.learner.state_dict())
+    for inner, density, parent, known in zip(learner.parts, learner.densities, parents, specifications, strict=True):
+        inner.load_state_dict(parent.learner.state_dict())
         density.load_state_dict(known.gaussians.state_dict())
     return learner, section
 

@@ -83,12 +83,15 @@ class Routed(Learner):
 
     def logits(self, features: Tensor) -> Tensor:
         frozen, *others = features.split(self._widths, dim=1)
-        scores = features.new_full((len(features), self.seen), -torch.inf, dtype=torch.float64)
+        scores = features.new_full((features.shape[0], self.seen), -torch.inf, dtype=torch.float64)
         images = torch.stack([density.counts.sum() for density in self.gaussians]).double()
         shares, u, own = (images / images.sum()).log(), unit_length(frozen), iter(others)
         for part, learner, density, share in zip(self.config.parts, self.learners, self.gaussians, shares, strict=True):
             seen = [frozen if view is self.backbone else next(own) for view in learner.views().values()]
-            answers = learner.logits(torch.cat(seen, dim=1))[:, part.labels].double().log_softmax(1)
+            x = torch.cat(seen, dim=1)
+            if learner.statistics is not None:  # in float32, offsets that all classes share would hide differences
+                x = x.double()
+            answers = learner.logits(x)[:, part.labels].double().log_softmax(1)
             weight = share + density.logits(u).logsumexp(1, keepdim=True)
             classes = torch.as_tensor(part.classes, device=scores.device)
             scores = scores.index_copy(1, classes, torch.logaddexp(scores[:, classes], weight + answers))
