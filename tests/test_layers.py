@@ -52,8 +52,9 @@ def tokens_of(model):
 
 def returned(model, x, tokens, *, norm=False):
     """The parts of all blocks from what timm's ``forward_intermediates`` returns, computed by numpy."""
+    prefixed = model.num_prefix_tokens > 0  # timm's ViTs with relative positions fail without any
     kept = model.forward_intermediates(
-        x, return_prefix_tokens=True, norm=norm, output_fmt="NLC", intermediates_only=True, indices=None
+        x, return_prefix_tokens=prefixed, norm=norm, output_fmt="NLC", intermediates_only=True, indices=None
     )
     parts = []
     for block in kept:
