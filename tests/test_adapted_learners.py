@@ -17,6 +17,7 @@ from cil.errors import BackboneError, StreamError
 from cil.learners.aper import APER
 from cil.learners.ease import EASE
 from cil.learners.fecam import FeCAM
+from cil.learners.layer_lda import LayerLDA
 from cil.learners.ncm import NCMLearner
 from cil.learners.ranpac import RanPAC
 from cil.learners.slca import SLCA
@@ -153,6 +154,46 @@ def test_slda_by_scikit_learn():
         ours = learner.logits(queries).double().numpy()
     theirs = reference.decision_function(queries.double().numpy())
     np.testing.assert_allclose(ours - ours[:, :1], theirs - theirs[:, :1], rtol=1e-3, atol=1e-3)
+
+
+def by_token(vit, images):
+    """Class token, mean and standard deviation of every block from timm, each of length 1, blocks side by side."""
+    outputs = vit.model.forward_intermediates(
+        images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+    )
+    kinds = zip(*((prefix[:, 0], patches.mean(1), patches.std(1)) for patches, prefix in outputs), strict=True)
+    return [torch.cat([F.normalize(block, dim=1) for block in blocks], 1).double().numpy() for blocks in kinds]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 3), (1,) * 8])
+def test_layer_lda_by_timm_and_scikit_learn(sizes):
+    vit = backbone()
+    learner = LayerLDA(LayerLDA.Config(), vit)
+    rows = run_stages(learner, stream(vit, sizes=sizes), accelerator=accelerator(), batch_size=16)
+    with torch.inference_mode():
+        images, labels = zip(*(next(task.train.batches(999)) for task in stream(vit).tasks), strict=True)
+        train, test = by_token(vit, torch.cat(images)), by_token(vit, probe_images())
+        ours = learner.logits(learner.features(probe_images())).double().numpy()
+    theirs, shrinkages = 0, learner.classifier.shrinkages
+    for x, queries, shrinkage in zip(train, test, shrinkages, strict=True):
+        reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(x, torch.cat(labels).numpy())
+        theirs = theirs + (reference.decision_function(queries) - np.log(TRAIN / TRAIN.sum())) / 3
+    np.testing.assert_allclose(ours - ours[:, :1], theirs - theirs[:, :1], rtol=1e-3, atol=1e-3)
+    assert [value for name, value in rows[-1]["log"] if name == "shrinkage"] == shrinkages
+    assert sum(row["costs"]["train_passes"] for row in rows) == TRAIN.sum()
+    assert rows[-1]["costs"]["statistics_bytes"] >= 8 * 3 * 144**2
+
+
+def test_layer_lda_with_the_final_feature_and_without_layers():
+    vit = backbone()
+    parts = LayerLDA(
+        LayerLDA.Config(layers={"blocks": [0, 2], "tokens": ["mean", "class"], "final": True}), vit
+    ).parts()
+    assert parts == [[*range(48), *range(96, 144)], [*range(48, 96), *range(144, 192)], [*range(192, 240)]]
+    plain = Case(LayerLDA, {"layers": None, "shrinkage": 0.1}).run().learner
+    slda = Case(SLDA, {"shrinkage": 0.1}).run().learner
+    with torch.inference_mode():
+        assert torch.equal(plain.logits(plain.features(probe_images())), slda.logits(slda.features(probe_images())))
 
 
 # --- EASE

@@ -59,7 +59,9 @@ SHORTENED = {
     "learners.finetune.epochs=1 learners.joint.epochs=1",
     r"^cil run cifar100/ranpac_b0_inc10": f"{FEW_DIGITS} {EMBEDDED} 'learners=[{{name: ranpac, projection: 64}}]'",
     r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
-    r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64 learners.loranpac.projection=64",
+    r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64 learners.loranpac.projection=64 "
+    "learners.layer_lda.layers=last",
+    r"^cil run split_tiny_imagenet100/one_default": "learners.layer_lda.layers=last 'orders=[1993]'",
     r"^cil run split_tiny_imagenet100/orders": "'learners=[fecam]'",
     r"^cil run split_tiny_imagenet100/defaults": "'learners=[ncm, fecam]'",
     r"^cil run split_tiny_imagenet100/long ": "'learners=[ncm, fecam]'",

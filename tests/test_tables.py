@@ -95,3 +95,20 @@ def test_differences_pair_class_orders(tmp_path):
         "| bank | 70.0 ± 14.1 | +20.0 ± 14.1 | 1.0 | 2 | 1.0 |\n"
         "| ncm | 63.3 ± 23.1 |  | 1.0 | 2 | 1.0 |\n"
     )
+
+
+def test_a_learner_beside_the_best_other_one_of_every_stream(tmp_path):
+    """Who keeps images, or lacks a class order, is not the best other; runs of one stream may be in two folders."""
+    for order, last in ((1, 45), (2, 75)):  # 60 %, 80 %
+        write(tmp_path / "a", "ours", falling(last), order)
+    for order, last in ((1, 30), (2, 30), (3, 90)):  # 50 %, 50 %, 90 %
+        write(tmp_path / "b", "ncm", falling(last), order)
+    for order in (1, 2):
+        write(tmp_path / "a", "poor", falling(15), order)
+        write(tmp_path / "a", "joint", falling(90), order, stores_images=True)
+    write(tmp_path / "a", "once", falling(90), 1)
+    lines = tables.leads.table(Path(f"{tmp_path}:ours:a,a+b")).splitlines()
+    # 300 test images: √(0.7 · 0.3 / 300) = 2.6 %
+    assert lines[2] == "| a | 70.0 ± 14.1 | poor | 40.0 ± 0.0 | +30.0 ± 14.1 | 2.6 | 1.0 | 1.0 | 2 | 2 | 180 | 180 |"
+    assert lines[3] == "| a | 70.0 ± 14.1 | ncm | 63.3 ± 23.1 | +20.0 ± 14.1 | 2.6 | 1.0 | 1.0 | 2 | 2 | 180 | 180 |"
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")

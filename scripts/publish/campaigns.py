@@ -57,6 +57,17 @@ CAMPAIGNS = (
     Campaign("digits_all", ("digits/frozen",)),
     Campaign("digits_50", ("digits/defaults", "digits/chosen"), kind="settings"),
     Campaign(f"{TINY}_long", (f"{TINY}/long", f"{TINY}/long_chosen"), kind="settings"),
+    Campaign(f"{TINY}_one_default", (f"{TINY}/one_default",)),
+    Campaign(f"{TINY}_long_one_default", (f"{TINY}/one_default_long",)),
+    *(
+        Campaign(f"{name}_one_default", (f"{data}/one_default",), {f"{data}/one_default": overrides})
+        for name, data, overrides in (
+            ("cifar10_50", "cifar10", ()),
+            ("cifar10_500", "cifar10", ("name=cifar10_500_one_default", "data.per_class=null")),
+            ("digits_50", "digits", ()),
+            ("digits_all", "digits", ("name=digits_all_one_default", "data.per_class=null")),
+        )
+    ),
 )
 
 
