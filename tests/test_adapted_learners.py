@@ -165,6 +165,7 @@ def by_token(vit, images):
     return [torch.cat([F.normalize(block, dim=1) for block in blocks], 1).double().numpy() for blocks in kinds]
 
 
+@pytest.mark.filterwarnings("ignore:Only one sample available")  # of a class; scikit-learn scales each class by itself
 @pytest.mark.parametrize("sizes", [(4, 1, 3), (1,) * 8])
 def test_layer_lda_by_timm_and_scikit_learn(sizes):
     vit = backbone()

@@ -22,7 +22,8 @@ class Campaign:
         name: Folder, which is also the ``name`` of its configurations.
         configs: Shipped configurations; if two hold the same run, the first counts.
         overrides: Overrides per configuration.
-        kind: Kind of its table in results/README.md; see tables.py.
+        kind: Kind of its table in results/README.md; see tables.py. ``leads``: the page's table of one learner on every
+            stream names it.
         beside: Folders whose runs the table shows as well.
     """
 
@@ -57,10 +58,10 @@ CAMPAIGNS = (
     Campaign("digits_all", ("digits/frozen",)),
     Campaign("digits_50", ("digits/defaults", "digits/chosen"), kind="settings"),
     Campaign(f"{TINY}_long", (f"{TINY}/long", f"{TINY}/long_chosen"), kind="settings"),
-    Campaign(f"{TINY}_one_default", (f"{TINY}/one_default",)),
-    Campaign(f"{TINY}_long_one_default", (f"{TINY}/one_default_long",)),
+    Campaign(f"{TINY}_one_default", (f"{TINY}/one_default",), kind="leads"),
+    Campaign(f"{TINY}_long_one_default", (f"{TINY}/one_default_long",), kind="leads"),
     *(
-        Campaign(f"{name}_one_default", (f"{data}/one_default",), {f"{data}/one_default": overrides})
+        Campaign(f"{name}_one_default", (f"{data}/one_default",), {f"{data}/one_default": overrides}, "leads")
         for name, data, overrides in (
             ("cifar10_50", "cifar10", ()),
             ("cifar10_500", "cifar10", ("name=cifar10_500_one_default", "data.per_class=null")),
@@ -218,7 +219,7 @@ def _hours(found: Iterable[dict]) -> float:
 def sections(page: str, root: Path) -> str:
     """results/README.md with the commands and a table for every campaign that has finished runs and no table yet."""
     for campaign in CAMPAIGNS:
-        if campaign.mark in page or not (root / campaign.name).is_dir():
+        if campaign.kind == "leads" or campaign.mark in page or not (root / campaign.name).is_dir():
             continue
         if not any(row.finished for one in report.compare_runs([root / campaign.name]) for row in one.rows):
             continue
