@@ -32,6 +32,7 @@ class TiedGaussians(LDA):
 
     def __init__(self, feature_dim: int, shrinkage: float = 0.5) -> None:
         super().__init__(feature_dim, shrinkage)
+        self.share = shrinkage  # a number, where LDA may also choose it
 
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
@@ -43,9 +44,9 @@ class TiedGaussians(LDA):
 
     def _density(self) -> tuple[Tensor, Tensor, Tensor]:
         """The lower factor L of Σ [F, F], L⁻¹μ_c [C, F], and log π_c − log |L| − F/2 log 2π [C]."""
-        covariance = (1 - self.shrinkage) * self.covariance
+        covariance = (1 - self.share) * self.covariance
         scale = float(self.covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
-        covariance.diagonal().add_(max(self.shrinkage, 1e-10) * scale)
+        covariance.diagonal().add_(max(self.share, 1e-10) * scale)
         factor = torch.linalg.cholesky(covariance)
         volume = factor.diagonal().log().sum() + self.feature_dim / 2 * math.log(2 * math.pi)
         whitened = torch.linalg.solve_triangular(factor, self.means.T, upper=False).T
