@@ -158,8 +158,11 @@ def test_held_out_images_calibrate_as_in_a_run(learner, data, tmp_path):
     model = IncrementalClassifier(learner, holdout=0.25, **CPU)
     for task in (names[:4], names[4:8], names[8:]):
         model.partial_fit(X[np.isin(y, task)], y[np.isin(y, task)], classes=task)
-    stored, mine = load_file(folder / "stage-02" / "confidence.safetensors"), model._confidence.state_dict()
-    assert stored.keys() == mine.keys() and all(torch.equal(stored[key], mine[key]) for key in stored)
+    stored, mine = load_file(folder / "stage-02" / "confidence.safetensors"), model._model.confidence.state_dict()
+    assert stored.keys() == mine.keys()
+    for key in stored:  # held-out images are the estimator's test images, which are in other batches than in a run
+        close = {"rtol": 0, "atol": 0} if learner["name"] == "slda" else {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(mine[key], stored[key], **close)
     scaled = model._logits(X_test).double() / float(stored["temperature"])
     np.testing.assert_allclose(model.predict_proba(X_test), scaled.softmax(1), rtol=1e-12)
     known = model.is_known(X_test, 0.2)
