@@ -26,6 +26,7 @@ class ClassDistances(LDA):
 
     def __init__(self, feature_dim: int, shrinkage: float = 1e-4) -> None:
         super().__init__(feature_dim, shrinkage, priors="uniform")
+        self._share = shrinkage
 
     @without_autocast()
     def distances(self, features: Array) -> tuple[Tensor, Tensor]:
@@ -52,6 +53,6 @@ class ClassDistances(LDA):
 
     def _inverse(self, covariance: Tensor) -> Tensor:
         scale = float(covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
-        shrunk = (1 - self.shrinkage) * covariance
-        shrunk.diagonal().add_(self.shrinkage * scale)
+        shrunk = (1 - self._share) * covariance
+        shrunk.diagonal().add_(self._share * scale)
         return symmetric_inverse(shrunk, scale)
