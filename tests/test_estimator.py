@@ -54,7 +54,7 @@ RECIPE = {"epochs": 1, "train_batch_size": 16}
     [
         {"name": "slda"},
         {"name": "ranpac", "projection": 50},
-        {"name": "linear_probe", **RECIPE},
+        pytest.param({"name": "linear_probe", **RECIPE}, marks=pytest.mark.slow),
         pytest.param({"name": "ease", **RECIPE}, marks=pytest.mark.slow),
         pytest.param({"name": "finetune", **RECIPE}, marks=pytest.mark.slow),
     ],
@@ -147,7 +147,11 @@ def test_slda_is_scikit_learns_discriminant_on_the_features(data):
     np.testing.assert_allclose(model.predict_proba(X_test), theirs.predict_proba(features[1]), atol=1e-3)
 
 
-@pytest.mark.parametrize("learner", [{"name": "slda"}, {"name": "finetune", **RECIPE}], ids=lambda one: one["name"])
+@pytest.mark.parametrize(
+    "learner",
+    [{"name": "slda"}, pytest.param({"name": "finetune", **RECIPE}, marks=pytest.mark.slow)],
+    ids=lambda one: one["name"],
+)
 def test_held_out_images_calibrate_as_in_a_run(learner, data, tmp_path):
     """The temperature and what is kept of held-out images, against the run's file."""
     stream = {"increment": 4, "validation": 0.25}
