@@ -37,18 +37,18 @@ class TiedGaussians(LDA):
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
         x = self.checked(features).double()
-        factor, whitened, bias = self.cached("density", self._density)
-        white = torch.linalg.solve_triangular(factor, x.T, upper=False).T
+        whitening, whitened, bias = self.cached("density", self._density)
+        white = x @ whitening.T
         squares = white.square().sum(1, keepdim=True) - 2 * white @ whitened.T + whitened.square().sum(1)
         return self.only_seen(bias - squares / 2)
 
     def _density(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The lower factor L of Σ [F, F], L⁻¹μ_c [C, F], and log π_c − log |L| − F/2 log 2π [C]."""
+        """L⁻¹ [F, F] of the lower factor L of Σ, L⁻¹μ_c [C, F], and log π_c − log |L| − F/2 log 2π [C]."""
         covariance = (1 - self.share) * self.covariance
         scale = float(self.covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
         covariance.diagonal().add_(max(self.share, 1e-10) * scale)
         factor = torch.linalg.cholesky(covariance)
         volume = factor.diagonal().log().sum() + self.feature_dim / 2 * math.log(2 * math.pi)
-        whitened = torch.linalg.solve_triangular(factor, self.means.T, upper=False).T
+        whitening = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
         shares = self.counts.double() / self.counts.sum().clamp(min=1)
-        return factor, whitened, shares.clamp(min=torch.finfo(torch.float64).tiny).log() - volume
+        return whitening, self.means @ whitening.T, shares.clamp(min=torch.finfo(torch.float64).tiny).log() - volume
