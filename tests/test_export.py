@@ -63,6 +63,7 @@ LEARNERS = {
     "merge_lca": {"epochs": 1, "alignment_epochs": 1, "samples": 8},
     "merge_oracle": {"epochs": 1},
     "slda": {},
+    "layer_lda": {},
     "l2_sp": {"epochs": 1},
     "avalanche": {"epochs": 1},
     "avalanche_replay": {"epochs": 1},
