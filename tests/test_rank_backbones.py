@@ -18,14 +18,13 @@ from test_tune import WATCHED
 from cil import load_config, rank_backbones
 from cil.backbone import EMBEDDED, load_backbone
 from cil.classifiers import NCM, Ridge
+from cil.classifiers.leave_one_out import fixed_point, log_evidence
 from cil.classifiers.ridge import STRENGTHS
 from cil.config import BackboneConfig
 from cil.errors import BackboneError, ConfigError, DataError
 from cil.selection.transferability import (
     agreement,
     effective_rank,
-    fixed_point,
-    log_evidence,
     logme,
     ncm_leave_one_out,
     ridge_leave_one_out,

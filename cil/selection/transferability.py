@@ -12,24 +12,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import kendalltau
 from torch import Tensor
 
 from cil.classifiers.base import Array
+from cil.classifiers.leave_one_out import left_out_predictions, mean_log_evidence, scorable, thin_svd
 from cil.classifiers.ncm import NCM, Metric
-from cil.classifiers.ridge import RESOLVED, STRENGTHS
-from cil.errors import DataError
 from cil.utils.precision import exact
 
 RANKING = ("ncm", "ridge", "logme")
 """Fields of :class:`Scores` for which a higher value is better."""
 SCORES = (*RANKING, "effective_rank")
 """Fields of :class:`Scores` that are compared between backbones."""
-RANK_TOLERANCE = 1e-10
-"""Singular values below this fraction of the largest count as zero."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +59,11 @@ def scores(features: Array, labels: Array) -> Scores:
     Raises:
         DataError: Shapes, types or values are wrong, there are fewer than two classes, or no class has two samples.
     """
-    x, y = _checked(features, labels)
-    u, s = _svd(x)
-    accuracy, strength = _ridge(u, s, y)
-    return Scores(ncm_leave_one_out(x, y), accuracy, _logme(u, s, x.shape[1], y), _effective_rank(s), strength)
+    x, y = scorable(features, labels)
+    u, s = thin_svd(x)
+    predictions, strength = left_out_predictions(u, s, y)
+    evidence = mean_log_evidence(u, s, x.shape[1], y)
+    return Scores(ncm_leave_one_out(x, y), _accuracy(predictions, y), evidence, _effective_rank(s), strength)
 
 
 @exact()
@@ -79,7 +76,7 @@ def ncm_leave_one_out(features: Array, labels: Array, metric: Metric = "cosine")
     Raises:
         DataError: As :func:`scores`.
     """
-    x, y = _checked(features, labels)
+    x, y = scorable(features, labels)
     ncm = NCM(x.shape[1], metric).partial_fit(x, y)
     others = ncm.counts[y] - 1
     counted = others > 0
@@ -101,8 +98,9 @@ def ridge_leave_one_out(features: Array, labels: Array) -> tuple[float, float]:
     Raises:
         DataError: As :func:`scores`.
     """
-    x, y = _checked(features, labels)
-    return _ridge(*_svd(x), y)
+    x, y = scorable(features, labels)
+    predictions, strength = left_out_predictions(*thin_svd(x), y)
+    return _accuracy(predictions, y), strength
 
 
 @exact()
@@ -116,8 +114,8 @@ def logme(features: Array, labels: Array) -> float:
     Raises:
         DataError: As :func:`scores`.
     """
-    x, y = _checked(features, labels)
-    return _logme(*_svd(x), x.shape[1], y)
+    x, y = scorable(features, labels)
+    return mean_log_evidence(*thin_svd(x), x.shape[1], y)
 
 
 @exact()
@@ -141,88 +139,8 @@ def agreement(columns: Mapping[str, Sequence[float]]) -> dict[str, dict[str, flo
     return {one: {other: tau(one, other) for other in columns if other != one} for one in columns}
 
 
-def _checked(features: Array, labels: Array) -> tuple[Tensor, Tensor]:
-    """(features float64 [N, F], labels int64 [N] in 0…C−1), checked as a classifier checks them and to be scorable."""
-    width = np.shape(features)[1] if np.ndim(features) == 2 else 1
-    x, y = NCM(max(width, 1)).prepare_fit(features, labels)
-    y, counts = torch.unique(y, return_inverse=True, return_counts=True)[1:]
-    if len(counts) < 2:
-        raise DataError("scores of features need samples of at least two classes, got one")
-    if int(counts.max()) < 2:
-        raise DataError("scores of features leave samples out one at a time, and no class has two")
-    if not bool(x.any()):
-        raise DataError("scores of features: all features are zero")
-    return x, y
-
-
-def _svd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors [N, k] and singular values [k] up to the numerical rank k."""
-    u, s, _ = torch.linalg.svd(x, full_matrices=False)
-    nonzero = s > RANK_TOLERANCE * s[0]
-    return u[:, nonzero], s[nonzero]
-
-
-def _ridge(u: Tensor, s: Tensor, y: Tensor) -> tuple[float, float]:
-    targets = F.one_hot(y).double()
-    right = u.T @ targets
-    best = math.inf, 0.0, 0.0
-    for strength in STRENGTHS:
-        d = s.square() / (s.square() + strength)
-        rest = 1 - u.square() @ d
-        if float(rest.min()) < RESOLVED:
-            continue
-        left_out = (u * d @ right - (1 - rest)[:, None] * targets) / rest[:, None]
-        error = (left_out - targets).square().mean().item()
-        if error < best[0]:
-            best = error, (left_out.argmax(1) == y).double().mean().item(), strength
-    if math.isinf(best[0]):
-        raise DataError("scores of features: they are too large; ridge regression interpolates at every strength")
-    return best[1:]
-
-
-def _logme(u: Tensor, s: Tensor, width: int, y: Tensor) -> float:
-    targets = F.one_hot(y).double()
-    alpha, beta = fixed_point(u, s, targets)
-    return (log_evidence(u, s, width, targets, alpha, beta) / len(y)).mean().item()
-
-
-def fixed_point(u: Tensor, s: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """α and β [C] of maximal evidence for each column of the targets [N, C], by MacKay's iteration (σ = s², τ = α/β):
-
-    γ = Σσ/(σ+τ), m² = Σ σx²/(σ+τ)², e² = Σ x²(τ/(σ+τ))² + ρ, α ← γ/(m² + 10^-5), β ← (N − γ)/(e² + 10^-5)
-    with x = Uᵀt and ρ the part of ‖t‖² outside U.
-    """
-    n, sigma = len(targets), s.square()[:, None]
-    x2, rho = _projected(u, targets)
-    alpha = beta = targets.new_ones(targets.shape[1])
-    for _ in range(1000):
-        tau = alpha / beta
-        gamma = (sigma / (sigma + tau)).sum(0)
-        alpha = gamma / ((sigma * x2 / (sigma + tau).square()).sum(0) + 1e-5)
-        beta = (n - gamma) / ((x2 * (tau / (sigma + tau)).square()).sum(0) + rho + 1e-5)
-        if bool(((alpha / beta - tau).abs() <= 1e-8 * tau).all()):
-            break
-    return alpha, beta
-
-
-def log_evidence(u: Tensor, s: Tensor, width: int, targets: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """ln N(t; 0, β⁻¹I + α⁻¹FFᵀ) for each column of the targets [N, C] and features F = U diag(s) Vᵀ; [C].
-
-    Exact at every α > 0 and β > 0, not only at the fixed point.
-    """
-    n, sigma, tau = len(targets), s.square()[:, None], alpha / beta
-    x2, rho = _projected(u, targets)
-    m2 = (sigma * x2 / (sigma + tau).square()).sum(0)
-    e2 = (x2 * (tau / (sigma + tau)).square()).sum(0) + rho
-    determinant = (alpha + beta * sigma).log().sum(0) + (width - len(s)) * alpha.log()
-    evidence = width * alpha.log() + n * beta.log() - determinant - beta * e2 - alpha * m2 - n * math.log(2 * math.pi)
-    return evidence / 2
-
-
-def _projected(u: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared coordinates of the targets in U [k, C], and the part of their squared norm outside U [C]."""
-    x2 = (u.T @ targets).square()
-    return x2, (targets.square().sum(0) - x2.sum(0)).clamp(min=0)
+def _accuracy(predictions: Tensor, y: Tensor) -> float:
+    return (predictions.argmax(1) == y).double().mean().item()
 
 
 def _effective_rank(s: Tensor) -> float:
