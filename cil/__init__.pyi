@@ -1,5 +1,5 @@
 from . import learners
-from .backbone import Backbone, Tuner, load_backbone
+from .backbone import Backbone, Backbones, Tuner, load_backbone
 from .config import Config
 from .config.reading import load_config
 from .data.images import load_images
@@ -19,6 +19,7 @@ from .tuning import build_tuner
 
 __all__ = [
     "Backbone",
+    "Backbones",
     "CilError",
     "ClassIncremental",
     "Config",

@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cil.backbone import FROZEN, Backbone
+from cil.backbone import Backbone, Backbones
 from cil.classifiers.base import StatisticsClassifier, match_saved_shapes
+from cil.classifiers.joining import Joined
 from cil.config import Section
 from cil.errors import PluginError, TrainingError
 from cil.features import FeatureCache, View, Viewer
@@ -62,7 +63,7 @@ class Context:
         track: Callable[[Iterable[Any], str, int], Iterable[Any]] | None = None,
     ) -> None:
         self.accelerator = accelerator or hardware.accelerator("cpu")
-        self.cache, self.stage = cache or FeatureCache(self.accelerator), stage
+        self.cache, self.seed, self.stage = cache or FeatureCache(self.accelerator), seed, stage
         self.generator = generator(seed, stage)
         self.trainable_parameters = 0
         self.histograms: dict[str, list[float]] = {}
@@ -92,6 +93,8 @@ class Context:
     def features(self, viewer: Viewer, data: TaskData) -> tuple[Tensor, Tensor]:
         """Features of a task's images under the test transform, and their labels; computed once per image and view.
 
+        Those of a learner on several backbones are joined, see :meth:`Learner.join`.
+
         Args:
             viewer: The learner, for its own features, or its backbone, for the frozen ones.
             data: Images of the task.
@@ -100,8 +103,9 @@ class Context:
             (float32 [N, F] on the device, int64 [N] on the device).
         """
         images, indices = data.source
-        labels = torch.as_tensor(data.labels)
-        return self.cache.get(viewer, images, indices).to(self.device), labels.to(self.device)
+        labels = torch.as_tensor(data.labels).to(self.device)
+        features = self.cache.get(viewer, images, indices).to(self.device)
+        return viewer.join(features, labels) if isinstance(viewer, Learner) else features, labels
 
 
 class Learner(nn.Module, ABC):
@@ -157,8 +161,12 @@ class Learner(nn.Module, ABC):
         super().__init__()
         self.config = config
         object.__setattr__(self, "backbone", backbone)  # not a submodule: it is shared, and not part of the state
+        self.joined: Joined | None = None
+        if isinstance(backbone, Backbones):
+            self.joined = Joined(backbone.widths, backbone.combine.scale, backbone.combine.weights)
         self.seen = 0  # number of classes so far
         self.stages = 0  # number of tasks begun so far
+        self._decided = False  # whether the scales of several backbones are those of the first task
 
     def begin(self, task: Task, ctx: Context) -> None:
         """Make room for a task, e.g. grow a head. An override calls ``super().begin`` first.
@@ -187,13 +195,26 @@ class Learner(nn.Module, ABC):
           so its features are stored on disk if the run has a feature store. Features of any other function are kept in
           memory during the run.
         """
-        return {FROZEN: self.backbone}
+        return self.backbone.views()
+
+    def join(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The concatenated features of all views [B, F] as the classifier takes them, [B, F].
+
+        They are unchanged with one backbone. With several, each one's features are scaled and weighted
+        (:class:`~cil.classifiers.joining.Joined`), as the first features with ``labels`` in the first stage decide.
+        """
+        if self.joined is None:
+            return features
+        if labels is not None and self.stages == 1 and not self._decided:
+            self.joined.fit(features, labels)
+            self._decided = True
+        return self.joined(features)
 
     @final
     def features(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] → features [B, F]: those of all :meth:`views` side by side."""
         parts = [view(images) for view in self.views().values()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else self.join(torch.cat(parts, dim=1))
 
     @abstractmethod
     def logits(self, features: Tensor) -> Tensor:

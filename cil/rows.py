@@ -149,6 +149,7 @@ class Header(TypedDict):
     class_order: list[Count]  # position in the data set's own order, for each class in order of appearance
     tasks: list[list[Count]]  # labels of each task, in order of appearance
     backbone: dict[str, Any]  # name, sha256 of the weights, feature_dim
+    backbones: NotRequired[list[dict[str, Any]]]  # the same for each of several backbones, which backbone joins
     transform: dict[str, Any]
     data: dict[str, Any]  # for each split: sha256, images, skipped, a digest of each task's images, and folders
     code: NotRequired[dict[str, str]]  # for each source file of custom code: its sha256

@@ -62,7 +62,7 @@ fork = multiprocessing.get_context("fork")
 def watched(monkeypatch):
     """What runs do from here on: the backbones they load, and how often each picture is decoded."""
     backbones, reads = [], Counter()
-    load, read = benchmark.load_backbone, ImageSource.read
+    load, read = benchmark.load_backbones, ImageSource.read
 
     def loaded(*arguments):
         backbones.append(load(*arguments))
@@ -73,7 +73,7 @@ def watched(monkeypatch):
             reads[self.describe(index)] += 1
         return read(self, index)
 
-    monkeypatch.setattr(benchmark, "load_backbone", loaded)
+    monkeypatch.setattr(benchmark, "load_backbones", loaded)
     monkeypatch.setattr(ImageSource, "read", counted)
     return backbones, reads
 

@@ -1,6 +1,9 @@
-"""Calibration of scores: one temperature that turns them into probabilities."""
+"""Calibration of scores: one temperature that turns them into probabilities, and means of several classifiers'."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +57,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             break
         beta, best = tried, value
     return spread / beta
+
+
+def mean_logits(scores: Sequence[Tensor], temperatures: Tensor, weights: Tensor) -> Tensor:
+    """log softmax(Σ_k w_k z_k / T_k), float64 [B, C], of scores z_k [B, C]; heads of weight 0 have no part in it."""
+    parts = [
+        float(w) * z.double() / float(t) for z, t, w in zip(scores, temperatures, weights, strict=True) if float(w) > 0
+    ]
+    return torch.stack(parts).sum(0).log_softmax(1)
+
+
+def mean_probabilities(scores: Sequence[Tensor], temperatures: Tensor, weights: Tensor) -> Tensor:
+    """log Σ_k w_k softmax(z_k / T_k), float64 [B, C], of scores z_k [B, C]; heads of weight 0 have no part in it."""
+    parts = [
+        (z.double() / float(t)).log_softmax(1) + math.log(w)
+        for z, t, w in zip(scores, temperatures, weights, strict=True)
+        if float(w) > 0
+    ]
+    return torch.stack(parts).logsumexp(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -48,7 +50,8 @@ class LDA(StatisticsClassifier):
         shrinkage: Shrinkage s in [0, 1], or ``gcv``; with 1 the distances to the class means are Euclidean.
         priors: Class priors π_c; ``counts``: the classes' shares of the samples, ``uniform``: equal for all classes
             with samples. Every sample has the same weight in Σ under both.
-        blocks: Number of equal parts of the features. Σ is taken to be 0 between parts, so logits are sums over parts.
+        blocks: Number of equal parts of the features, or the widths of the parts, with sum F. Σ is taken to be 0
+            between parts, so logits are sums over parts.
         balance: Whether every class has the same weight in Σ, as if all had the same number of samples. All samples of
             a class must come in one call.
 
@@ -70,17 +73,20 @@ class LDA(StatisticsClassifier):
         feature_dim: int,
         shrinkage: Shrinkage = 1e-4,
         priors: Priors = "counts",
-        blocks: int = 1,
+        blocks: int | Sequence[int] = 1,
         balance: bool = False,
     ) -> None:
         super().__init__(feature_dim)
         if shrinkage != "gcv" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
             raise ConfigError(f"LDA: shrinkage is {shrinkage!r}; it must be in [0, 1], or 'gcv'")
-        if blocks < 1 or feature_dim % blocks:
+        if isinstance(blocks, int) and (blocks < 1 or feature_dim % blocks):
             raise ConfigError(f"LDA: blocks is {blocks}; {feature_dim} features do not divide into equal parts")
+        widths = (feature_dim // blocks,) * blocks if isinstance(blocks, int) else tuple(blocks)
+        if not widths or min(widths) < 1 or sum(widths) != feature_dim:
+            raise ConfigError(f"LDA: blocks are {list(widths)}; give widths ≥ 1 with the sum {feature_dim}")
         if priors not in ("counts", "uniform"):
             raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
-        self.shrinkage, self.priors, self.blocks, self.balance = shrinkage, priors, blocks, balance
+        self.shrinkage, self.priors, self.blocks, self.balance = shrinkage, priors, widths, balance
         self.require_memory()
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
@@ -149,8 +155,8 @@ class LDA(StatisticsClassifier):
         covariance, means = self.covariance, self.means
         unit = float(covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
         parts, shrinkages = [], []
-        width = self.feature_dim // self.blocks
-        for part in (slice(start, start + width) for start in range(0, self.feature_dim, width)):
+        for end, width in zip(accumulate(self.blocks), self.blocks, strict=True):
+            part = slice(end - width, end)
             block = covariance[part, part]
             scale = float(block.diagonal().mean()) or unit
             chosen = self._choose(block, part, scale) if isinstance(self.shrinkage, str) else self.shrinkage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,22 +53,40 @@ class NCM(StatisticsClassifier):
         feature_dim: Feature width F.
         metric: ``cosine`` scores by the cosine of f and μ_c; ``euclidean`` orders classes by ‖f − μ_c‖.
         teen: Calibration of the means of few samples; None for none. Needs ``cosine``.
+        blocks: Widths F_k of the parts of the features, with sum F. With several, ``cosine`` scores by
+            Σ_k w_k cos(f_k, μ_{c,k}): the cosine of whole features would let the part of the largest norm decide.
 
     Buffers:
         sums: float64 [C, F], sum of the features of each class.
         counts: int64 [C].
+        block_weights: float64 [K], w; 1/K until they are set. Only with several blocks.
+
+    Raises:
+        ConfigError: The widths do not add up to F.
     """
 
     per_class = ("sums", "counts")
     removed_with = "nothing"
     over_classes = ()
     sums: Tensor
+    block_weights: Tensor
 
-    def __init__(self, feature_dim: int, metric: Metric = "cosine", teen: Teen | None = None) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        metric: Metric = "cosine",
+        teen: Teen | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(feature_dim)
         if teen is not None and metric != "cosine":
             raise ConfigError(f"NCM: calibrate teen compares class means by cosine; got metric {metric!r}")
-        self.metric, self.teen = metric, teen
+        self.metric, self.teen, self.blocks = metric, teen, tuple(blocks or (feature_dim,))
+        if min(self.blocks) < 1 or sum(self.blocks) != feature_dim:
+            raise ConfigError(f"NCM: blocks are {list(self.blocks)}; give widths ≥ 1 with the sum {feature_dim}")
+        if len(self.blocks) > 1:
+            equal = torch.full((len(self.blocks),), 1 / len(self.blocks), dtype=torch.float64)
+            self.register_buffer("block_weights", equal)
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
 
     @exact()
@@ -100,7 +119,17 @@ class NCM(StatisticsClassifier):
         if self.metric == "cosine":
             if self.teen is not None:
                 means = self.cached("calibrated", self._calibrated).to(features.dtype)
-            scores = F.normalize(features, dim=1) @ F.normalize(means, dim=1).T
+            scores = self._by_block(features, means)
         else:  # −‖f − μ‖²/2 without the term that is the same for every class
             scores = features @ means.T - means.square().sum(1) / 2
         return self.only_seen(scores)
+
+    def _by_block(self, features: Tensor, means: Tensor) -> Tensor:
+        """Cosines [B, C], those of several blocks by their weights."""
+        cosines = [
+            F.normalize(x, dim=1) @ F.normalize(mean, dim=1).T
+            for x, mean in zip(features.split(self.blocks, dim=1), means.split(self.blocks, dim=1), strict=True)
+        ]
+        if len(cosines) == 1:
+            return cosines[0]
+        return torch.einsum("k,kbc->bc", self.block_weights.to(features.dtype), torch.stack(cosines))

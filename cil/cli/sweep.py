@@ -156,6 +156,10 @@ def rank_backbones(
         typer.Option(help="A name as in backbone.name, or a section, e.g. '{name: …, weights: FILE}'; repeatable."),
     ] = None,
     by: Annotated[By, typer.Option(help="Score to rank by.")] = By.NCM,
+    together: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Also choose up to N of them to be used together, as the key backbones."),
+    ] = None,
     results: Results = Path("results"),
 ) -> None:
     """Rank backbones on the first task's training images, without training: leave-one-out accuracies, LogME.
@@ -173,7 +177,7 @@ def rank_backbones(
     with console.status("loading torch, data and backbones …"):
         from cil.runner.display import Display
         from cil.selection.backbones import rank_backbones as rank
-    ranking = rank(settings, backbone or [], results, by=by.value, display=Display(console))
+    ranking = rank(settings, backbone or [], results, by=by.value, together=together, display=Display(console))
     head = ("NCM %", "ridge %", "LogME", "effective rank", "λ", "width", "seconds")
     table = Table("rank", "backbone", box=None, pad_edge=False)
     for heading in head:
@@ -190,4 +194,11 @@ def rank_backbones(
     text = ", ".join(f"{one} and {other} {tau:.2f}" for one, other, tau in taus if tau is not None)
     if text:
         console.print(f"\nKendall's τ: {text}", markup=False, highlight=False)
+    if ranking.together is not None:
+        steps = Table("together", "backbone", box=None, pad_edge=False)
+        for heading in ("ridge %", "passes per image"):
+            steps.add_column(heading, justify="right", no_wrap=True)
+        for passes, (one, accuracy) in enumerate(ranking.together, 1):
+            steps.add_row("+" if passes > 1 else "", Text(one.title), f"{100 * accuracy:.2f}", str(passes))
+        wide.print("", steps, sep="\n")
     console.print(f"\nrecord:    {ranking.record}", markup=False, highlight=False, soft_wrap=True)

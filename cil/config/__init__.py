@@ -6,6 +6,7 @@ Importing this package needs pydantic, and neither torch nor timm.
 from cil.config.schema import (
     Augmentation,
     BackboneConfig,
+    CombineConfig,
     Config,
     DataConfig,
     HardwareConfig,
@@ -20,6 +21,7 @@ from cil.config.schema import (
 __all__ = [
     "Augmentation",
     "BackboneConfig",
+    "CombineConfig",
     "Config",
     "DataConfig",
     "HardwareConfig",

@@ -20,7 +20,7 @@ from cil.errors import PluginError
 
 log = logging.getLogger(__name__)
 PATHS = (("data", "root"), ("backbone", "weights"), ("hardware", "feature_store"))
-"""Keys of a configuration that may hold a path."""
+"""Keys of a configuration that may hold a path; so may ``weights`` of each of several backbones."""
 NO_PATHS = ("random", "off")
 """Values of these keys that are no paths."""
 
@@ -29,14 +29,20 @@ def with_paths(config: Mapping[str, Any], change: Callable[[str], str]) -> dict[
     """A plain configuration with every path in it changed: data, weights, feature store, and files of custom code."""
     new = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
     for section, key in PATHS:
-        value = new.get(section, {}).get(key)
-        if value is not None and value not in NO_PATHS:
-            new[section][key] = change(value)
+        if isinstance(new.get(section), Mapping):
+            new[section] = _with_path(new[section], key, change)
+    if isinstance(new.get("backbones"), list):
+        new["backbones"] = [_with_path(section, "weights", change) for section in new["backbones"]]
     dataset = new.get("data", {}).get("dataset", "")
     if ":" in dataset:
         new["data"]["dataset"] = _with_place(dataset, change)
     new["learners"] = [with_classes(entry, lambda spec: _with_place(spec, change)) for entry in new["learners"]]
     return new
+
+
+def _with_path(section: Mapping[str, Any], key: str, change: Callable[[str], str]) -> dict[str, Any]:
+    value = section.get(key)
+    return dict(section) if value is None or value in NO_PATHS else {**section, key: change(value)}
 
 
 def with_classes(entry: Any, change: Callable[[str], str]) -> Any:

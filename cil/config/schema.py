@@ -7,7 +7,6 @@ learner is loaded.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,22 +17,22 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveInt,
-    ValidationInfo,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from cil.config.backbones import BackboneConfig, CombineConfig, Place, as_backbone, fault_of_several
 from cil.config.names import alike, check_name, check_plain
-from cil.config.numbers import check_order, check_range, is_number, mark_truth
+from cil.config.numbers import check_order, mark_truth
+from cil.config.section import Section, as_section
 from cil.errors import shortened
-from cil.utils.paths import expand
 
 LARGEST_IMAGE = 2**14  # pixels per side
 Unit = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0)]
 Deviation = Annotated[float, Field(ge=1e-6)]  # of pixels in [0, 1]
-Place = Annotated[Path, AfterValidator(expand)]
-"""A path, with ``~`` and environment variables expanded."""
 Name = Annotated[str, AfterValidator(check_name)]
 """A name that becomes a folder."""
 Seed = Annotated[int, BeforeValidator(mark_truth), AfterValidator(check_order)]
@@ -41,31 +40,6 @@ ClassOrder = Annotated[int | str | list[int] | list[str], BeforeValidator(mark_t
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that PIL reads by default."""
-
-
-def as_section(raw: Any) -> Any:
-    """Expand a bare name to a section: ``adapter`` to ``{name: adapter}``, ``mine.py:Mine`` to
-    ``{class: mine.py:Mine}``."""
-    return {"class" if ":" in raw else "name": raw} if isinstance(raw, str) else raw
-
-
-class Section(BaseModel):
-    """A section of a configuration: immutable, unknown keys are errors, and numbers are finite numbers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        numbers = {info.alias or key for key, info in cls.model_fields.items() if is_number(info.annotation)}
-        return {key: mark_truth(value) if key in numbers else value for key, value in raw.items()}
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
-        return check_range(value) if is_number(cls.model_fields[info.field_name or ""].annotation) else value
 
 
 class Normalization(Section):
@@ -164,27 +138,6 @@ class StreamConfig(Section):
     )
 
 
-class BackboneConfig(Section):
-    """A pre-trained vision transformer."""
-
-    name: str = Field(
-        "vit_tiny_patch8_64.tinyimagenet100",
-        description="timm name with its tag, hf-hub:<org>/<model> or local-dir:<folder>; default: the model that ships "
-        "with cil",
-    )
-    weights: Place | Literal["random"] | None = Field(
-        None,
-        description="local file that timm reads: safetensors, torch, or npz for JAX; random: untrained, from seed 0; "
-        "default: pre-trained",
-    )
-    options: dict[str, Any] = Field({}, description="further arguments of timm.create_model, e.g. img_size")
-    attention: Literal["timm", "explicit"] = Field(
-        "timm",
-        description="implementation of attention; timm: as timm chooses, usually torch's fused attention; explicit: an "
-        "explicit softmax, which trains up to twice as fast on a CPU in bf16",
-    )
-
-
 class HardwareConfig(Section):
     """Settings of the machine. They are not part of a run's identity."""
 
@@ -253,7 +206,8 @@ class LearnerEntry(BaseModel):
 
 
 class Config(Section):
-    """A benchmark: one stream and backbone, and the learners, class orders and seeds to run on them."""
+    """A benchmark: one stream and backbone (or several, as one), and the learners, class orders and seeds to run on
+    them."""
 
     name: Annotated[str, AfterValidator(check_plain)] = Field(
         "benchmark",
@@ -262,6 +216,10 @@ class Config(Section):
     data: DataConfig = DataConfig()
     stream: StreamConfig = StreamConfig()
     backbone: BackboneConfig = BackboneConfig()
+    backbones: list[BackboneConfig] | None = Field(
+        None, description="two or more backbones, in place of backbone, whose frozen features are used together"
+    )
+    combine: CombineConfig | None = Field(None, description="joining of the features of several backbones")
     transform: TransformConfig = TransformConfig()
     learners: list[LearnerEntry] = Field(min_length=1)
     orders: list[ClassOrder] = Field(
@@ -292,10 +250,36 @@ class Config(Section):
             del raw["learner"]
         return raw
 
+    @model_validator(mode="before")
+    @classmethod
+    def _several(cls, raw: Any) -> Any:
+        """Beside ``backbones``, ``backbone: null`` takes back that of an extended file; ``combine`` has defaults."""
+        if not isinstance(raw, dict) or raw.get("backbones") is None:
+            return raw
+        raw = {key: value for key, value in raw.items() if key != "backbone" or value is not None}
+        return {"combine": {}, **raw}
+
+    @model_serializer(mode="wrap")
+    def _one_or_several(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that say nothing are left out: with one backbone those of several, and the other way round."""
+        left_out = ("backbones", "combine") if self.backbones is None else ("backbone",)
+        return {key: value for key, value in serialized(self).items() if key not in left_out}
+
+    @field_validator("backbones", mode="before")
+    @classmethod
+    def _backbone_names(cls, raw: Any) -> Any:
+        return [as_backbone(item) for item in raw] if isinstance(raw, list) else raw
+
     @field_validator("learners", mode="before")
     @classmethod
     def _names(cls, raw: Any) -> Any:
         return [as_section(item) for item in raw] if isinstance(raw, list) else raw
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Config:
+        if fault := fault_of_several(self.backbones, self.combine, "backbone" in self.model_fields_set):
+            raise ValueError(fault)
+        return self
 
     @model_validator(mode="after")
     def _held_out(self) -> Config:

@@ -16,6 +16,7 @@ from cil.config import DataConfig, HardwareConfig, TransformConfig
 from cil.data.decoded import DecodedSource
 from cil.data.folder import as_text
 from cil.data.opening import open_source
+from cil.data.packed import PackedTransforms, make_transforms
 from cil.data.pixels import VERSION as PIXELS
 from cil.data.reading import ImageReader, Item, WorkerReader, stack
 from cil.data.reading import read_image as read_image
@@ -60,7 +61,8 @@ class ImageSet:
         self.source, self.transforms, self.workers, self.title = source, transforms, workers, title
         self._in_memory = in_memory
         self.labels, self.class_names, self.domains = source.labels, source.class_names, source.domains
-        shape = (len(source), 3, transforms.size, transforms.size)
+        self._memory, self._members = memory_bytes, dict[int, ImageSet]()
+        shape = (len(source), *transforms.shape)
         keep = float(np.prod(shape)) <= memory_bytes
         self._pixels = (
             torch.empty(shape, dtype=torch.uint8) if keep else None
@@ -81,6 +83,25 @@ class ImageSet:
         """Identifies the images after the test transform; part of the feature store's key."""
         card = {key: value for key, value in self.transforms.card.items() if key != "augment"}
         return {"data": f"{self.source.fingerprint} {self.source.stamp}", "transform": card, **VERSIONS}
+
+    def through(self, member: int) -> ImageSet:
+        """The images as one of several backbones sees them, with its own transforms; always the same object.
+
+        Args:
+            member: The place of the backbone; the transforms of this set are
+                :class:`~cil.data.packed.PackedTransforms`.
+        """
+        if member not in self._members:
+            assert isinstance(self.transforms, PackedTransforms)  # only several backbones have members
+            self._members[member] = ImageSet(
+                self.source,
+                self.transforms.members[member],
+                in_memory=self._in_memory,
+                memory_bytes=self._memory,
+                workers=self.workers,
+                title=self.title,
+            )
+        return self._members[member]
 
     def batches(
         self,
@@ -110,7 +131,7 @@ class ImageSet:
             pixels = self._test_pixels(positions, gpu)
         else:  # each image has its own seed, so the number of workers and the batch size change nothing
             pixels = self.load([_items(indices[chunk], seeds[chunk]) for chunk in filled], gpu)
-        nothing = torch.empty(0, 3, self.transforms.size, self.transforms.size, dtype=torch.uint8)
+        nothing = torch.empty(0, *self.transforms.shape, dtype=torch.uint8)
         for chunk in chunks:
             batch, targets = next(pixels) if len(chunk) else nothing, torch.as_tensor(labels[chunk])
             if gpu:  # only a copy from pinned memory runs in parallel with the computation on the device
@@ -296,7 +317,7 @@ def load_images(
             f"data is a {type(data).__name__}; allowed: the name of a dataset, a DataConfig, or an ImageSource "
             "(cil.data.sources.from_arrays makes one)"
         )
-    transforms = Transforms(backbone.data_config, transform)
+    transforms = make_transforms(backbone.data_config, transform)
     if isinstance(data, ImageSource):
         return ImageSet(data, transforms)
     config = DataConfig(dataset=data) if isinstance(data, str) else data

@@ -59,8 +59,8 @@ def export(
         The folder of the artifact.
 
     Raises:
-        ExportError: The format is unknown, the target exists, the format cannot express the learner, logits differ, or
-            the disk is full. Nothing is left behind in these cases.
+        ExportError: The format is unknown, the target exists, the run has several backbones, the format cannot express
+            the learner, logits differ, or the disk is full. Nothing is left behind in these cases.
         RunError: The run cannot be loaded.
         PluginError: The file of a custom class is not there.
     """
@@ -71,6 +71,10 @@ def export(
     run = expand(run)
     out = expand(out) if out is not None else run / f"export-{format}"
     require_free(out, force)
+    if len(several := results.read_header(run).get("backbones", ())):
+        raise ExportError(
+            f"{run}: a run with {len(several)} backbones cannot be exported yet; `cil predict` uses its run folder"
+        )
     model = open_run(run, weights=weights, code=code)
     header, rows = results.read_header(run), RunFolder(run).rows()
     run_facts = results.assemble(cast(results.Header, header), rows, len(header["tasks"]))

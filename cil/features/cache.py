@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from cil.backbone import Member
 from cil.features.digest import about_tuner, backbone_digest, is_frozen, seen_through, tuner_digest
 from cil.store import FeatureStore, Key
 
@@ -103,11 +104,11 @@ class FeatureCache:
         """The same by version of the view, float32 [N, F_v] each."""
         views = viewer.views()
         self.fill(viewer, images, {version: [indices] for version in views})
-        return {version: self._of(version, view, images).rows(indices) for version, view in views.items()}
+        return {v: self._of(v, *as_seen(view, images)).rows(indices) for v, view in views.items()}
 
     def put(self, viewer: Viewer, version: Hashable, images: ImageSet, indices: np.ndarray, features: Tensor) -> None:
         """Take features of ``indices`` that were computed earlier, float32 [N, F_v], for a current view."""
-        kept = self._of(version, viewer.views()[version], images)
+        kept = self._of(version, *as_seen(viewer.views()[version], images))
         if len(indices):
             kept.add([indices], features, from_store=False)
             kept.asked[indices] = True
@@ -124,8 +125,8 @@ class FeatureCache:
         self._views[viewer] = set(views)
         self._kept = {key: entry for key, entry in self._kept.items() if key[0] not in gone}
         for version, parts in groups.items():
-            view = views[version]
-            kept = self._of(version, view, images)
+            view, seen = as_seen(views[version], images)
+            kept = self._of(version, view, seen)
             if kept.groups is None:
                 for indices in parts:
                     missing = indices[kept.unit[indices] < 0]
@@ -255,6 +256,11 @@ class FeatureCache:
         if isinstance(view, Queried):
             return view.see(pixels, self.get(view.backbone, images, indices).to(pixels.device)).float()
         return view(pixels).float()
+
+
+def as_seen(view: View, images: ImageSet) -> tuple[View, ImageSet]:
+    """A view and the images that it is asked about; for one of several backbones, it and the images it sees."""
+    return (view.backbone, images.through(view.index)) if isinstance(view, Member) else (view, images)
 
 
 class _Kept:

@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from cil.classifiers.ncm import NCM, Metric, Teen
+from cil.learner import Context
 from cil.learners.bases.on_features import ClassifierOnFeatures
+from cil.stream import Task
 
 
 class NCMLearner(ClassifierOnFeatures):
@@ -15,7 +17,8 @@ class NCMLearner(ClassifierOnFeatures):
 
     For every new class c, p_c = mean of f(x_i) over its training images (test transform, features not normalised); the
     prediction is argmax_c cos(f(x), p_c). Nothing is trained, so the final accuracy does not depend on class order,
-    task split, batch size or seed. Keeps F + 1 numbers per class. One forward pass per image.
+    task split, batch size or seed. With several backbones, the score is the weighted sum of their cosines. Keeps F + 1
+    numbers per class. One forward pass per image.
     """
 
     class Config(ClassifierOnFeatures.Config):
@@ -34,8 +37,15 @@ class NCMLearner(ClassifierOnFeatures):
     summary = "nearest class mean of frozen features, by cosine (SimpleCIL)"
     trains = "nothing"
     paper = "Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models, IJCV 2024, arXiv 2303.07338"
+    classifier: NCM
 
     def make_classifier(self) -> NCM:
         config = self.config
         teen = Teen(config.shots, config.alpha, config.tau) if config.calibrate == "teen" else None
-        return NCM(self.width, config.metric, teen)
+        blocks = self.joined.scales.widths if self.joined is not None else None
+        return NCM(self.width, config.metric, teen, blocks)
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        super().learn(task, ctx)
+        if self.joined is not None:
+            self.classifier.block_weights = self.joined.weights

@@ -97,15 +97,23 @@ def configure(entry: LearnerEntry) -> tuple[type[Learner], LearnerConfig]:
 
 
 def instantiate(cls: type[Learner], parameters: LearnerConfig, backbone: Backbone) -> Learner:
-    """A fresh learner of a class that was configured by :func:`configure`.
+    """A fresh learner of a class that was configured by :func:`configure`, or one on each of several backbones.
 
     The global random state is isolated from it: a learner that forgets to use its generator still starts from the
     same weights every time, and the learner checks find the mistake.
     """
+    from cil.backbone import Backbones
+    from cil.learners.bases.heads import Heads
     from cil.utils.randomness import isolated
 
+    if not isinstance(backbone, Backbones):
+        with isolated(0):
+            return cls(parameters, backbone)
     with isolated(0):
-        return cls(parameters, backbone)
+        joint = backbone.combine.heads == "joint"
+        learner = cls(parameters, backbone) if joint else Heads(cls, parameters, backbone)
+    backbone.require_frozen(learner.views().values())
+    return learner
 
 
 def build_learner(config: LearnerEntry | str | dict[str, Any], backbone: Backbone) -> Learner:

@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cil import history, results
-from cil.backbone import Backbone, load_backbone
+from cil.backbone import Backbone, Backbones, load_backbone
 from cil.config import BackboneConfig, Config
 from cil.config import code as custom
 from cil.config.schema import MAX_PIXELS
 from cil.data.folder import as_text, images_below
+from cil.data.packed import make_transforms
 from cil.data.reading import read_image
 from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError
@@ -124,7 +125,7 @@ def restore(
     tasks = past_tasks(header["tasks"][:finished], header["class_names"])
     run_folder.load_learner(learner, tasks, lambda stage: Context(accelerator, cache, stage=stage))
     learner.eval()
-    return learner, Transforms(backbone.data_config, plan.config.transform), tasks[-1].names
+    return learner, make_transforms(backbone.data_config, plan.config.transform), tasks[-1].names
 
 
 def recorded_setting(
@@ -155,14 +156,35 @@ def recorded_setting(
     [plan] = plans(config)
     custom.warn_if_changed(header.get("code"), entry, plan.cls, folder)
     if backbone is None or backbone.fingerprint != header["backbone"]["sha256"]:
-        backbone = _backbone(folder, config.backbone, header["backbone"], device, weights)
+        backbone = _backbone(folder, config, header, device, weights)
     return plan, backbone
 
 
 def _backbone(
-    folder: Path, config: BackboneConfig, recorded: dict[str, Any], device: torch.device, weights: Path | None
+    folder: Path, config: Config, header: Mapping[str, Any], device: torch.device, weights: Path | None
 ) -> Backbone:
-    """The backbone of a run, with the weights and the name that the run recorded."""
+    """The backbone of a run, or its several ones as one, with the weights and the names that the run recorded."""
+    if config.backbones is None:
+        return _single(folder, config.backbone, header["backbone"], device, weights)
+    gone = [k for k, one in enumerate(config.backbones) if isinstance(one.weights, Path) and not one.weights.is_file()]
+    if weights is not None and len(gone) != 1:
+        raise RunError(
+            f"{folder}: the run has {len(config.backbones)} backbones, and of {len(gone)} of them the weights are not "
+            f"where they were, so it is not clear which --weights {weights} belongs to; put the files back in their "
+            "places"
+        )
+    moved = {k: weights for k in gone}
+    members = [
+        _single(folder, section, recorded, device, moved.get(k))
+        for k, (section, recorded) in enumerate(zip(config.backbones, header["backbones"], strict=True))
+    ]
+    return Backbones(members, config.combine)
+
+
+def _single(
+    folder: Path, config: BackboneConfig, recorded: Mapping[str, Any], device: torch.device, weights: Path | None
+) -> Backbone:
+    """One backbone of a run."""
     place = weights if weights is not None else config.weights
     if isinstance(place, Path) and not place.expanduser().is_file():
         advice = "" if weights is not None else ", where the run had its backbone's weights"

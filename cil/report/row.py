@@ -12,7 +12,7 @@ from cil.report.protocols import Run
 from cil.utils.nested import flatten
 
 # keys of a configuration that are not settings of the learner; data, stream and backbone belong to the protocol
-NOT_SETTINGS = ("name", "data", "stream", "backbone", "orders", "seeds", "hardware")
+NOT_SETTINGS = ("name", "data", "stream", "backbone", "backbones", "orders", "seeds", "hardware")
 
 
 def order_of(run: Run) -> str:

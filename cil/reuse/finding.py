@@ -34,7 +34,7 @@ from cil.features import FeatureCache, Track
 from cil.prediction import restore
 from cil.prediction.model import recorded_setting
 from cil.reuse.describing import specification_of
-from cil.reuse.parents import space
+from cil.reuse.parents import require_one_backbone, space
 from cil.reuse.specification import Specification
 from cil.selection.transferability import ncm_leave_one_out
 from cil.store import open_store
@@ -208,10 +208,16 @@ def folders_of(runs: Sequence[Path | str]) -> list[Path]:
 
 
 def by_space(folders: Sequence[Path]) -> list[list[Path]]:
-    """Run folders grouped by their frozen features, in the order in which the first of each group comes."""
+    """Run folders grouped by their frozen features, in the order in which the first of each group comes.
+
+    Raises:
+        RunError: A run has several backbones.
+    """
     groups: list[tuple[dict[str, Any], list[Path]]] = []
     for folder in folders:
-        mine = space(results.read_header(folder))
+        header = results.read_header(folder)
+        require_one_backbone(folder, header)
+        mine = space(header)
         for known, members in groups:
             if known == mine:
                 members.append(folder)

@@ -116,6 +116,19 @@ def difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
     return ""
 
 
+def require_one_backbone(folder: Path, header: Mapping[str, Any]) -> None:
+    """Refuse a run with several backbones.
+
+    Raises:
+        RunError: The run has them.
+    """
+    if several := header.get("backbones"):
+        raise RunError(
+            f"{folder}: has {len(several)} backbones, and runs are joined and found by the features of one; give runs "
+            "with the key backbone"
+        )
+
+
 def open_parents(
     folders: Sequence[Path], accelerator: Accelerator, *, weights: Path | None = None, code: Sequence[Path] = ()
 ) -> list[Parent]:
@@ -136,6 +149,7 @@ def open_parents(
     parents: list[Parent] = []
     for folder in folders:
         header = results.read_header(folder)
+        require_one_backbone(folder, header)
         if any(folder.samefile(other.folder) for other in parents):
             raise RunError(f"{folder}: given twice; its images would count twice")
         if parents and (found := difference(space(parents[0].header), space(header))):

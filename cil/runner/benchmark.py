@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 
 from cil import results
-from cil.backbone import Backbone, load_backbone
+from cil.backbone import Backbone, load_backbones
 from cil.config import Config
 from cil.config.parsing import to_yaml
 from cil.data.classes import NoSplitError
 from cil.data.images import ImageSet, LoadedSplit
-from cil.data.transforms import Transforms
+from cil.data.packed import make_transforms
 from cil.errors import BackboneError, ConfigError, TrainingError
 from cil.learners import registry
 from cil.results import Header, Stage, StageRow
@@ -40,8 +40,8 @@ class Inputs:
         self.store = open_store(config.hardware)
         self.train = LoadedSplit(config.data, "train", config.hardware, self.store)
         self.test = self._test(config)
-        self.backbone = load_backbone(config.backbone, device)
-        self.transforms = Transforms(self.backbone.data_config, config.transform)
+        self.backbone = load_backbones(config, device)
+        self.transforms = make_transforms(self.backbone.data_config, config.transform)
         test = None if self.test is None else self.test.images(self.transforms)
         self.images = self.train.images(self.transforms), test
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from cil import metrics
-from cil.backbone import FROZEN
 from cil.classifiers.base import match_saved_shapes
 from cil.classifiers.calibration import fit_temperature
 from cil.classifiers.distances import ClassDistances
@@ -87,7 +86,7 @@ class Confidence(nn.Module):
             images, indices = task.validation.source
             new = cache.get(learner, images, indices)
             features = torch.cat([features, new]) if len(features) else new
-            if set(learner.views()) != {FROZEN}:
+            if learner.views().keys() != learner.backbone.views().keys():
                 frozen = torch.cat([frozen, cache.get(learner.backbone, images, indices)])
             self.labels = torch.cat([self.labels, torch.as_tensor(task.validation.labels)])
             self.tasks = torch.cat([self.tasks, torch.full((len(new),), task.index)])
@@ -185,5 +184,8 @@ def scores_of(learner: Learner, features: Tensor, cache: FeatureCache) -> Tensor
     if not len(features):
         return torch.zeros(0, 1)
     with torch.inference_mode(), cache.accelerator.autocast():
-        parts = [learner.logits(part.to(cache.accelerator.device)).float().cpu() for part in features.split(BATCH)]
+        parts = [
+            learner.logits(learner.join(part.to(cache.accelerator.device))).float().cpu()
+            for part in features.split(BATCH)
+        ]
     return torch.cat(parts)

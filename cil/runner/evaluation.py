@@ -94,7 +94,7 @@ def evaluate(
     with torch.inference_mode(), cache.accelerator.autocast():
         for start in range(0, len(index), cache.batch_size):
             rows = slice(start, start + cache.batch_size)
-            logits = learner.logits(features[rows].to(cache.accelerator.device)).float().cpu()
+            logits = learner.logits(learner.join(features[rows].to(cache.accelerator.device))).float().cpu()
             if logits.shape[1] != allowed.shape[1]:
                 raise PluginError(
                     f"{type(learner).__name__}.logits gave {logits.shape[1]} columns after stage {stage}, where "

@@ -189,7 +189,9 @@ def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in _completed(config).items() if k not in ("hardware", "name")}
     no_matter = ("root", "download", "on_error", "max_pixels")
     config["data"] = {k: v for k, v in config["data"].items() if k not in no_matter}
-    config["backbone"] = {k: v for k, v in config["backbone"].items() if k != "weights"}
+    sections = [config["backbone"]] if "backbone" in config else config["backbones"]
+    bare = [{k: v for k, v in section.items() if k != "weights"} for section in sections]
+    config |= {"backbone": bare[0]} if "backbone" in config else {"backbones": bare}
     config = code.with_paths(config, lambda path: Path(path).name)
     return {key: value for key, value in flatten(config, lists=True) if value != {}}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, Backbones, backbone_facts
 from cil.config import code
 from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
@@ -87,7 +87,7 @@ def header_of(
     accelerator: Accelerator,
 ) -> Header:
     """The same, for classes, tasks and data of which the facts are known."""
-    return {
+    header: Header = {
         "learner": plan.entry.title,
         "paper": plan.cls.paper,
         "stores_images": plan.cls.stores_images,
@@ -98,13 +98,16 @@ def header_of(
         "class_names": class_names,
         "class_order": class_order,
         "tasks": tasks,
-        "backbone": {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim},
+        "backbone": backbone_facts(backbone),
         "transform": transforms.card,
         "data": data,
         "code": code.digests(dump(plan.config)["learners"][0], plan.cls),
         "versions": versions(),
         "machine": hardware.facts(accelerator),
     }
+    if isinstance(backbone, Backbones):
+        header["backbones"] = [backbone_facts(member) for member in backbone.members]
+    return header
 
 
 def _data_by_task(stream: Stream) -> dict[str, list[str]]:

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from torch import Tensor
 
 from cil.backbone import load_backbone
 from cil.config import BackboneConfig, Config
@@ -27,6 +29,7 @@ from cil.runner.display import Display
 from cil.runner.plan import Plan, plans
 from cil.runner.provenance import versions
 from cil.selection.first_tasks import FirstTasks, first_order
+from cil.selection.together import choose_together
 from cil.selection.transferability import RANKING, SCORES, Scores, agreement, scores
 from cil.utils import hardware
 from cil.utils.files import write
@@ -60,11 +63,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates, best first; Kendall's τ between their scores; and the file of the record."""
+    """Candidates, best first; Kendall's τ between their scores; the file of the record; and those to use together.
+
+    Attributes:
+        together: The chosen candidates in order, each with the leave-one-out ridge accuracy of those so far; None if
+            none were asked for.
+    """
 
     ranked: tuple[Scored, ...]
     agreement: Mapping[str, Mapping[str, float | None]]
     record: Path
+    together: Sequence[tuple[Scored, float]] | None = None
 
 
 def rank_backbones(
@@ -73,6 +82,7 @@ def rank_backbones(
     root: Path | str = "results",
     *,
     by: str = "ncm",
+    together: int | None = None,
     display: Display | None = None,
 ) -> Ranking:
     """Score candidates on the training images of the first task of the first class order, and record the ranking.
@@ -85,6 +95,8 @@ def rank_backbones(
         candidates: Names, or sections ``backbone`` of a configuration.
         root: The results folder; the record is ``<name>/backbones.json`` in it.
         by: Score to rank by, ``ncm``, ``ridge`` or ``logme``; candidates with equal scores keep their order.
+        together: Choose up to so many of the candidates to be used together, see
+            :func:`cil.selection.together.choose_together`; None: choose none.
         display: Terminal output; none by default.
 
     Raises:
@@ -96,22 +108,32 @@ def rank_backbones(
     if by not in RANKING:
         raise ConfigError(f"--by {by}: unknown; allowed: {', '.join(RANKING)}")
     sections = _sections(candidates)
+    if together is not None and not 2 <= together <= len(sections):
+        raise ConfigError(
+            f"--together {together}: the number of backbones to use together, of {len(sections)} candidates; allowed: "
+            + (f"2 to {len(sections)}" if len(sections) > 1 else "none, give another --backbone")
+        )
     plan = next(plans(first_order(config)))
     accelerator = hardware.accelerator(config.hardware.device, config.precision)
     display = display if display is not None and accelerator.is_main_process else Display()
     for title, section in sections.items():
         with _errors_name(title):
             load_backbone(section)
-    data, scored = FirstTasks(1), []
+    data, scored, features = FirstTasks(1), [], []
     with display:
         for title, section in sections.items():
-            candidate = Plan(plan.config.model_copy(update={"backbone": section}), plan.cls, plan.parameters)
-            result = _score(title, candidate, data, accelerator, display)
+            only = {"backbone": section, "backbones": None, "combine": None}
+            candidate = Plan(plan.config.model_copy(update=only), plan.cls, plan.parameters)
+            result, frozen, labels = _score(title, candidate, data, accelerator, display)
             display.say(f"{title}  {result.seconds[0] + result.seconds[1]:.1f} s")
             scored.append(result)
+            features += [frozen] if together is not None else []
     ranked = tuple(sorted(scored, key=lambda one: -getattr(one.scores, by)))
     taus = agreement({score: [getattr(one.scores, score) for one in ranked] for score in SCORES})
-    ranking = Ranking(ranked, taus, expand(root) / config.name / "backbones.json")
+    chosen = None
+    if together is not None:
+        chosen = [(scored[k], accuracy) for k, accuracy in choose_together(features, labels, together)]
+    ranking = Ranking(ranked, taus, expand(root) / config.name / "backbones.json", chosen)
     if accelerator.is_main_process:
         record = {
             "measure": "scores of frozen features of the first task's training images",
@@ -119,6 +141,7 @@ def rank_backbones(
             **data.facts,
             "ranked": [_row(one) for one in ranked],
             "agreement": {"measure": "Kendall's tau-b over the candidates", **taus},
+            **({} if chosen is None else {"together": _record(chosen)}),
             "versions": versions(),
             "machine": hardware.facts(accelerator),
         }
@@ -180,7 +203,10 @@ def _errors_name(title: str) -> Iterator[None]:
         raise type(error)(f"--backbone {title}: {error}") from None
 
 
-def _score(title: str, plan: Plan, data: FirstTasks, accelerator: Accelerator, display: Display) -> Scored:
+def _score(
+    title: str, plan: Plan, data: FirstTasks, accelerator: Accelerator, display: Display
+) -> tuple[Scored, Tensor, np.ndarray]:
+    """A candidate with its scores, its features [N, F] and their labels [N]."""
     started = time.perf_counter()
     stream, backbone = data.stream(plan, plan.config.stream, accelerator.device)
     first = stream.tasks[0]
@@ -192,15 +218,31 @@ def _score(title: str, plan: Plan, data: FirstTasks, accelerator: Accelerator, d
     with _errors_name(title):
         worth = scores(features, first.train.labels)
     seconds = computed - started, time.perf_counter() - computed
-    return Scored(
+    found = Scored(
         title, plan.config.backbone, backbone.name, backbone.fingerprint, backbone.feature_dim, worth, seconds
     )
+    return found, features, first.train.labels
+
+
+def _candidate(one: Scored) -> dict[str, Any]:
+    return one.backbone.model_dump(mode="json", exclude_defaults=True) | {"name": one.backbone.name}
+
+
+def _record(chosen: Sequence[tuple[Scored, float]]) -> dict[str, Any]:
+    """The candidates to use together as ``backbones.json`` records them."""
+    return {
+        "measure": "leave-one-out ridge accuracy of the members so far, features scaled by their root mean square",
+        "chosen": [
+            {"candidate": _candidate(one), "ridge": accuracy, "passes_per_image": passes}
+            for passes, (one, accuracy) in enumerate(chosen, 1)
+        ],
+    }
 
 
 def _row(one: Scored) -> dict[str, Any]:
     """A candidate as ``backbones.json`` records it."""
     return {
-        "candidate": one.backbone.model_dump(mode="json", exclude_defaults=True) | {"name": one.backbone.name},
+        "candidate": _candidate(one),
         "name": one.name,
         "sha256": one.sha256,
         "feature_dim": one.feature_dim,

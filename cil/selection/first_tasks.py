@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cil.backbone import Backbone, load_backbone
+from cil.backbone import Backbone, load_backbones
 from cil.config import Config, StreamConfig
 from cil.data.decoded import DecodedSource
 from cil.data.images import GIB, ImageSet, subset, training_part
 from cil.data.opening import open_source
+from cil.data.packed import make_transforms
 from cil.data.sources import ImageSource
 from cil.data.transforms import Transforms
 from cil.errors import StreamError
@@ -56,11 +57,11 @@ class FirstTasks:
         Raises:
             StreamError: The whole stream has no more tasks than these first ones.
         """
-        key = (plan.config.backbone, plan.config.transform)
+        key = (plan.config.backbone, plan.config.backbones, plan.config.combine, plan.config.transform)
         config = plan.config.model_copy(update={"stream": held_out})
         if self._last is None or self._last[0] != key:
-            backbone = load_backbone(config.backbone, device)
-            transforms = Transforms(backbone.data_config, config.transform)
+            backbone = load_backbones(config, device)
+            transforms = make_transforms(backbone.data_config, config.transform)
             if self._source is None:
                 self._source = self._open(config, transforms)
             source, in_memory = self._source

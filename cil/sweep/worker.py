@@ -83,7 +83,8 @@ last: tuple[str, Inputs] | None = None
 def cached_inputs(config: Config, device: torch.device) -> Inputs:
     """Data and backbone, loaded once for all consecutive runs that have the same ones."""
     global last
-    key = f"{device} {config.model_dump_json(include={'data', 'backbone', 'transform', 'hardware'})}"
+    parts = {"data", "backbone", "backbones", "combine", "transform", "hardware"}
+    key = f"{device} {config.model_dump_json(include=parts)}"
     if last is None or last[0] != key:
         from cil.runner import Inputs
 
