@@ -485,7 +485,8 @@ def test_avalanches_metrics_of_a_learner_in_its_script_are_our_matrix(name, para
     rows = run_stages(
         Case(registry.resolve(name), parameters).learner(vit), on_digits(vit, per_class), accelerator=accelerator()
     )
-    r, _, total = results.matrices(rows)
+    r, _, totals = results.matrices(rows)
+    total = totals[-1]
     tasks = benchmark(on_digits(vit, per_class))
     strategy = as_strategy({"name": name, **parameters}, backbone=vit, evaluator=evaluator())
     seen = []

@@ -218,7 +218,7 @@ def test_safetensors_is_the_learner_itself(make_run, tmp_path):
 def test_the_facts_say_what_was_trained(ncm, tmp_path):
     facts = json.loads((export(ncm, tmp_path / "m") / "model.json").read_text())
     assert facts["classes"] == list(NAMES[:5]) and facts["tasks"] == [[0, 1, 2, 3], [4]]
-    assert facts["learner"]["parameters"] == {"metric": "cosine"}
+    assert facts["learner"]["parameters"]["metric"] == "cosine"
     assert facts["stages"] == {"finished": 2, "planned": 3}
     assert facts["backbone"]["sha256"] == open_run(ncm).backbone.fingerprint
     assert facts["preprocessing"]["input_size"] == 32 and facts["preprocessing"]["mean"] == [0.5] * 3
