@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cil.classifiers.base import Array
-from cil.classifiers.lda import LDA
-from cil.classifiers.moments import CONSTANT
+from cil.classifiers.lda import LDA, shrink_
+from cil.classifiers.moments import zero_constant_
 from cil.utils.linalg import symmetric_inverse
 from cil.utils.precision import exact, without_autocast
 
@@ -46,13 +46,9 @@ class ClassDistances(LDA):
         count = self.counts.sum().clamp(min=1)
         mean = self.sums.sum(0) / count
         total = self.outer - count * torch.outer(mean, mean)
-        constant = total.diagonal() <= CONSTANT * self.outer.diagonal()
-        total[constant] = 0
-        total[:, constant] = 0
-        return self._inverse(self.covariance), self.means, self._inverse(total / count), mean
+        total = zero_constant_(total, self.outer) / count
+        return self._inverse(self.covariance), self.means, self._inverse(total), mean
 
     def _inverse(self, covariance: Tensor) -> Tensor:
-        scale = float(covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
-        shrunk = (1 - self._share) * covariance
-        shrunk.diagonal().add_(self._share * scale)
-        return symmetric_inverse(shrunk, scale)
+        scale = self.scale_of(covariance)
+        return symmetric_inverse(shrink_(covariance, self._share, scale), scale)

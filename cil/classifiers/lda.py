@@ -13,7 +13,7 @@ from torch import Tensor
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.memory import DOUBLE
-from cil.classifiers.moments import CONSTANT
+from cil.classifiers.moments import zero_constant_
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, symmetric_inverse
 from cil.utils.precision import exact, without_autocast
@@ -25,6 +25,12 @@ RATIOS = tuple(10.0 ** (exponent / 4) for exponent in range(-24, 13))
 """Candidates for s / (1 − s), from 10⁻⁶ to 10³."""
 UNCHOSEN = 1e-4
 """The candidate in use while the samples are too few to choose by: the default shrinkage, nearly."""
+
+
+def shrink_(covariance: Tensor, shrinkage: float, scale: float) -> Tensor:
+    """(1 − s) Σ + s · ``scale`` · I, in place, of Σ [F, F] and s in [0, 1]."""
+    covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage * scale)
+    return covariance
 
 
 class LDA(StatisticsClassifier):
@@ -146,22 +152,18 @@ class LDA(StatisticsClassifier):
         within = (between + between.T).div_(2)
         del between  # features may be wide: no more than two matrices beside ``outer``
         torch.sub(self.outer, within, out=within)
-        constant = within.diagonal() <= CONSTANT * self.outer.diagonal()
-        within[constant] = 0
-        within[:, constant] = 0
-        return within.div_(self.totals.sum().clamp(min=1))
+        return zero_constant_(within, self.outer).div_(self.totals.sum().clamp(min=1))
 
     def _solve(self) -> tuple[Tensor, Tensor, list[float]]:
         covariance, means = self.covariance, self.means
-        unit = float(covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
+        unit = self.scale_of(covariance)
         parts, shrinkages = [], []
         for end, width in zip(accumulate(self.blocks), self.blocks, strict=True):
             part = slice(end - width, end)
             block = covariance[part, part]
             scale = float(block.diagonal().mean()) or unit
             chosen = self._choose(block, part, scale) if isinstance(self.shrinkage, str) else self.shrinkage
-            block.mul_(1 - chosen).diagonal().add_(chosen * scale)
-            parts.append(means[:, part].contiguous() @ symmetric_inverse(block, scale))
+            parts.append(means[:, part].contiguous() @ symmetric_inverse(shrink_(block, chosen, scale), scale))
             shrinkages.append(chosen)
         weights = torch.cat(parts, dim=1)
         bias = -(weights * self.means).sum(1) / 2
@@ -192,6 +194,10 @@ class LDA(StatisticsClassifier):
         strengths = [ratio * scale * weight for ratio in RATIOS]
         explained = (offsets @ vectors).square().sum(0)
         return generalised_errors(values, explained, len(offsets) - 1, samples, strengths, fitted=1)
+
+    def scale_of(self, covariance: Tensor) -> float:
+        """Mean variance in a covariance [F, F]; without any, a positive number that fits the features."""
+        return float(covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
 
     def _spread(self) -> float:
         """Mean variance of the means of classes with samples; the metric if no class has variance.

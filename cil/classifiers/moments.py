@@ -13,6 +13,14 @@ CONSTANT = 1e-12
 """A variance below this share of the mean square is rounding error of the sum of squares: the feature is constant."""
 
 
+def zero_constant_(centred: Tensor, second: Tensor) -> Tensor:
+    """Set rows and columns of constant features to 0 in place: centred sums of squares [F, F] beside uncentred ones."""
+    constant = centred.diagonal() <= CONSTANT * second.diagonal()
+    centred[constant] = 0
+    centred[:, constant] = 0
+    return centred
+
+
 class ClassMoments(StatisticsClassifier):
     """First and second moments of every class. A cached solution for a class is valid until the class gets new samples.
 
@@ -67,10 +75,7 @@ class ClassMoments(StatisticsClassifier):
         n = int(self.counts[c])
         second = (self.outers[c] + self.outers[c].T) / 2
         centred = second - torch.outer(self.sums[c], self.sums[c]) / max(1, n)
-        constant = centred.diagonal() <= CONSTANT * second.diagonal()
-        centred[constant] = 0
-        centred[:, constant] = 0
-        return centred / max(1, n - 1)
+        return zero_constant_(centred, second) / max(1, n - 1)
 
     @property
     def flat(self) -> Tensor:

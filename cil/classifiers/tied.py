@@ -44,9 +44,9 @@ class TiedGaussians(LDA):
 
     def _density(self) -> tuple[Tensor, Tensor, Tensor]:
         """L⁻¹ [F, F] of the lower factor L of Σ, L⁻¹μ_c [C, F], and log π_c − log |L| − F/2 log 2π [C]."""
-        covariance = (1 - self.share) * self.covariance
-        scale = float(self.covariance.diagonal().mean()) or self._spread() / 1e4 or 1.0
-        covariance.diagonal().add_(max(self.share, 1e-10) * scale)
+        covariance = self.covariance
+        scale = self.scale_of(covariance)
+        covariance.mul_(1 - self.share).diagonal().add_(max(self.share, 1e-10) * scale)
         factor = torch.linalg.cholesky(covariance)
         volume = factor.diagonal().log().sum() + self.feature_dim / 2 * math.log(2 * math.pi)
         whitening = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
