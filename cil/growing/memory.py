@@ -6,10 +6,8 @@ from collections.abc import Hashable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cil import history, results
@@ -20,7 +18,8 @@ from cil.errors import RunError
 from cil.features import FeatureCache
 from cil.growing import events
 from cil.growing.lesson import open_images, prepare
-from cil.growing.records import HOLDOUT, IMAGES, Kept, key
+from cil.growing.records import HOLDOUT, IMAGES, Kept, key, read_tensors
+from cil.growing.setting import Setting, new_header
 from cil.growing.stream import LessonStream, image_set
 from cil.learner import Context, Learner
 from cil.learners import registry
@@ -30,11 +29,9 @@ from cil.runner.checkpoint import RunFolder, restore_learner, split_state, to_js
 from cil.runner.confidence import FILE as CONFIDENCE
 from cil.runner.confidence import Confidence
 from cil.runner.plan import Plan
-from cil.runner.provenance import header_of
 from cil.runner.stages import Observer, Session, prediction_tensors, run_stage
 from cil.stream import past_tasks
 from cil.utils import hardware
-from cil.utils.stored import check_file
 
 PREDICTIONS = "predictions.safetensors"
 
@@ -68,8 +65,7 @@ class MemoryModel:
         accelerator = hardware.accelerator(device)
         self.plan, self.device, self.backbone = plan, device, backbone.to(accelerator.device)
         self.transforms = Transforms(backbone.data_config, plan.config.transform)
-        header = header_of(plan, [], [], [], events.data_of([]), backbone, self.transforms, accelerator)
-        self.header: events.Header = {**header, "growing": history.VERSION, "lessons": [], "changes": []}
+        self.header = new_header(Setting(plan, self.backbone, accelerator))
         self.learner = self._fresh()
         self.stages: list[Stage] = []
         held_out = plan.config.stream.validation > 0
@@ -95,7 +91,7 @@ class MemoryModel:
         holdout = self.plan.config.stream.validation
         given = prepare(open_images(source), holdout, self.header if self.stages else None, [])
         assert given is not None  # it compares with no earlier lesson
-        kept = [_kept(stage) for stage in self.stages]
+        kept = [Kept.of(stage.files[HOLDOUT]) for stage in self.stages]
         images = image_set(given.split, given.positions, given.labels, kept, self.transforms)
         stream = LessonStream(self.header["tasks"], given.names, images, given.labels, given.held_out, kept, [])
         cache, learner, confidence = self._cache(), self.learner, deepcopy(self.confidence)
@@ -183,26 +179,12 @@ class MemoryModel:
         return model
 
 
-def _kept(stage: Stage) -> Kept:
-    tensors: dict[str, Any] = dict(stage.files[HOLDOUT])
-    label = tensors.pop("label").numpy()
-    return Kept(label, {name.removeprefix("view "): features for name, features in tensors.items()})
-
-
 def _read(path: Path, index: int) -> Stage:
     """What a folder holds of a stage.
 
     Raises:
         RunError: A file is missing or damaged.
     """
-    stored, files = results.read_stage(path, index), {}
-    for name in (PREDICTIONS, IMAGES, HOLDOUT, *([CONFIDENCE] if CONFIDENCE in stored.files else [])):
-        file = results.stage_folder(path, index) / name
-        try:
-            check_file(file, stored.files.get(name), advice=results.AGAIN)
-            files[name] = load_file(file)
-        except FileNotFoundError:
-            raise RunError(f"{file}: not there; {results.RESTORE}") from None
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{file}: damaged ({' '.join(str(error).split())}); {results.RESTORE}") from None
-    return Stage(stored.row, files)
+    stored, place = results.read_stage(path, index), results.stage_folder(path, index)
+    names = (PREDICTIONS, IMAGES, HOLDOUT, *([CONFIDENCE] if CONFIDENCE in stored.files else []))
+    return Stage(stored.row, {name: read_tensors(place / name, stored.files) for name in names})

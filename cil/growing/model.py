@@ -23,7 +23,7 @@ from cil.growing.forgetting import current, remove, tested
 from cil.growing.lesson import Images, Prepared, open_images, prepare
 from cil.growing.records import HOLDOUT as KEPT
 from cil.growing.records import IMAGES, TRAIN, Kept, key, read_contents, read_kept
-from cil.growing.setting import Setting, Settings
+from cil.growing.setting import Setting, Settings, new_header
 from cil.growing.stream import LessonStream, image_set
 from cil.learner import Learner
 from cil.learners import registry
@@ -207,10 +207,7 @@ class GrowingModel:
 
     def _start(self, setting: Setting) -> events.Header:
         """Write the header of a model without a lesson, so that the folder says what it holds, and return it."""
-        plan, backbone, accelerator = setting
-        transforms = Transforms(backbone.data_config, plan.config.transform)
-        header = header_of(plan, [], [], [], events.data_of([]), backbone, transforms, accelerator)
-        started: events.Header = {**header, "growing": history.VERSION, "lessons": [], "changes": []}
+        started = new_header(setting)
         self._folder.commit(started)
         self._folder.point("new")
         return started

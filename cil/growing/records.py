@@ -56,6 +56,12 @@ class Kept:
     def tensors(self) -> dict[str, Tensor]:
         return {"label": torch.from_numpy(self.label), **{f"view {key}": x for key, x in self.features.items()}}
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Kept:
+        """What :meth:`tensors` gave."""
+        features = {view.removeprefix("view "): x for view, x in tensors.items() if view != "label"}
+        return cls(tensors["label"].numpy(), features)
+
 
 def key(version: Hashable) -> str:
     """A view's version as a text that is the same in every process."""
@@ -116,15 +122,25 @@ def learned(contents: Sequence[Contents], header: Mapping[str, Any], label: int)
 
 
 def _read_kept(folder: Path, stage: int, name: str) -> Kept:
-    stored = _read(folder, stage, name)
-    label = stored.pop("label").numpy()
-    return Kept(label, {view.removeprefix("view "): features for view, features in stored.items()})
+    return Kept.of(_read(folder, stage, name))
 
 
 def _read(folder: Path, stage: int, name: str) -> dict[str, Tensor]:
-    file = stage_folder(folder, stage) / name
+    return read_tensors(stage_folder(folder, stage) / name, read_stage(folder, stage).files)
+
+
+def read_tensors(file: Path, checksums: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of one file of a stage.
+
+    Args:
+        file: The file.
+        checksums: Those of the stage's files, by name.
+
+    Raises:
+        RunError: The file is missing or damaged.
+    """
     try:
-        check_file(file, read_stage(folder, stage).files.get(name), advice=AGAIN)
+        check_file(file, checksums.get(file.name), advice=AGAIN)
         return load_file(file)
     except FileNotFoundError:
         raise RunError(f"{file}: not there; restore it") from None

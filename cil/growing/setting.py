@@ -8,15 +8,18 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 
+from cil import history
 from cil.backbone import Backbone, load_backbone
 from cil.config import BackboneConfig, Config, LearnerEntry, as_section
 from cil.config.names import fitting
 from cil.config.reading import validated
+from cil.data.transforms import Transforms
 from cil.errors import PluginError, RunError, shortened
 from cil.growing import DEFAULT_LEARNER
-from cil.growing.events import Header
+from cil.growing.events import Header, data_of
 from cil.prediction.model import recorded_setting
 from cil.runner.plan import Plan, plans
+from cil.runner.provenance import header_of
 from cil.utils import hardware
 
 
@@ -26,6 +29,14 @@ class Setting(NamedTuple):
     plan: Plan
     backbone: Backbone
     accelerator: Accelerator
+
+
+def new_header(setting: Setting) -> Header:
+    """The header of a model that has learned nothing yet."""
+    plan, backbone, accelerator = setting
+    transforms = Transforms(backbone.data_config, plan.config.transform)
+    header = header_of(plan, [], [], [], data_of([]), backbone, transforms, accelerator)
+    return {**header, "growing": history.VERSION, "lessons": [], "changes": []}
 
 
 class Settings:

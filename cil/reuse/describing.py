@@ -48,8 +48,10 @@ def specification_of(
     state = _state(folder, header, finished)
     found = Specification.load(folder, state)
     if found is None:
-        made = _kept if "lessons" in header else _computed
-        found = made(folder, header, finished, backbone, accelerator, track)
+        if "lessons" in header:
+            found = _kept(folder, header, finished, backbone.feature_dim)
+        else:
+            found = _computed(folder, header, finished, backbone, accelerator, track)
         found.save(folder, state)
     return found
 
@@ -72,14 +74,7 @@ def _state(folder: Path, header: Mapping[str, Any], finished: int) -> str:
     return content_digest({"stage": stage, "changes": changes}) if changes else stage
 
 
-def _kept(
-    folder: Path,
-    header: Mapping[str, Any],
-    finished: int,
-    backbone: Backbone,
-    accelerator: Accelerator,
-    track: Track | None,
-) -> Specification:
+def _kept(folder: Path, header: Mapping[str, Any], finished: int, width: int) -> Specification:
     """The specification of a model of ``cil learn``, from the frozen features that it keeps: of all its images where it
     keeps them, and otherwise of the held-out ones.
 
@@ -87,7 +82,7 @@ def _kept(
         RunError: It keeps no frozen features.
     """
     labels = history.predicted(header)
-    specification = Specification([header["class_names"][label] for label in labels], backbone.feature_dim)
+    specification = Specification([header["class_names"][label] for label in labels], width)
     taught = [read_taught(folder, header, label, [FROZEN]) for label in labels]
     if all(features is not None for features in taught):
         found = {row: features for row, features in enumerate(taught) if features is not None}
@@ -97,7 +92,7 @@ def _kept(
         for row, label in enumerate(labels):
             lessons = [one for one in held_out[since(header, label) :] if frozen in one.features]
             parts = [one.features[frozen][torch.from_numpy(one.label == label)] for one in lessons]
-            found[row] = torch.cat([torch.zeros(0, backbone.feature_dim), *parts])
+            found[row] = torch.cat([torch.zeros(0, width), *parts])
     for row, features in found.items():
         if len(features):
             specification.add(features, torch.full((len(features),), row))
