@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from cil.config.reading import load_config
 from cil.runner import run
 from cil.runner.checkpoint import RunFolder
 
+ROOT = Path(__file__).parents[1]
 LEARNERS = [{"name": "finetune", "epochs": 4, "train_batch_size": 128}]
 RUN = "order1993-seed0"
 LINK = "import os, signal, sys\nimport cil.runner.checkpoint as c\nfrom cil.cli import main\n"
@@ -91,6 +93,8 @@ Finetune.train_on = patched
 
 def start(config, cwd, patch="", **options):
     code = LINK + patch + f"sys.argv = ['cil', 'run', {str(config)!r}]\nmain()"
+    # the checkout, as in this process: an installed package has other versions to record
+    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )

@@ -138,10 +138,11 @@ class Ridge(RandomFeatures):
             features = features * roots  # and so H: a ReLU keeps positive factors
         generator = generator or torch.Generator().manual_seed(0)
         self.ensure_drawn(generator)
-        for rows in torch.arange(len(labels), device=labels.device).split(BLOCK):  # H has 8 · M bytes per row
-            h = self.expand(features[rows])
+        parts = zip(features.split(BLOCK), labels.split(BLOCK), strict=True)
+        for i, (x, y) in enumerate(parts):  # H has 8 · M bytes per row
+            h = self.expand(x)
             add_gram_(self.gram, h)
-            self.targets.index_add_(0, labels[rows], h if roots is None else h * roots[rows])
+            self.targets.index_add_(0, y, h if roots is None else h * roots[i * BLOCK : (i + 1) * BLOCK])
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         scored = int(self.counts.sum()) if self.strength == "gcv" else len(labels)
         if isinstance(self.strength, str) and scored > 1:
