@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
 from test_cli import cil, write  # noqa: F401 (a fixture)
 from test_config_faults import refused
+from test_export import run_the_card
 from test_runner import TINY, settings, stable
 
 from cil import Context, build_learner
@@ -34,7 +36,7 @@ from cil.data.reading import read_image
 from cil.data.sources import from_arrays
 from cil.data.transforms import Transforms
 from cil.errors import BackboneError, DataError, RunError
-from cil.export import export
+from cil.export import export, load
 from cil.features import FeatureCache
 from cil.learner import Learner
 from cil.learners import registry
@@ -570,11 +572,34 @@ def test_prediction_from_a_run_folder_is_the_learners(tmp_path, finished):
     assert torch.equal(learner.predict(seen), predictions["predicted"][:100])
 
 
-def test_export_of_several_is_refused_and_leaves_nothing(finished, tmp_path):
-    refused(
-        lambda: export(finished[0], tmp_path / "out"), "a run with 2 backbones cannot be exported yet", "cil predict"
-    )
-    assert not list(tmp_path.iterdir())
+def answer_of(model) -> torch.Tensor:
+    pictures = [Image.fromarray(one) for one in easy(6, 2, seed=9)[0]]
+    pixels = torch.stack([torch.from_numpy(np.asarray(model.transforms.evaluate(one))) for one in pictures])
+    with torch.no_grad():
+        return model(model.transforms.normalize(pixels))[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    slow_beyond([("safetensors", None)], product(("safetensors", "torch.export", "onnx"), (None, "logit"))),
+)
+def test_an_exported_run_of_several_answers_as_the_run(kind, heads, finished, tmp_path, monkeypatch):
+    """Every backbone with its own preprocessing and tensors; the card's code packs an image as the run did."""
+    folder = finished[0]
+    if heads:
+        # ONNX computes the scores of LDA in float32, which leaves few digits where the heads' offsets cancel
+        learner = "ncm" if kind == "onnx" else "slda"
+        [folder] = run(several(data={"per_class": 8}, combine={"heads": heads}, learners=[learner]), tmp_path / "r")
+    mine, theirs = open_run(folder), load(export(folder, tmp_path / "m", kind))
+    torch.testing.assert_close(answer_of(theirs), answer_of(mine), rtol=1e-4, atol=1e-4)
+    facts = json.loads((tmp_path / "m/model.json").read_text())
+    assert [one["sha256"] for one in facts["backbone"]["members"]] == [
+        one["sha256"] for one in read_run(folder)["backbones"]
+    ]
+    assert facts["input"]["shape"] == ["batch", 3, 16**2 + 24**2]
+    printed = run_the_card(tmp_path / "m", [], monkeypatch)
+    [(_, ranked)] = predict(folder, [tmp_path / "m/photo.png"])
+    assert ranked[0][0] in printed.split("\n")[-1].replace("'", " ").split()
 
 
 def test_joining_and_finding_runs_of_several_is_refused(finished, tmp_path):

@@ -31,7 +31,8 @@ from cil.data.transforms import Transforms
 from cil.errors import ExportError
 from cil.export import FORMATS, export, load, writing
 from cil.export import program as programs
-from cil.export.card import licence, usage
+from cil.export.card import licence
+from cil.export.recipe import usage
 from cil.export.writing import compare
 from cil.learners import registry
 from cil.prediction import Trained, open_run, predict

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +61,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def mean_logits(scores: Sequence[Tensor], temperatures: Tensor, weights: Tensor) -> Tensor:
     """log softmax(Σ_k w_k z_k / T_k), float64 [B, C], of scores z_k [B, C]; heads of weight 0 have no part in it."""
     parts = [
-        float(w) * z.double() / float(t) for z, t, w in zip(scores, temperatures, weights, strict=True) if float(w) > 0
+        torch.where(w > 0, w * z.double() / t, 0)  # 0 · −∞ would be NaN; a branch on w could not be exported
+        for z, t, w in zip(scores, temperatures.double(), weights.double(), strict=True)
     ]
     return torch.stack(parts).sum(0).log_softmax(1)
 
@@ -70,8 +70,7 @@ def mean_logits(scores: Sequence[Tensor], temperatures: Tensor, weights: Tensor)
 def mean_probabilities(scores: Sequence[Tensor], temperatures: Tensor, weights: Tensor) -> Tensor:
     """log Σ_k w_k softmax(z_k / T_k), float64 [B, C], of scores z_k [B, C]; heads of weight 0 have no part in it."""
     parts = [
-        (z.double() / float(t)).log_softmax(1) + math.log(w)
-        for z, t, w in zip(scores, temperatures, weights, strict=True)
-        if float(w) > 0
+        (z.double() / t).log_softmax(1) + w.log()
+        for z, t, w in zip(scores, temperatures.double(), weights.double(), strict=True)
     ]
     return torch.stack(parts).logsumexp(0)

@@ -39,7 +39,8 @@ class PackedTransforms(Transforms):
 
     def __init__(self, data_config: Mapping[str, Any], config: TransformConfig | None = None) -> None:
         self.members = tuple(Transforms(member, config) for member in data_config["members"])
-        self.size = sum(member.size**2 for member in self.members)
+        self.sides = tuple(member.size for member in self.members)
+        self.size = sum(side**2 for side in self.sides)
         self.shape = (3, self.size)
         self.evaluate = _Packed([member.evaluate for member in self.members])
         augment = [member.augment for member in self.members if member.augment is not None]
@@ -53,7 +54,7 @@ class PackedTransforms(Transforms):
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, N] → float [B, 3, N], each slice with its member's mean and standard deviation."""
-        slices = pixels.split([member.size**2 for member in self.members], dim=2)
+        slices = pixels.split([side**2 for side in self.sides], dim=2)
         parts = [
             member.normalize(part.unflatten(2, (member.size, member.size))).flatten(2)
             for member, part in zip(self.members, slices, strict=True)

@@ -29,6 +29,7 @@ class Transforms:
     Attributes:
         size: Side S of the transformed images, in pixels.
         shape: Shape of a transformed image, (3, S, S).
+        sides: (S,); of several backbones, the side of each.
         evaluate: The test transform.
         augment: The training transform, or None for ``transform.augment: none``.
         card: The resolved settings, as ``metrics.json`` records them.
@@ -41,6 +42,7 @@ class Transforms:
         config = config or TransformConfig()
         self.size: int = data_config["input_size"][-1]
         self.shape: tuple[int, ...] = (3, self.size, self.size)
+        self.sides: tuple[int, ...] = (self.size,)
         if config.resize is not None and config.resize < self.size:
             raise ConfigError(
                 f"transform.resize: {config.resize} is smaller than the backbone's input of {self.size}; "

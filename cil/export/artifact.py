@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from cil.backbone import Backbone, load_backbone
-from cil.config import BackboneConfig, LearnerEntry
+from cil.backbone import Backbone, Backbones, load_backbone
+from cil.config import BackboneConfig, CombineConfig, LearnerEntry
 from cil.config import code as custom
 from cil.config.renamed import current_learner_keys
-from cil.data.transforms import Transforms
+from cil.data.packed import make_transforms
 from cil.errors import ExportError
 from cil.export.program import INPUT, OUTPUTS, quiet, require_onnx
 from cil.features import FeatureCache
@@ -58,12 +58,27 @@ class _Backbone(TypedDict):
     config: dict[str, Any]
 
 
+class _Backbones(TypedDict):
+    """Several backbones together."""
+
+    name: str
+    sha256: str
+    members: Annotated[list[_Backbone], Field(min_length=2)]
+    combine: dict[str, Any]
+
+
 class _Preprocessing(TypedDict):
     input_size: Annotated[int, Field(ge=1, le=2**16)]
     interpolation: str
     crop_pct: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     mean: list[float]
     std: list[float]
+
+
+class _PackedPreprocessing(TypedDict):
+    """The preprocessing of each backbone."""
+
+    members: list[_Preprocessing]
 
 
 class _Model(TypedDict):
@@ -74,9 +89,9 @@ class _Model(TypedDict):
     classes: list[str]
     tasks: list[list[int]]
     labels: NotRequired[list[int]]  # the learner's label of each class; those of all labels where it is left out
-    preprocessing: _Preprocessing
+    preprocessing: _Preprocessing | _PackedPreprocessing
     learner: _Learner
-    backbone: _Backbone
+    backbone: _Backbone | _Backbones
     files: dict[str, _File]
 
 
@@ -87,7 +102,7 @@ class Program(Model):
     """A program of torch.export or ONNX, without a learner; runs on the CPU."""
 
     def __init__(self, answer: Callable[[Tensor], tuple[Tensor, Tensor]], facts: Facts) -> None:
-        super().__init__(facts["classes"], Transforms(data_config(facts)), torch.device("cpu"))
+        super().__init__(facts["classes"], make_transforms(data_config(facts["preprocessing"])), torch.device("cpu"))
         self._answer = [answer]  # in a list, because a program of torch would become a submodule, which refuses eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,10 +170,16 @@ def read_facts(folder: Path) -> Facts:
     return facts
 
 
-def data_config(facts: Facts) -> dict[str, Any]:
-    """The preprocessing of an exported model as a data configuration of timm."""
-    steps = facts["preprocessing"]
+def data_config(steps: dict[str, Any]) -> dict[str, Any]:
+    """The preprocessing of an exported model as a data configuration of timm; of several backbones, of each."""
+    if "members" in steps:
+        return {"members": [data_config(one) for one in steps["members"]]}
     return {**steps, "input_size": (3, steps["input_size"], steps["input_size"])}
+
+
+def prefixes(backbones: int) -> list[str]:
+    """The prefixes of the names of each backbone's tensors in ``model.safetensors``."""
+    return [BACKBONE] if backbones == 1 else [f"{BACKBONE}{k}." for k in range(backbones)]
 
 
 def _trained(folder: Path, facts: Facts, device: str, code: Sequence[Path]) -> Trained:
@@ -168,11 +189,9 @@ def _trained(folder: Path, facts: Facts, device: str, code: Sequence[Path]) -> T
     try:
         cls, parameters = registry.configure(LearnerEntry.model_validate(entry))
         custom.warn_if_changed(facts["learner"].get("code"), entry, cls, folder)
-        model = load_backbone(BackboneConfig(**recorded["config"], weights="random")).model
         tensors = load_file(folder / FORMATS["safetensors"])
         state = {key: value for key, value in tensors.items() if key.startswith(LEARNER)}
-        model.load_state_dict({k.removeprefix(BACKBONE): v for k, v in tensors.items() if k not in state})
-        backbone = Backbone(model, recorded["name"], data_config(facts)).to(accelerator.device)
+        backbone = _backbone(recorded, data_config(facts["preprocessing"]), tensors).to(accelerator.device)
         if backbone.fingerprint != recorded["sha256"]:
             raise ExportError(f"{folder}: its backbone is not the one the run used; export the run again")
         learner = registry.instantiate(cls, parameters, backbone).to(accelerator.device)
@@ -188,7 +207,23 @@ def _trained(folder: Path, facts: Facts, device: str, code: Sequence[Path]) -> T
             f"{folder}: does not fit this version of {facts['learner']['title']} or its backbone: "
             f"{' '.join(str(error).split())}"
         ) from None
-    return Trained(learner, Transforms(backbone.data_config), facts["classes"], facts.get("labels"))
+    return Trained(learner, make_transforms(backbone.data_config), facts["classes"], facts.get("labels"))
+
+
+def _backbone(recorded: Facts, config: dict[str, Any], tensors: dict[str, Tensor]) -> Backbone:
+    """The backbone of an exported model, or its several ones as one, from the tensors of ``model.safetensors``.
+
+    Args:
+        recorded: The entry ``backbone`` of ``model.json``.
+        config: Its data configuration, see :func:`data_config`.
+        tensors: All tensors of the file.
+    """
+    sections, configs, members = recorded.get("members", [recorded]), config.get("members", [config]), []
+    for section, own, prefix in zip(sections, configs, prefixes(len(sections)), strict=True):
+        model = load_backbone(BackboneConfig(**section["config"], weights="random")).model
+        model.load_state_dict({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
+        members.append(Backbone(model, section["name"], own))
+    return Backbones(members, CombineConfig(**recorded["combine"])) if "members" in recorded else members[0]
 
 
 def _names_by_label(facts: Facts) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from cil.backbone import EMBEDDED, Backbone, embedded_card
 from cil.export.artifact import Facts
+from cil.export.recipe import preparation, prose, usage
 
 LIBRARY = {"safetensors": "cil", "torch.export": "pytorch", "onnx": "onnx"}
 SHOWN = 200
@@ -21,83 +22,6 @@ MEASURES = (
     ("backward_transfer", "backward transfer (Lopez-Paz & Ranzato 2017), points"),
     ("learning_accuracy", "accuracy on each task when it was new, %"),
 )
-
-RESIZE = {
-    "squash": """\
-    image = image.resize((scale, scale), filter)
-""",
-    "center": """\
-    short, (width, height) = min(image.size), image.size
-    image = image.resize((scale * width // short, scale * height // short), filter)
-""",
-}
-PIXELS = """\
-import json
-
-import numpy as np
-{imports}
-from PIL import Image, ImageOps
-
-facts = json.load(open("model.json"))
-steps = facts["preprocessing"]
-size, scale = steps["input_size"], int(steps["input_size"] / steps["crop_pct"])
-filter = Image.Resampling[steps["interpolation"].upper()]
-
-
-def pixels(path):
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-{resize}\
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    image = image.crop((left, top, left + size, top + size))
-    x = (np.asarray(image, np.float32) / 255 - np.float32(steps["mean"])) / np.float32(steps["std"])
-    return np.ascontiguousarray(x.transpose(2, 0, 1)[None])
-
-
-"""
-PIXELS_BY_TIMM = """\
-import json
-
-{imports}
-from PIL import Image, ImageOps
-from timm.data import create_transform
-
-facts = json.load(open("model.json"))
-transform = create_transform(**facts["preprocessing"])
-
-
-def pixels(path):
-    return transform(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))[None].numpy()
-
-
-"""
-RUN = {
-    "torch.export": (
-        "import torch",
-        """\
-program = torch.export.load("model.pt2").module()
-logits, features = program(torch.from_numpy(pixels("photo.png")))
-print(facts["classes"][int(logits[0].argmax())])
-""",
-    ),
-    "onnx": (
-        "import onnxruntime",
-        """\
-session = onnxruntime.InferenceSession("model.onnx")
-logits, features = session.run(["logits", "features"], {"images": pixels("photo.png")})
-print(facts["classes"][int(logits[0].argmax())])
-""",
-    ),
-}
-WITH_CIL = """\
-from pathlib import Path
-
-from cil.export import load
-from cil.prediction import predict
-
-model = load(".")  # this folder
-for path, ranked in predict(model, [Path("photo.png")], top=3):
-    print(path, ranked)
-"""
 
 
 def licence(backbone: Backbone, weights: str | None) -> dict[str, str]:
@@ -122,17 +46,25 @@ def licence(backbone: Backbone, weights: str | None) -> dict[str, str]:
     return {"id": name, "text": known}
 
 
+def licence_of_all(members: Sequence[Facts]) -> dict[str, str]:
+    """The licences of several backbones as one entry: their identifier if they share it, and all sentences."""
+    ids = {one["licence"]["id"] for one in members}
+    text = " ".join(f"{one['name']}: {one['licence']['text']}" for one in members)
+    return {"id": ids.pop() if len(ids) == 1 else "other", "text": text}
+
+
 def card(facts: Facts) -> str:
     """The text of ``README.md``, from the content of ``model.json``."""
-    learner, backbone, check = facts["learner"], facts["backbone"], facts["check"]
-    names, steps, size = facts["classes"], facts["preprocessing"], facts["preprocessing"]["input_size"]
+    learner, backbone, check, names = facts["learner"], facts["backbone"], facts["check"], facts["classes"]
+    several = len(backbone.get("members", ()))
     title = f"{learner['title']} on {facts['protocol']['benchmark']}"
     parts = [
         front_matter(facts, title),
         f"# {title}",
         prose(
             f"An image classifier that learned its {len(names)} classes in a sequence of tasks (class-incremental "
-            f"learning). Learner: `{learner['title']}` ({learner['paper']}), on the backbone `{backbone['name']}`. "
+            f"learning). Learner: `{learner['title']}` ({learner['paper']}), on the "
+            f"{f'{several} backbones' if several else 'backbone'} `{backbone['name']}`. "
             "Features and classifier are one model: normalised images in, logits and features out."
         ),
         "## Use",
@@ -140,10 +72,7 @@ def card(facts: Facts) -> str:
         "## Input and output",
         prose(
             f"`images`: float32 {bracketed(facts['input']['shape'])}, RGB, any batch size ≥ 1. Images are upright and "
-            "have 8 bits per channel, with transparent pixels on white; cil converts all others. They are resized with "
-            f"PIL's {steps['interpolation']} filter (crop mode {steps['crop_mode']}, crop_pct {steps['crop_pct']:g}) "
-            f"and cropped to {size} × {size} pixels; then (pixel / 255 − mean) / std with mean {steps['mean']} and std "
-            f"{steps['std']}."
+            f"have 8 bits per channel, with transparent pixels on white; cil converts all others. {preparation(facts)}"
         ),
         prose(
             f"`logits`: float32 {bracketed(facts['outputs']['logits'])}, the learner's own scores, which are not "
@@ -188,26 +117,6 @@ def front_matter(facts: Facts, title: str) -> str:
         "model-index": [{"name": title, "results": [result]}],
     }
     return "---\n" + yaml.safe_dump(head, sort_keys=False, allow_unicode=True) + "---"
-
-
-def usage(facts: Facts) -> list[str]:
-    """Paragraphs on how to use the model, with code that runs in the artifact's folder."""
-    kind = facts["format"]
-    if kind == "safetensors":
-        own = facts["learner"]["entry"].get("class")
-        needs = f" The learner's own code must be at `{own}`." if own else ""
-        return [
-            prose(f"Use it with cil; the original run is not needed.{needs} In a shell: `cil predict . photo.png`"),
-            f"```python\n{WITH_CIL}```",
-        ]
-    imports, run = RUN[kind]
-    packages = {"torch.export": "torch, numpy and pillow", "onnx": "onnxruntime, numpy and pillow"}[kind]
-    resize = RESIZE.get(facts["preprocessing"]["crop_mode"])
-    if resize is None:
-        needs, code = f"It needs {packages}, and timm for the resizing.", PIXELS_BY_TIMM
-    else:
-        needs, code = f"It needs {packages}, but neither cil nor timm.", PIXELS.replace("{resize}", resize)
-    return [prose(needs), f"```python\n{code.replace('{imports}', imports)}{run}```"]
 
 
 def training(facts: Facts) -> str:
@@ -273,8 +182,3 @@ def percent(value: float | None) -> str:
 def bracketed(sizes: list[Any]) -> str:
     """A shape, e.g. ``[batch, 3, 64, 64]``."""
     return f"[{', '.join(map(str, sizes))}]"
-
-
-def prose(text: str) -> str:
-    """A paragraph, wrapped at 120 characters."""
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

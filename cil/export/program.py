@@ -48,8 +48,8 @@ def trace(model: Model, title: str) -> ExportedProgram:
 
 
 def example(model: Model) -> tuple[Tensor]:
-    """Arguments for tracing: zeros [2, 3, S, S]; two images, because torch treats a size of one as a constant."""
-    return (torch.zeros(2, 3, model.transforms.size, model.transforms.size),)
+    """Arguments for tracing: two images of zeros, because torch treats a size of one as a constant."""
+    return (torch.zeros(2, *model.transforms.shape),)
 
 
 def lean(program: ExportedProgram) -> ExportedProgram:

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cil import results
-from cil.backbone import without_source
+from cil.backbone import Backbone, Backbones, without_source
 from cil.errors import ExportError, nearest
 from cil.export import program
-from cil.export.artifact import BACKBONE, FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load
-from cil.export.card import card, licence
+from cil.export.artifact import FACTS, FORMATS, LEARNER, SCHEMA, Facts, is_artifact, load, prefixes
+from cil.export.card import card, licence, licence_of_all
 from cil.prediction import Model, Trained, open_run
 from cil.runner.checkpoint import RunFolder, split_state, write_json
 from cil.runner.provenance import versions
@@ -59,8 +59,8 @@ def export(
         The folder of the artifact.
 
     Raises:
-        ExportError: The format is unknown, the target exists, the run has several backbones, the format cannot express
-            the learner, logits differ, or the disk is full. Nothing is left behind in these cases.
+        ExportError: The format is unknown, the target exists, the format cannot express the learner, logits differ, or
+            the disk is full. Nothing is left behind in these cases.
         RunError: The run cannot be loaded.
         PluginError: The file of a custom class is not there.
     """
@@ -71,10 +71,6 @@ def export(
     run = expand(run)
     out = expand(out) if out is not None else run / f"export-{format}"
     require_free(out, force)
-    if len(several := results.read_header(run).get("backbones", ())):
-        raise ExportError(
-            f"{run}: a run with {len(several)} backbones cannot be exported yet; `cil predict` uses its run folder"
-        )
     model = open_run(run, weights=weights, code=code)
     header, rows = results.read_header(run), RunFolder(run).rows()
     run_facts = results.assemble(cast(results.Header, header), rows, len(header["tasks"]))
@@ -153,7 +149,7 @@ def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) 
         "schema": SCHEMA,
         "format": format,
         "classes": list(model.names),
-        "input": {"name": program.INPUT, "dtype": "float32", "shape": ["batch", 3, *[model.transforms.size] * 2]},
+        "input": {"name": program.INPUT, "dtype": "float32", "shape": ["batch", *model.transforms.shape]},
         "outputs": {"logits": ["batch", len(model.names)], "features": ["batch", features]},
         "preprocessing": {key: value for key, value in model.transforms.card.items() if key != "augment"},
         "learner": {
@@ -166,12 +162,7 @@ def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) 
             "code": run.get("code", {}),
             "state": split_state(learner.state_dict())[1],
         },
-        "backbone": {
-            "name": backbone.name,
-            "sha256": backbone.fingerprint,
-            "config": without_source(config["backbone"], backbone),
-            "licence": licence(backbone, config["backbone"]["weights"]),
-        },
+        "backbone": backbone_of(backbone, config),
         "protocol": {
             "benchmark": config["name"],
             "dataset": config["data"]["dataset"],
@@ -192,6 +183,28 @@ def make_facts(model: Trained, run: dict[str, Any], format: str, features: int) 
     }
 
 
+def backbone_of(backbone: Backbone, config: dict[str, Any]) -> dict[str, Any]:
+    """What ``model.json`` says about the backbone; of several, about all together and about each.
+
+    Args:
+        backbone: The backbone.
+        config: The configuration of the run.
+    """
+    if isinstance(backbone, Backbones):
+        members = [
+            backbone_of(member, {"backbone": section})
+            for member, section in zip(backbone.members, config["backbones"], strict=True)
+        ]
+        together = {"members": members, "combine": config["combine"], "licence": licence_of_all(members)}
+        return {"name": backbone.name, "sha256": backbone.fingerprint, **together}
+    return {
+        "name": backbone.name,
+        "sha256": backbone.fingerprint,
+        "config": without_source(config["backbone"], backbone),
+        "licence": licence(backbone, config["backbone"]["weights"]),
+    }
+
+
 def write_model(model: Trained, facts: Facts, folder: Path) -> Facts:
     """Write the model in its format; returns further facts for ``model.json``.
 
@@ -201,7 +214,12 @@ def write_model(model: Trained, facts: Facts, folder: Path) -> Facts:
     file = folder / FORMATS[facts["format"]]
     title = f"learner {facts['learner']['title']}"
     if facts["format"] == "safetensors":
-        tensors = {BACKBONE + key: value for key, value in split_state(model.backbone.model.state_dict())[0].items()}
+        parts = model.backbone.members if isinstance(model.backbone, Backbones) else [model.backbone]
+        tensors = {
+            prefix + key: value
+            for prefix, part in zip(prefixes(len(parts)), parts, strict=True)
+            for key, value in split_state(part.model.state_dict())[0].items()
+        }
         tensors |= {LEARNER + key: value for key, value in split_state(model.learner.state_dict())[0].items()}
         save_file(tensors, file, metadata={"format": "pt"})
         return {}
@@ -213,10 +231,12 @@ def write_model(model: Trained, facts: Facts, folder: Path) -> Facts:
 
 def answers(model: Model) -> list[tuple[Tensor, Tensor]]:
     """(logits, features) of the same random images, for every batch size of :data:`BATCHES`."""
-    generator, size = torch.Generator().manual_seed(0), model.transforms.size
-    coarse, fine = (torch.randn(max(BATCHES), 3, side, side, generator=generator) for side in (4, size))
-    # patches of colour with noise, because similar images would all choose the same prompts
-    images = F.interpolate(coarse, size=(size, size)) + 0.1 * fine
+    generator, parts = torch.Generator().manual_seed(0), []
+    for size in model.transforms.sides:
+        coarse, fine = (torch.randn(max(BATCHES), 3, side, side, generator=generator) for side in (4, size))
+        # patches of colour with noise, because similar images would all choose the same prompts
+        parts.append((F.interpolate(coarse, size=(size, size)) + 0.1 * fine).flatten(2))
+    images = torch.cat(parts, dim=2).view(-1, *model.transforms.shape)
     with torch.no_grad():
         return [model(images[:count]) for count in BATCHES]
 
