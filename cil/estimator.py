@@ -27,6 +27,7 @@ from cil.data.reading import ImageReader
 from cil.errors import ConfigError, DataError, RunError, StreamError, shortened
 from cil.growing import DEFAULT_LEARNER
 from cil.growing.memory import MemoryModel
+from cil.growing.setting import default_learner
 from cil.learner import Learner
 from cil.prediction.confident import Confident
 from cil.prediction.model import Trained
@@ -202,9 +203,10 @@ class IncrementalClassifier(ClassifierMixin, BaseEstimator):
         place = expand(folder)
         model = MemoryModel.load(place, device)
         config, names = model.plan.config, list(model.header["class_names"])
-        entry = model.plan.entry.model_dump(by_alias=True, exclude_none=True)
+        entry = model.plan.entry
+        learner = {k: v for k, v in entry.model_dump(by_alias=True).items() if v is not None or k in entry.parameters}
         found = cls(
-            entry,
+            learner,
             config.backbone,
             preprocessing=config.transform,
             seed=model.plan.seed,
@@ -261,7 +263,10 @@ class IncrementalClassifier(ClassifierMixin, BaseEstimator):
             "transform": validated(TransformConfig, self.preprocessing or {}, prefix="preprocessing."),
         }
         [plan] = plans(validated(Config, settings))
-        self._model = MemoryModel(plan, given or load_backbone(plan.config.backbone), self.device)
+        backbone = given or load_backbone(plan.config.backbone)
+        if self.learner is None:
+            [plan] = plans(validated(Config, {**settings, "learners": [default_learner(backbone)]}))
+        self._model = MemoryModel(plan, backbone, self.device)
         self.classes_ = np.zeros(0)
 
     def _learn(self, X: Any, labels: np.ndarray, order: np.ndarray) -> IncrementalClassifier:

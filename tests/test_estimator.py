@@ -20,7 +20,7 @@ from test_runner import TINY, settings
 from cil import IncrementalClassifier
 from cil.data.sources import digits, from_arrays
 from cil.errors import CilError
-from cil.growing import GrowingModel
+from cil.growing import GrowingModel, setting
 from cil.prediction import open_confident, open_run
 from cil.runner import run
 from cil.runner.checkpoint import split_state
@@ -223,6 +223,16 @@ def test_saved_and_loaded_it_is_the_same_and_learns_on(data, cil, tmp_path):  # 
         IncrementalClassifier.load(tmp_path / "model", "cpu")
     with pytest.raises(CilError, match="no model there"):
         IncrementalClassifier.load(tmp_path / "nowhere")
+
+
+def test_the_default_learner_of_a_wide_backbone_is_saved_with_its_settings(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(setting, "MOST_BYTES", 0)
+    model = IncrementalClassifier(**CPU).fit(data[0][:40], data[1][:40])
+    assert model.learner_.config.layers is None
+    model.save(tmp_path / "model")
+    loaded = IncrementalClassifier.load(tmp_path / "model", "cpu")
+    assert loaded.learner == {"name": "layer_lda", "layers": None, "shrinkage": "gcv"} and model.learner is None
+    np.testing.assert_array_equal(loaded.predict_proba(data[2]), model.predict_proba(data[2]))
 
 
 def test_a_saved_model_is_one_of_cil_learn(data, tmp_path):

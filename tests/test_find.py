@@ -212,10 +212,10 @@ def test_what_cannot_be_searched_is_named(runs, pictures, tmp_path, cil):  # noq
 def test_models_that_keep_learning_are_found_by_the_features_that_they_keep(pictures, tmp_path):
     folders = []
     for names in (LOW, HIGH):
-        model = GrowingModel(tmp_path / names[0], "ncm", TINY, device="cpu")
+        model = GrowingModel(tmp_path / names[0], None, TINY, device="cpu")  # its own features are those of all blocks
         model.learn(part("train", names))
         folders.append(model.path)
-    model.forget("three")
+    model.forget("three", part("train", HIGH))
     found = find(folders, pictures(HIGH[1:]))
     best = min(found.matches, key=lambda match: match.mmd2)
     assert best.folder == folders[1] and best.classes == 2 and best.common == 2

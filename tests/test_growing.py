@@ -18,10 +18,11 @@ from test_cli import cil  # noqa: F401 - a fixture
 from test_runner import TINY
 
 from cil import history, results
-from cil.config import Config
+from cil.backbone import load_backbone
+from cil.config import BackboneConfig, Config
 from cil.errors import CilError, DataError, RunError
 from cil.export import export, load
-from cil.growing import GrowingModel
+from cil.growing import GrowingModel, setting
 from cil.growing.events import read
 from cil.growing.records import read_contents
 from cil.growing.summary import facts
@@ -82,6 +83,7 @@ LEARNERS = [
     {"name": "ranpac", "projection": 16},
     "slda",
     "fecam",
+    "layer_lda",
     {"name": "aper", "epochs": 1, "tuner": "ssf"},
     {"name": "linear_probe", "epochs": 2},
     {"name": "finetune", "epochs": 1},
@@ -89,7 +91,7 @@ LEARNERS = [
 ]
 
 
-@pytest.mark.parametrize("learner", slow_beyond(LEARNERS[1:2] + LEARNERS[5:7], LEARNERS), ids=str)
+@pytest.mark.parametrize("learner", slow_beyond(["layer_lda"] + LEARNERS[6:8], LEARNERS), ids=str)
 def test_three_lessons_equal_one_run_of_the_same_tasks(learner, images, model, tmp_path):
     """Bit for bit: weights, statistics and predictions; and all counts that a model without old images can have."""
     settings = {
@@ -122,7 +124,7 @@ def test_three_lessons_equal_one_run_of_the_same_tasks(learner, images, model, t
     assert growing.classes == CLASSES
 
 
-FROM_SUMS = ["ncm", "slda", "fecam", {"name": "ranpac", "projection": 16, "strength": "gcv"}]
+FROM_SUMS = ["ncm", "slda", "fecam", "layer_lda", {"name": "ranpac", "projection": 16, "strength": "gcv"}]
 
 
 @pytest.mark.parametrize("learner", slow_beyond(["slda"], FROM_SUMS), ids=str)
@@ -146,7 +148,7 @@ def test_the_split_into_calls_changes_nothing(learner, images, model, tmp_path):
     assert facts(calls.path)["accuracy"] is None  # nothing was held out
 
 
-@pytest.mark.parametrize("learner", slow_beyond(FROM_SUMS[2:], FROM_SUMS), ids=str)
+@pytest.mark.parametrize("learner", slow_beyond(["fecam", "layer_lda"], FROM_SUMS), ids=str)
 def test_a_class_is_forgotten_as_if_it_had_never_been_taught(learner, images, model, tmp_path):
     shutil.copytree(images / "1", tmp_path / "without")
     shutil.rmtree(tmp_path / "without" / "cat")
@@ -154,7 +156,7 @@ def test_a_class_is_forgotten_as_if_it_had_never_been_taught(learner, images, mo
     for growing, middle in ((forgot, images / "1"), (never, tmp_path / "without")):
         for place in (images / "0", middle, images / "2"):
             growing.learn(place, holdout=0)
-    needed = learner == "slda" or isinstance(learner, dict)
+    needed = learner in ("slda", "layer_lda") or isinstance(learner, dict)
     if needed:
         with pytest.raises(DataError, match="only be forgotten exactly with its 9 images"):
             forgot.forget("cat")
@@ -240,6 +242,32 @@ def test_a_class_that_trained_the_features_cannot_be_forgotten_exactly(images, m
         growing.forget("ant")
     growing.forget("cat")
     assert growing.classes == ("ant", "bee", "dog")
+
+
+def test_a_class_that_set_the_scales_cannot_be_forgotten_exactly(images, model):
+    """Scales that are those of each image by itself hold nothing of a class."""
+    for scale in ("rms", "unit"):
+        growing = model({"name": "layer_lda", "layers": {"blocks": "all", "scale": scale}}, scale)
+        growing.learn(images / "0")
+        if scale == "rms":
+            with pytest.raises(RunError, match="have set the scales of the features; give --hide"):
+                growing.forget("ant", images / "0")
+    growing.forget("ant", images / "0")
+    assert growing.classes == ("bee",)
+
+
+def test_the_default_learner_fits_the_backbone(images, model, monkeypatch):
+    """All blocks where they can be collected and their matrices are small; otherwise the backbone's own feature."""
+    assert model(None).learn(images / "0").stage == 0
+    assert facts(model(None).path)["learner"]["layers"]["blocks"] == "all"
+    monkeypatch.setattr(setting, "MOST_BYTES", 3 * 8 * 24**2 - 1)  # three kinds of token of one block of width 24
+    model(None, "wide").learn(images / "0")
+    assert facts(model(None, "wide").path)["learner"]["layers"] is None
+    monkeypatch.setattr(setting, "MOST_BYTES", 3 * 8 * 24**2)
+    assert setting.default_learner(model(None).predictor().learner.backbone) == {"name": "layer_lda"}
+    maps = {"name": "convnext_atto", "weights": "random", "options": {"dims": [4, 4, 4, 4], "depths": [1, 1, 1, 1]}}
+    convolutional = load_backbone(BackboneConfig.model_validate(maps))
+    assert setting.default_learner(convolutional) == {"name": "layer_lda", "layers": None}
 
 
 def test_undo_takes_back_one_event_at_a_time(images, model):

@@ -14,7 +14,7 @@ from test_cli import cil  # noqa: F401 - a fixture
 from test_runner import TINY, settings
 
 from cil import results
-from cil.classifiers import LDA, NCM, Gaussians, Mahalanobis, Ridge, TruncatedSVD
+from cil.classifiers import LDA, NCM, Gaussians, Mahalanobis, PartsLDA, Ridge, TruncatedSVD
 from cil.data.arrays import from_arrays
 from cil.data.source import ImageSource
 from cil.data.sources import digits, rank_in_class
@@ -28,6 +28,7 @@ from cil.runner import run
 SUMS = {
     "ncm": {},
     "slda": {"shrinkage": 0.1},
+    "layer_lda": {},
     "fecam": {"shrinkage": [1, 1]},
     "ranpac": {"projection": 40, "strength": "gcv"},
 }
@@ -90,8 +91,8 @@ def random_images(count=7, size=16):
 
 @pytest.mark.parametrize("make", [
     lambda: NCM(6), lambda: LDA(6, 0.1), lambda: Ridge(6, 9, "gcv"), lambda: Ridge(6, None, 2.0),
-    lambda: Mahalanobis(6), lambda: Gaussians(6),
-], ids=["ncm", "lda", "ridge_gcv", "ridge", "mahalanobis", "gaussians"])  # fmt: skip
+    lambda: Mahalanobis(6), lambda: Gaussians(6), lambda: PartsLDA(6, [[0, 4, 1], [5, 0]]),
+], ids=["ncm", "lda", "ridge_gcv", "ridge", "mahalanobis", "gaussians", "parts"])  # fmt: skip
 def test_added_classifiers_are_one_that_saw_all_samples(make):
     """Against joint training, in float64; labels are permuted, and classes 1 and 2 have samples on both sides."""
     rng = np.random.RandomState(0)
@@ -109,6 +110,8 @@ def test_added_classifiers_are_one_that_saw_all_samples(make):
     found = one.add([(two, rows)]).logits(x)
     assert torch.equal(one.counts, joint.counts)
     torch.testing.assert_close(found, joint.logits(x), rtol=1e-10, atol=1e-10)
+    one.clear().partial_fit(x, y)  # as if it had seen nothing before
+    torch.testing.assert_close(one.logits(x), found, rtol=1e-10, atol=1e-10)
 
 
 def test_a_ridge_keeps_the_strength_of_the_larger_side_where_samples_would_choose_it():
@@ -126,11 +129,13 @@ def test_what_is_more_than_sums_is_not_added():
     one, two = (Ridge(3, 5).draw(torch.Generator().manual_seed(seed)) for seed in (0, 1))
     with pytest.raises(ConfigError, match="Ridge: cannot be added to one with another projection"):
         one.add([(two, [])])
+    with pytest.raises(ConfigError, match="PartsLDA: cannot be added to one with another choice of parts"):
+        PartsLDA(3, [[0], [1, 2]]).add([(PartsLDA(3, [[0, 1], [2]]), [])])
     with pytest.raises(ConfigError, match="another kind of classifier"):
         TruncatedSVD(3).add([(TruncatedSVD(3), [])])
 
 
-@pytest.mark.parametrize("name", slow_beyond(["slda", "ranpac"], SUMS))
+@pytest.mark.parametrize("name", slow_beyond(["slda", "layer_lda"], SUMS))
 def test_joined_runs_are_one_run_over_all_images(sites, name, tmp_path):
     """Class by class, whatever the order of rows: logits on random images, in float64 where features allow it."""
     one, two, whole = sites(name)

@@ -58,6 +58,11 @@ class Joined(nn.Module):
             raise ConfigError(f"weights are {weights!r}; allowed: {', '.join(get_args(Weighting))}, or numbers")
         self.register_buffer("weights", torch.full((len(widths),), 1 / len(widths), dtype=torch.float64))
 
+    @property
+    def from_images(self) -> bool:
+        """Whether scales or weights depend on the images given to :meth:`fit`."""
+        return self.scales.from_images or self.weighting in ("logme", "loo", "stack")
+
     @exact()
     def fit(self, features: Tensor, labels: Tensor) -> Joined:
         """Set scales and weights from the first task: features [N, ΣF_k] with labels [N].

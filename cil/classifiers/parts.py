@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cil.classifiers.base import Array, StatisticsClassifier
+from cil.classifiers.base import Array, Classifier, StatisticsClassifier
 from cil.classifiers.lda import LDA, Shrinkage
 from cil.errors import ConfigError
 from cil.utils.precision import exact, without_autocast
@@ -31,6 +31,9 @@ class PartsLDA(StatisticsClassifier):
     Raises:
         ConfigError: An argument is out of range.
     """
+
+    over_classes = ()
+    removed_with = "samples"
 
     def __init__(self, feature_dim: int, parts: Sequence[Sequence[int]], shrinkage: Shrinkage = "gcv") -> None:
         super().__init__(feature_dim)
@@ -63,12 +66,45 @@ class PartsLDA(StatisticsClassifier):
         for head in self._lda():
             head.grow(self.num_classes)
 
+    def _parts(self, features: Tensor) -> Iterator[tuple[LDA, Tensor]]:
+        """Every part's LDA, with its columns of features [N, F]."""
+        for head, columns in zip(self._lda(), self._columns, strict=True):
+            yield head, features[:, columns.to(features.device)]
+
+    def unlike(self, other: Classifier) -> str | None:
+        if (found := super().unlike(other)) is not None or not isinstance(other, PartsLDA):
+            return found
+        same = len(self._columns) == len(other._columns) and all(map(torch.equal, self._columns, other._columns))
+        return None if same else "choice of parts"
+
+    @exact()
+    def add(self, others: Sequence[tuple[PartsLDA, Sequence[int]]]) -> PartsLDA:
+        super().add(others)
+        for k, head in enumerate(self._lda()):
+            head.add([(other._lda()[k], rows) for other, rows in others])
+        return self
+
+    @exact()
+    def clear(self) -> PartsLDA:
+        for head in self._lda():
+            head.clear()
+        return super().clear()
+
+    @exact()
+    def remove(self, label: int, features: Array | None = None) -> PartsLDA:
+        super().remove(label, features)
+        if features is None:  # the class has no samples
+            return self
+        for head, part in self._parts(self.checked(features)):
+            head.remove(label, part)
+        return self
+
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> PartsLDA:
         features = self.checked(features)
         labels = self.checked_labels(labels, len(features))
-        for head, columns in zip(self._lda(), self._columns, strict=True):
-            head.partial_fit(features[:, columns.to(features.device)], labels)
+        for head, part in self._parts(features):
+            head.partial_fit(part, labels)
         self.grow(max(head.num_classes for head in self._lda()))
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         return self
@@ -76,9 +112,7 @@ class PartsLDA(StatisticsClassifier):
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
         features = self.checked(features)
-        parts = zip(self._lda(), self._columns, strict=True)
-        scores = [head.logits(features[:, columns.to(features.device)]) for head, columns in parts]
-        return torch.stack(scores).mean(0)
+        return torch.stack([head.logits(part) for head, part in self._parts(features)]).mean(0)
 
     @property
     def shrinkages(self) -> list[float]:

@@ -49,6 +49,11 @@ class BlockScales(nn.Module):
         every = torch.arange(len(self.widths)).repeat_interleave(torch.tensor(self.widths))
         self.register_buffer("block_of", every, persistent=False)
 
+    @property
+    def from_images(self) -> bool:
+        """Whether the factors depend on the images given to :meth:`fit`."""
+        return self.scale == "rms"
+
     @exact()
     def fit(self, features: Tensor, weights: Tensor | Sequence[float] | None = None) -> BlockScales:
         """Set the factors from features [N, ΣF_k] of the first task.

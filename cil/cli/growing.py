@@ -56,7 +56,8 @@ def learn(
     from cil.growing.summary import facts
 
     if settings and learner is None:
-        raise ConfigError(f"--set {settings[0]}: give the --learner, too; without it the default is {DEFAULT_LEARNER}")
+        name = DEFAULT_LEARNER["name"]
+        raise ConfigError(f"--set {settings[0]}: give the --learner, too; without it the default is {name}")
     entry = None if learner is None else override(as_section(learner), settings or [])
     console = Console(stderr=True)
     with console.status("loading torch …"):

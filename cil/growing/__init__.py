@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_LEARNER", "HOLDOUT", "GrowingModel", "Taught"]
 
-DEFAULT_LEARNER = {"name": "fecam", "shrinkage": [10.0, 10.0]}
-"""The learner of a new model. RanPAC reaches more where a class has many images, but keeps some 800 MB in every stage;
-this one keeps 300 kB per class, and can forget a class exactly without its images."""
+DEFAULT_LEARNER = {"name": "layer_lda"}
+"""The learner of a new model: the best one of the stored results on every stream, and order-free. On wide or other
+backbones it uses less of them, see :func:`cil.growing.setting.default_learner`."""
 HOLDOUT = 0.2
 """Share of each class's images that a lesson holds out by default."""
 

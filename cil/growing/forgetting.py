@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from cil.classifiers.joining import Joined
 from cil.classifiers.scales import BlockScales
 from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError, shortened
@@ -66,7 +67,9 @@ def remove(
         reason = f"learner {title} keeps more of a class than sums of its own"
     elif next(learner.parameters(), None) is not None and label in header["tasks"][0]:
         reason = f"the images of the first lesson, and so those of {name}, have trained the features"
-    elif label in header["tasks"][0] and any(isinstance(part, BlockScales) for part in learner.modules()):
+    elif label in header["tasks"][0] and any(
+        isinstance(part, BlockScales | Joined) and part.from_images for part in learner.modules()
+    ):
         reason = f"the images of the first lesson, and so those of {name}, have set the scales of the features"
     if statistics is None or reason:
         raise RunError(f"{folder}: {name} cannot be forgotten exactly: {reason}; {HIDE}")

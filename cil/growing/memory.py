@@ -18,9 +18,9 @@ from cil.errors import RunError
 from cil.features import FeatureCache
 from cil.growing import events
 from cil.growing.lesson import open_images, prepare
-from cil.growing.records import HOLDOUT, IMAGES, Kept, key, read_tensors
+from cil.growing.records import HOLDOUT, IMAGES, Kept, read_tensors
 from cil.growing.setting import Setting, new_header
-from cil.growing.stream import LessonStream, image_set
+from cil.growing.stream import LessonStream, image_set, kept_of
 from cil.learner import Context, Learner
 from cil.learners import registry
 from cil.prediction.model import recorded_setting
@@ -100,14 +100,13 @@ class MemoryModel:
         before = split_state(learner.state_dict())
         try:
             row, predictions = run_stage(session, stream.tasks[-1])
-            parts = cache.parts(learner, images, given.held_out) if len(given.held_out) else {}
+            out = kept_of(learner, cache, images, given.labels, given.held_out)
         except BaseException:
             self.learner = self._fresh()
             past = past_tasks(self.header["tasks"], self.header["class_names"])
             restore_learner(self.learner, past, self._context, {**before[0], **before[1]})
             self.learner.eval()
             raise
-        out = Kept(given.labels[given.held_out], {key(version): x for version, x in parts.items()})
         files = {
             PREDICTIONS: prediction_tensors(predictions),
             IMAGES: given.contents.tensors(),

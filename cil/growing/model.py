@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
 
 from cil import history
 from cil.config import BackboneConfig, LearnerEntry
 from cil.config.schema import MAX_PIXELS
-from cil.data.images import ImageSet
 from cil.data.transforms import Transforms
 from cil.errors import StreamError, shortened
 from cil.features import FeatureCache
@@ -22,10 +21,9 @@ from cil.growing.folder import ModelFolder, Point
 from cil.growing.forgetting import current, remove, tested
 from cil.growing.lesson import Images, Prepared, open_images, prepare
 from cil.growing.records import HOLDOUT as KEPT
-from cil.growing.records import IMAGES, TRAIN, Kept, key, read_contents, read_kept
+from cil.growing.records import IMAGES, TRAIN, read_contents, read_kept
 from cil.growing.setting import Setting, Settings, new_header
-from cil.growing.stream import LessonStream, image_set
-from cil.learner import Learner
+from cil.growing.stream import LessonStream, image_set, kept_of
 from cil.learners import registry
 from cil.prediction.model import Trained, open_run
 from cil.results import Header, StageRow
@@ -236,10 +234,11 @@ class GrowingModel:
         session.before_test = lambda: stream.test_earlier(learner, cache)
         rows = resume(session, self._folder)
         row, predictions = run_stage(session, stream.tasks[-1])
-        further = {IMAGES: given.contents.tensors(), KEPT: _kept(learner, cache, images, given, given.held_out)}
+        keep = partial(kept_of, learner, cache, images, given.labels)
+        further = {IMAGES: given.contents.tensors(), KEPT: keep(given.held_out).tensors()}
         if keep_features:
             taught = np.setdiff1d(np.arange(len(given.labels)), given.held_out)
-            further[TRAIN] = _kept(learner, cache, images, given, taught)
+            further[TRAIN] = keep(taught).tensors()
         after = events.with_lesson(header, given.lesson, stream.tasks[-1].classes, given.names)
         now = header_of(plan, [], [], [], {}, backbone, transforms, accelerator)
         after |= {"code": now["code"], "versions": now["versions"], "machine": now["machine"]}
@@ -249,11 +248,3 @@ class GrowingModel:
         self._folder.point("saved")
         self._folder.commit(after)
         return after, [*rows, row]
-
-
-def _kept(
-    learner: Learner, cache: FeatureCache, images: ImageSet, given: Prepared, positions: np.ndarray
-) -> dict[str, Tensor]:
-    """The features of some of a lesson's images, as they are stored."""
-    features = cache.parts(learner, images, positions) if len(positions) else {}
-    return Kept(given.labels[positions], {key(version): x for version, x in features.items()}).tensors()

@@ -14,13 +14,17 @@ from cil.config import BackboneConfig, Config, LearnerEntry, as_section
 from cil.config.names import fitting
 from cil.config.reading import validated
 from cil.data.transforms import Transforms
-from cil.errors import PluginError, RunError, shortened
+from cil.errors import BackboneError, PluginError, RunError, shortened
 from cil.growing import DEFAULT_LEARNER
 from cil.growing.events import Header, data_of
+from cil.learners.layer_lda import LayerLDA
 from cil.prediction.model import recorded_setting
 from cil.runner.plan import Plan, plans
 from cil.runner.provenance import header_of
 from cil.utils import hardware
+
+MOST_BYTES = 128 * 2**20
+"""Size of the default learner's matrices up to which it uses all blocks, because every stage of a model stores them."""
 
 
 class Setting(NamedTuple):
@@ -29,6 +33,18 @@ class Setting(NamedTuple):
     plan: Plan
     backbone: Backbone
     accelerator: Accelerator
+
+
+def default_learner(backbone: Backbone) -> dict[str, Any]:
+    """The learner of a new model on a backbone: the default one, on all blocks or on the backbone's own feature alone.
+
+    All blocks are used where their outputs can be collected, and the matrices have at most :data:`MOST_BYTES`.
+    """
+    try:
+        whole = LayerLDA.default_bytes(backbone) <= MOST_BYTES
+    except BackboneError:
+        whole = False
+    return DEFAULT_LEARNER if whole else {**DEFAULT_LEARNER, "layers": None}
 
 
 def new_header(setting: Setting) -> Header:
@@ -112,14 +128,17 @@ class Settings:
                 "choose another one (see `cil list learners`)"
             )
         accelerator = hardware.accelerator(self.device, plan.config.precision)
-        return Setting(plan, load_backbone(plan.config.backbone, accelerator.device), accelerator)
+        backbone = load_backbone(plan.config.backbone, accelerator.device)
+        if self.learner is None:
+            plan = self._plan(holdout, default_learner(backbone))
+        return Setting(plan, backbone, accelerator)
 
-    def _plan(self, holdout: float) -> Plan:
+    def _plan(self, holdout: float, default: dict[str, Any] = DEFAULT_LEARNER) -> Plan:
         settings: dict[str, Any] = {
             "name": fitting(self.folder.absolute().name),
             "data": {"dataset": "cil learn"},
             "stream": {"validation": holdout, "test_on": "validation"},
-            "learners": [DEFAULT_LEARNER if self.learner is None else self.learner],
+            "learners": [default if self.learner is None else self.learner],
             "orders": ["natural"],
         }
         if self.backbone is not None:

@@ -56,6 +56,24 @@ def image_set(
     return split.images(transforms, source)
 
 
+def kept_of(learner: Learner, cache: FeatureCache, images: ImageSet, labels: np.ndarray, positions: np.ndarray) -> Kept:
+    """What a lesson keeps of some of its images: features of all of the learner's views and of the frozen backbone.
+
+    Models are found and routed between by the latter (:mod:`cil.reuse`).
+
+    Args:
+        learner: The learner after the lesson.
+        cache: The lesson's features.
+        images: Its image set, from :func:`image_set`.
+        labels: Label of each of its images, int64 [N].
+        positions: The images of which features are kept.
+    """
+    features = {}
+    if len(positions):
+        features = {**cache.parts(learner, images, positions), **cache.parts(learner.backbone, images, positions)}
+    return Kept(labels[positions], {key(version): x for version, x in features.items()})
+
+
 class LessonStream(Stream):
     """Past lessons, whose images are gone, and the current one.
 

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from cil.backbone import Backbone
 from cil.classifiers import PartsLDA
+from cil.classifiers.memory import DOUBLE
 from cil.learner import Context
 from cil.learners.bases.on_features import Chosen, ClassifierOnFeatures, Layers
 from cil.stream import Task
@@ -44,6 +46,17 @@ class LayerLDA(ClassifierOnFeatures):
     trains = "nothing"
     paper = "unpublished, a method of this library"
     classifier: PartsLDA
+
+    @classmethod
+    def default_bytes(cls, backbone: Backbone) -> int:
+        """Size of the matrices Σ_k that the default setting keeps on a backbone, in bytes.
+
+        Raises:
+            BackboneError: Its blocks' outputs cannot be collected.
+        """
+        collector = Collector(backbone, **cls.Config().model_dump(exclude={"layers": {"scale"}})["layers"])
+        kinds = len(collector.tokens)
+        return DOUBLE * sum(sum(collector.widths[k::kinds]) ** 2 for k in range(kinds))
 
     def make_classifier(self) -> PartsLDA:
         return PartsLDA(self.width, self.parts(), self.config.shrinkage)

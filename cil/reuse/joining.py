@@ -146,7 +146,7 @@ def _sums(parent: Parent) -> StatisticsClassifier:
         return sums
     raise RunError(
         f"{parent.folder}: the classifier of {parent.header['learner']} is not made of sums, as those of ncm, slda, "
-        f"ranpac, fecam and aper are; {ROUTE}"
+        f"layer_lda, ranpac, fecam and aper are; {ROUTE}"
     )
 
 
