@@ -62,10 +62,15 @@ SCORES = ("max_probability", "energy", "mahalanobis", "relative_mahalanobis")
 """Names of the scores that tell images of known classes from others."""
 REJECT_BY = "relative_mahalanobis"
 """The one that ``cil predict --reject`` uses by default."""
+GROWING_BY = "max_probability"
+"""The same for models of ``cil learn``, which know only the first two: the best one for their default learner."""
 
 
 class ConfidenceRow(TypedDict):
-    """How well a model with ``confidence: true`` knows what it does not know, after a stage."""
+    """How well a model with ``confidence: true`` knows what it does not know, after a stage.
+
+    Models of ``cil learn`` test the held-out images of all lessons so far, and know no images of later lessons.
+    """
 
     held_out_images: Count  # training images that it was calibrated on
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -82,7 +87,7 @@ class StageRow(Counts):
     costs: Costs
     log: list[Named]  # (name, value) of everything the learner logged, in order
     histograms: NotRequired[dict[str, list[Finite]]]  # by name, uses of each numbered thing (prompt, task)
-    confidence: NotRequired[ConfidenceRow]  # of runs with confidence: true
+    confidence: NotRequired[ConfidenceRow]  # of runs with confidence: true, and of cil learn
 
 
 class Lesson(TypedDict):

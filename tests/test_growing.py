@@ -14,13 +14,15 @@ import torch
 from marks import slow_beyond
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 from test_cli import cil  # noqa: F401 - a fixture
 from test_runner import TINY
 
-from cil import history, results
+from cil import history, metrics, results
 from cil.backbone import load_backbone
 from cil.config import BackboneConfig, Config
-from cil.errors import CilError, DataError, RunError
+from cil.errors import CilError, ConfigError, DataError, RunError
 from cil.export import export, load
 from cil.growing import GrowingModel, setting
 from cil.growing.events import read
@@ -268,6 +270,82 @@ def test_the_default_learner_fits_the_backbone(images, model, monkeypatch):
     maps = {"name": "convnext_atto", "weights": "random", "options": {"dims": [4, 4, 4, 4], "depths": [1, 1, 1, 1]}}
     convolutional = load_backbone(BackboneConfig.model_validate(maps))
     assert setting.default_learner(convolutional) == {"name": "layer_lda", "layers": None}
+
+
+def held_out_files(growing: GrowingModel, images: Path) -> list[Path]:
+    """The files that a model holds out, in the order of its lessons, found again by their content."""
+    known = {hashlib.sha256(file.read_bytes()).digest()[:16]: file for file in (images / "all").rglob("*.png")}
+    contents = read_contents(growing.path, len(read(growing.path)["tasks"]))
+    return [known[one.content[i]] for one in contents for i in np.flatnonzero(one.held_out)]
+
+
+def test_probabilities_are_calibrated_on_what_is_held_out(model, tmp_path):
+    """Against scipy's minimum of the cross-entropy, on scores that are computed from the files again."""
+    growing = model("ncm")
+    for c, name in enumerate(CLASSES):  # noise that hardly differs, so that some of it is mistaken
+        for i in range(9):
+            file = tmp_path / str(c // 2) / name / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.RandomState(9 * c + i).randint(0, 150, (16, 16, 3))
+            Image.fromarray((noise + [14 * c, 0, 28 * (c % 2)]).astype(np.uint8)).save(file)
+    for i in range(3):
+        shutil.copytree(tmp_path / str(i), tmp_path / "all", dirs_exist_ok=True)
+        growing.learn(tmp_path / str(i), holdout=0.45)
+
+    def scores_of(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+        names = list(growing.classes)
+        plain = [dict(ranked) for _, ranked in predict(growing.predictor(), files, top=len(names))]
+        logits = np.array([[row[name] for name in names] for row in plain])
+        return logits, np.array([names.index(file.parent.name) for file in files])
+
+    def temperature_of(logits: np.ndarray, own: np.ndarray) -> float:
+        def loss(t: float) -> float:
+            return -np.mean(log_softmax(logits / np.exp(t), axis=1)[np.arange(len(own)), own])
+
+        return np.exp(minimize_scalar(loss, bounds=(-9, 9), method="bounded").x)
+
+    files, names = held_out_files(growing, tmp_path), list(growing.classes)
+    logits, own = scores_of(files)
+    sure = growing.confident()
+    assert 0.3 < (logits.argmax(1) == own).mean() < 1
+    assert float(sure.confidence.temperature) == pytest.approx(temperature_of(logits, own), rel=1e-3)
+    found = [dict(ranked) for _, ranked in predict(sure, files[:5], top=6)]
+    expected = softmax(logits[:5] / float(sure.confidence.temperature), axis=1)
+    np.testing.assert_allclose([[row[name] for name in names] for row in found], expected, rtol=1e-3)
+
+    row = results.read_stage(growing.path, 2).row["confidence"]
+    assert (row["held_out_images"], row["temperature"]) == (24, float(sure.confidence.temperature))
+    best, halves = np.zeros(24), np.arange(24) % 2
+    for half in (0, 1):  # every second image at the temperature of the others
+        at = halves != half
+        best[~at] = softmax(logits[~at] / temperature_of(logits[at], own[at]), axis=1).max(1)
+    assert row["calibration_error"] == pytest.approx(metrics.calibration_error(best, logits.argmax(1) == own), abs=5e-3)
+    assert facts(growing.path)["lessons"][2]["calibration_error"] == row["calibration_error"]
+
+    growing.forget("cat", hide=True)
+    left = [file for file in files if file.parent.name != "cat"]
+    temperature = float(growing.confident().confidence.temperature)
+    assert temperature == pytest.approx(temperature_of(*scores_of(left)), rel=1e-3)
+    refused = [ranked.known for _, ranked in predict(growing.confident(reject=0.1), left, top=1)]
+    assert refused.count(False) <= 2  # of twenty, counting one itself
+    with pytest.raises(RunError, match=r"cannot be told from 20 held-out ones; allowed: 0\.048"):
+        list(predict(growing.confident(reject=0.01), left[:1]))
+    with pytest.raises(ConfigError, match=r"mahalanobis needs statistics of frozen features.*max_probability, energy"):
+        growing.confident(reject=0.1, score="mahalanobis")
+
+
+def test_what_cannot_be_calibrated_says_so_in_one_line(images, model, cil):  # noqa: F811
+    growing = model({"name": "finetune", "epochs": 1})
+    growing.learn(images / "0")
+    assert len(growing.confident().confidence.known[0]) == 4
+    growing.learn(images / "1", holdout=0)
+    with pytest.raises(RunError, match="features have changed since images were held out, so it cannot say how sure"):
+        growing.confident(reject=0.2)
+    ended = cil("predict", growing.path, images / "all" / "cat" / "0.png", "--device", "cpu")
+    assert ended.returncode == 0 and ended.stderr.count("scores are not calibrated, because the learner's") == 1
+    assert "probabilities are not calibrated" in cil("show", growing.path).stdout
+    ended = cil("predict", growing.path, images / "all" / "cat" / "0.png", "--probabilities", "--device", "cpu")
+    assert ended.returncode == 2 and "so it cannot say how sure it is" in ended.stderr
 
 
 def test_undo_takes_back_one_event_at_a_time(images, model):

@@ -176,17 +176,19 @@ def _print_accuracy(known: dict[str, Any], shown: int | None) -> None:
     if not known["lessons"]:
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("lesson", "when", "classes", "taught", "held out", "then %", "now %"):
+    for column in ("lesson", "when", "classes", "taught", "held out", "then %", "now %", "ECE %"):
         left = column in ("when", "classes")
         table.add_column(column, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
     lessons = list(enumerate(known["lessons"], 1))
     for number, lesson in lessons if shown is None else lessons[-shown:]:
-        then, now = (_percent(lesson[key]) for key in ("accuracy_then", "accuracy_now"))
+        shares = (_percent(lesson[key]) for key in ("accuracy_then", "accuracy_now", "calibration_error"))
         when, classes = lesson["when"][:16].replace("T", " "), _some(lesson["classes"], 4)
-        cells = (number, when, classes, lesson["train"], lesson["held_out"], then, now)
+        cells = (number, when, classes, lesson["train"], lesson["held_out"], *shares)
         table.add_row(*(Text(printable(str(cell))) for cell in cells))
     Console().print(table)
     say(f"accuracy on all held-out images: {_percent(known['accuracy'])} %")
+    if known["accuracy"] is None:
+        say("probabilities are not calibrated: nothing is held out that the learner can be tested on")
 
 
 def _percent(value: float | None) -> str:

@@ -10,10 +10,12 @@ import typer
 
 from cil.cli.output import expanded, say
 from cil.config.schema import MAX_PIXELS
-from cil.rows import REJECT_BY, SCORES
+from cil.rows import GROWING_BY, REJECT_BY, SCORES
 
 if TYPE_CHECKING:
-    from cil.prediction import Ranked
+    from collections.abc import Sequence
+
+    from cil.prediction import Model, Ranked
 
 Weights = Annotated[
     Path | None,
@@ -115,6 +117,41 @@ class OnError(str, Enum):
     SKIP = "skip"
 
 
+def _open(
+    run: Path,
+    device: str,
+    reject: float | None,
+    by: str | None,
+    probabilities: bool,
+    weights: Path | None,
+    code: Sequence[Path],
+) -> Model:
+    """What `cil predict` predicts with: an exported model, a run, or a growing model, as sure as it was asked to be."""
+    from cil import results
+    from cil.errors import ExportError
+    from cil.export import is_artifact, load
+    from cil.growing.calibration import open_sure, require_sure
+    from cil.prediction import open_confident, open_run
+
+    sure = reject is not None or probabilities
+    if is_artifact(run):
+        if weights is not None:
+            raise ExportError(f"--weights {weights}: {run} is an exported model and has its weights; leave it out")
+        if sure:
+            raise ExportError(f"{run}: is an exported model, which has no held-out images; give the run's folder")
+        return load(run, device, code=code)
+    if "growing" in results.read_header(run):
+        model, reason = open_sure(run, device, reject=reject, score=by, weights=weights, code=code)
+        if sure:
+            return require_sure(model, reason)
+        if reason:
+            say(reason, err=True)
+        return model
+    if sure:
+        return open_confident(run, device, reject=reject, score=by or REJECT_BY, weights=weights, code=code)
+    return open_run(run, device, weights=weights, code=code)
+
+
 def predict(
     run: Annotated[
         Path, typer.Argument(help="A run folder, results/<name>/<learner>/order…-seed…, or an exported one")
@@ -132,12 +169,22 @@ def predict(
         float | None,
         typer.Option(
             help="Say unknown of images that look like no known class, so that at most this fraction of known ones is "
-            "refused, e.g. 0.05; for runs with confidence=true"
+            "refused, e.g. 0.05; for models of cil learn, and runs with confidence=true"
         ),
     ] = None,
-    by: Annotated[str, typer.Option(help=f"Score by which --reject refuses images: {', '.join(SCORES)}")] = REJECT_BY,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Score by which --reject refuses images: {', '.join(SCORES)}; default: {REJECT_BY}, of models of cil "
+            f"learn {GROWING_BY}"
+        ),
+    ] = None,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Print calibrated probabilities; for runs with confidence=true")
+        bool,
+        typer.Option(
+            "--probabilities",
+            help="Print calibrated probabilities, as models of cil learn always do; for runs with confidence=true",
+        ),
     ] = False,
     weights: Weights = None,
     code: Code = None,
@@ -149,28 +196,18 @@ def predict(
     from rich.console import Console
 
     from cil.data.folder import as_text
-    from cil.errors import DataError, ExportError, printable
+    from cil.errors import DataError, printable
     from cil.prediction.output import check_output, open_writer
 
     if out is not None:
         check_output(out)
     console, stdout = Console(stderr=True), sys.stdout
     with console.status("loading torch …"):
-        from cil.export import is_artifact, load
-        from cil.prediction import find_images, open_confident, open_run
+        from cil.prediction import find_images
         from cil.prediction import predict as predict_images
         from cil.runner.display import Display
 
-        if is_artifact(run):
-            if weights is not None:
-                raise ExportError(f"--weights {weights}: {run} is an exported model and has its weights; leave it out")
-            if reject is not None or probabilities:
-                raise ExportError(f"{run}: is an exported model, which has no held-out images; give the run's folder")
-            model = load(run, device, code=code or ())
-        elif reject is not None or probabilities:
-            model = open_confident(run, device, reject=reject, score=by, weights=weights, code=code or ())
-        else:
-            model = open_run(run, device, weights=weights, code=code or ())
+        model = _open(run, device, reject, by, probabilities, weights, code or ())
         paths = find_images(images, lambda line: say(line, err=True))
 
     def tell(path: Path, ranked: Ranked) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -16,8 +15,9 @@ from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError, shortened
 from cil.features import FeatureCache
 from cil.growing import events
+from cil.growing.calibration import scored
 from cil.growing.lesson import Images, open_images
-from cil.growing.records import Kept, key, learned, read_contents, read_taught
+from cil.growing.records import Kept, learned, read_contents, read_taught
 from cil.growing.setting import Setting
 from cil.growing.stream import image_set
 from cil.learner import Context, Learner
@@ -25,7 +25,6 @@ from cil.learners import registry
 from cil.runner.checkpoint import RunFolder
 from cil.stream import past_tasks
 
-BATCH = 1024  # images per call of a classifier
 HIDE = "give --hide for a class that is no longer predicted, although its statistics remain"
 
 
@@ -90,17 +89,9 @@ def tested(
         absent: Labels that are not predicted, and whose images are not tested.
         accelerator: Device and precision.
     """
-    views = [key(version) for version in learner.views()]
     correct, total = [0] * len(kept), [0] * len(kept)
-    for lesson, one in enumerate(kept):
-        rows = np.flatnonzero(~np.isin(one.label, absent))
-        if not len(rows) or not all(view in one.features for view in views):
-            continue
-        features = torch.cat([one.features[view] for view in views], dim=1)[torch.from_numpy(rows)]
-        with torch.inference_mode(), accelerator.autocast():
-            scores = [learner.logits(part.to(accelerator.device)).float().cpu() for part in features.split(BATCH)]
-        best = torch.cat(scores).index_fill(1, torch.tensor(absent, dtype=torch.int64), float("-inf")).argmax(1)
-        correct[lesson], total[lesson] = int((best.numpy() == one.label[rows]).sum()), len(rows)
+    for lesson, (scores, labels) in scored(learner, kept, absent, accelerator).items():
+        correct[lesson], total[lesson] = int((scores.argmax(1).numpy() == labels).sum()), len(labels)
     return correct, total
 
 

@@ -17,6 +17,7 @@ from cil.data.transforms import Transforms
 from cil.errors import RunError
 from cil.features import FeatureCache
 from cil.growing import events
+from cil.growing.calibration import report, scored
 from cil.growing.lesson import open_images, prepare
 from cil.growing.records import HOLDOUT, IMAGES, Kept, read_tensors
 from cil.growing.setting import Setting, new_header
@@ -101,6 +102,8 @@ class MemoryModel:
         try:
             row, predictions = run_stage(session, stream.tasks[-1])
             out = kept_of(learner, cache, images, given.labels, given.held_out)
+            if found := scored(learner, [*kept, out], [], cache.accelerator):
+                row["confidence"] = report(found)
         except BaseException:
             self.learner = self._fresh()
             past = past_tasks(self.header["tasks"], self.header["class_names"])

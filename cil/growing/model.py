@@ -17,6 +17,7 @@ from cil.data.transforms import Transforms
 from cil.errors import StreamError, shortened
 from cil.features import FeatureCache
 from cil.growing import HOLDOUT, events
+from cil.growing.calibration import open_sure, report, require_sure, scored
 from cil.growing.folder import ModelFolder, Point
 from cil.growing.forgetting import current, remove, tested
 from cil.growing.lesson import Images, Prepared, open_images, prepare
@@ -25,6 +26,7 @@ from cil.growing.records import IMAGES, TRAIN, read_contents, read_kept
 from cil.growing.setting import Setting, Settings, new_header
 from cil.growing.stream import LessonStream, image_set, kept_of
 from cil.learners import registry
+from cil.prediction.confident import Confident
 from cil.prediction.model import Trained, open_run
 from cil.results import Header, StageRow
 from cil.rows import Change, Lesson
@@ -200,6 +202,24 @@ class GrowingModel:
         settings = self._settings
         return open_run(self.path, settings.device, weights=settings.weights, code=settings.code)
 
+    def confident(self, reject: float | None = None, score: str | None = None) -> Confident:
+        """The model as :meth:`predictor` gives it, with probabilities that are calibrated on its held-out images.
+
+        Args:
+            reject: Fraction of images of known classes that may be taken for unknown, in (0, 1); None: none is.
+            score: By which score; None: as for :func:`cil.growing.calibration.open_sure`.
+
+        Raises:
+            RunError: There is no model, or no held-out image has features of the current learner.
+            ConfigError: ``reject`` or ``score`` is out of range.
+        """
+        settings = self._settings
+        return require_sure(
+            *open_sure(
+                self.path, settings.device, reject=reject, score=score, weights=settings.weights, code=settings.code
+            )
+        )
+
     def _there(self, header: events.Header | None) -> events.Header:
         return header if header is not None else events.read(self.path)  # which raises
 
@@ -235,7 +255,10 @@ class GrowingModel:
         rows = resume(session, self._folder)
         row, predictions = run_stage(session, stream.tasks[-1])
         keep = partial(kept_of, learner, cache, images, given.labels)
-        further = {IMAGES: given.contents.tensors(), KEPT: keep(given.held_out).tensors()}
+        held_out = keep(given.held_out)
+        if found := scored(learner, [*kept, held_out], gone, accelerator):
+            row["confidence"] = report(found)
+        further = {IMAGES: given.contents.tensors(), KEPT: held_out.tensors()}
         if keep_features:
             taught = np.setdiff1d(np.arange(len(given.labels)), given.held_out)
             further[TRAIN] = keep(taught).tensors()

@@ -18,7 +18,8 @@ def facts(folder: Path) -> dict[str, Any]:
 
     Returns:
         Learner, backbone, classes (name, images trained on and held out, lessons), classes that are no longer
-        predicted, lessons (with the accuracy on what each holds out, then and now), changes, accuracy and bytes.
+        predicted, lessons (with the accuracy on what each holds out, then and now, and the calibration error on all
+        that was held out until then), changes, accuracy and bytes.
 
     Raises:
         RunError: The folder holds no model, one of another version, or a damaged one.
@@ -51,6 +52,7 @@ def facts(folder: Path) -> dict[str, Any]:
                 **_lesson(lesson, header["tasks"][i], names),
                 "accuracy_then": _share(rows[i]["correct"][i], rows[i]["total"][i]),
                 "accuracy_now": _share(correct[i], total[i]),
+                "calibration_error": rows[i]["confidence"]["calibration_error"] if "confidence" in rows[i] else None,
             }
             for i, lesson in enumerate(lessons)
         ],

@@ -15,7 +15,7 @@ from cil.errors import ConfigError, RunError, nearest
 from cil.prediction.model import Trained, restore
 from cil.rows import REJECT_BY, SCORES
 from cil.runner.checkpoint import RunFolder
-from cil.runner.confidence import FILE, Confidence
+from cil.runner.confidence import FILE, Calibration, Confidence
 from cil.utils import hardware
 
 
@@ -25,19 +25,24 @@ class Confident(Trained):
     Args:
         confidence: The calibration.
         reject: Fraction of images of known classes that may be rejected, in (0, 1); None: nothing is rejected.
-        score: One of :data:`cil.rows.SCORES`, by which images are rejected.
+        score: One of :data:`cil.rows.SCORES`, by which images are rejected; the calibration must have it.
         parts: Arguments of :class:`Trained`.
 
     Raises:
         ConfigError: ``reject`` or ``score`` is out of range.
     """
 
-    def __init__(self, confidence: Confidence, reject: float | None, score: str, *parts: Any) -> None:
+    def __init__(self, confidence: Calibration, reject: float | None, score: str, *parts: Any) -> None:
         super().__init__(*parts)
         if reject is not None and not 0 < reject < 1:
             raise ConfigError(f"reject: {reject:g}; allowed: above 0 and below 1, e.g. 0.05")
         if score not in SCORES:
             raise ConfigError(f"reject: unknown score {score!r}{nearest(score, SCORES)}; allowed: {', '.join(SCORES)}")
+        if reject is not None and score not in confidence.names:
+            raise ConfigError(
+                f"reject: the score {score} needs statistics of frozen features, and only a run with confidence: true "
+                f"keeps them; allowed here: {', '.join(confidence.names)}"
+            )
         self.confidence, self.reject, self.score = confidence, reject, score
 
     def judged(self, images: Tensor) -> tuple[Tensor, np.ndarray | None]:
@@ -47,8 +52,10 @@ class Confident(Trained):
         probabilities = self.confidence.probabilities(logits)
         if self.reject is None:
             return probabilities, None
-        frozen = features if set(self.learner.views()) == {FROZEN} else self.backbone(images).float()
-        scores = self.confidence.scores(logits, frozen.cpu())
+        frozen = None
+        if self.confidence.sees_frozen:
+            frozen = (features if set(self.learner.views()) == {FROZEN} else self.backbone(images).float()).cpu()
+        scores = self.confidence.scores(logits, frozen)
         return probabilities, ~self.confidence.rejected(scores, self.reject, self.score)
 
 

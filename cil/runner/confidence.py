@@ -6,11 +6,12 @@ them the features are kept, and no image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cil import metrics
@@ -29,14 +30,80 @@ FILE = "confidence.safetensors"
 BATCH = 1024
 
 
-class Confidence(nn.Module):
-    """Calibrates a learner's scores, and tells images that look like no known class.
+class Calibration(nn.Module):
+    """Calibrates scores, and tells images that look like no known class, from the scores of held-out images alone.
 
-    Probabilities are softmax(z/T) with one temperature T for all classes, fitted to the held-out images after every
-    task. Images are scored by how much they look like known classes, larger for known ones:
+    Probabilities are softmax(z/T) with one temperature T for all classes. Images are scored by how much they look like
+    known classes, larger for known ones:
 
     * ``max_probability``: max_c softmax(z/T)_c (Hendrycks and Gimpel, ICLR 2017).
     * ``energy``: T log Σ_c exp(z_c/T) (Liu et al., NeurIPS 2020, arXiv 2010.03759).
+
+    Buffers:
+        temperature: float64 scalar, T. known: float64 [S, N], the scores of the held-out images, in the order of
+        :attr:`names`.
+    """
+
+    names: ClassVar[tuple[str, ...]] = SCORES[:2]
+    """Names of the scores."""
+    sees_frozen: ClassVar[bool] = False
+    """Whether :meth:`scores` needs features of the frozen backbone."""
+    temperature: Tensor
+    known: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
+        self.register_buffer("known", torch.zeros(len(self.names), 0, dtype=torch.float64))
+
+    def fit(self, logits: Tensor, labels: Tensor, frozen: Tensor | None = None) -> Calibration:
+        """Calibrate on held-out images.
+
+        Args:
+            logits: Their scores, [N, C]; −∞ for classes that are not predicted.
+            labels: Their classes, int64 [N].
+            frozen: Features of the frozen backbone, [N, D], where they are needed.
+        """
+        self.temperature.fill_(fit_temperature(logits, labels))
+        self.known = torch.stack(list(self.scores(logits, frozen).values()))
+        return self
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Calibrated probabilities of scores [B, C], float64 [B, C]."""
+        return (logits.double() / self.temperature.to(logits.device)).softmax(1)
+
+    def scores(self, logits: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
+        """How much images look like known classes, by name of the score, float64 [B] each.
+
+        Args:
+            logits: The learner's scores, [B, C].
+            frozen: Features of the frozen backbone, [B, D], where they are needed.
+        """
+        if not len(logits):
+            return {name: torch.zeros(0, dtype=torch.float64) for name in self.names}
+        scaled = logits.double() / self.temperature.to(logits.device)
+        return dict(zip(SCORES, (scaled.softmax(1).amax(1), self.temperature * scaled.logsumexp(1)), strict=False))
+
+    def rejected(self, scores: Mapping[str, Tensor], rate: float, score: str) -> np.ndarray:
+        """Which images look like no known class, bool [B]; see :func:`cil.metrics.rejected`.
+
+        Raises:
+            RunError: Too few images are held out to reject so few known ones.
+        """
+        held_out = self.known[self.names.index(score)].numpy()
+        if rate * (1 + len(held_out)) < 1 - 1e-9:
+            raise RunError(
+                f"reject: {rate:g} of the known images cannot be told from {len(held_out)} held-out ones; allowed: "
+                f"{1 / (1 + len(held_out)):.2g} and more; hold out more images, or raise the rate"
+            )
+        return metrics.rejected(scores[score].cpu().numpy(), held_out, rate)
+
+
+class Confidence(Calibration):
+    """Calibrates a learner after every task, and scores images by the frozen backbone's features, too.
+
+    Beside the scores of :class:`Calibration`:
+
     * ``mahalanobis``: −min_c d_c on the frozen backbone's features (:class:`ClassDistances`).
     * ``relative_mahalanobis``: d_0 − min_c d_c, which leaves out what all images have in common.
 
@@ -46,16 +113,15 @@ class Confidence(nn.Module):
 
     Buffers:
         features: float32 [N, F], the learner's features of the held-out images. frozen: float32 [N, D], those of the
-        frozen backbone; [0, D] where they are the same. labels, tasks: int64 [N]. temperature: float64 scalar.
-        known: float64 [4, N], their scores, in the order of :data:`SCORES`.
+        frozen backbone; [0, D] where they are the same. labels, tasks: int64 [N].
     """
 
+    names = SCORES
+    sees_frozen = True
     features: Tensor
     frozen: Tensor
     labels: Tensor
     tasks: Tensor
-    temperature: Tensor
-    known: Tensor
 
     def __init__(self, feature_dim: int) -> None:
         super().__init__()
@@ -64,8 +130,6 @@ class Confidence(nn.Module):
         self.register_buffer("frozen", torch.zeros(0, feature_dim))
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("tasks", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("temperature", torch.ones((), dtype=torch.float64))
-        self.register_buffer("known", torch.zeros(len(SCORES), 0, dtype=torch.float64))
 
     def learn(self, learner: Learner, task: Task, cache: FeatureCache, since: int) -> None:
         """Learn from an open task that ``learner`` has learned, and calibrate again.
@@ -91,45 +155,15 @@ class Confidence(nn.Module):
             self.labels = torch.cat([self.labels, torch.as_tensor(task.validation.labels)])
             self.tasks = torch.cat([self.tasks, torch.full((len(new),), task.index)])
         self.features, self.frozen = features, frozen
-        self._calibrate(learner, cache)
+        logits = scores_of(learner, self.features, cache.accelerator)
+        self.fit(logits, self.labels, self.frozen if len(self.frozen) else self.features)
 
-    def _calibrate(self, learner: Learner, cache: FeatureCache) -> None:
-        logits = scores_of(learner, self.features, cache)
-        self.temperature.fill_(fit_temperature(logits, self.labels))
-        frozen = self.frozen if len(self.frozen) else self.features
-        self.known = torch.stack(list(self.scores(logits, frozen).values()))
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Calibrated probabilities of scores [B, C], float64 [B, C]."""
-        return (logits.double() / self.temperature.to(logits.device)).softmax(1)
-
-    def scores(self, logits: Tensor, frozen: Tensor) -> dict[str, Tensor]:
-        """How much images look like known classes, by name of the score, float64 [B] each.
-
-        Args:
-            logits: The learner's scores, [B, C].
-            frozen: Features of the frozen backbone, [B, D].
-        """
-        if not len(logits):
-            return {name: torch.zeros(0, dtype=torch.float64) for name in SCORES}
-        scaled = logits.double() / self.temperature.to(logits.device)
+    def scores(self, logits: Tensor, frozen: Tensor | None = None) -> dict[str, Tensor]:
+        found = super().scores(logits)
+        if frozen is None or not len(logits):
+            return found
         nearest, background = self.classes.distances(frozen)
-        found = (scaled.softmax(1).amax(1), self.temperature * scaled.logsumexp(1), -nearest, background - nearest)
-        return dict(zip(SCORES, found, strict=True))
-
-    def rejected(self, scores: dict[str, Tensor], rate: float, score: str) -> np.ndarray:
-        """Which images look like no known class, bool [B]; see :func:`cil.metrics.rejected`.
-
-        Raises:
-            RunError: Too few images are held out to reject so few known ones.
-        """
-        held_out = self.known[SCORES.index(score)].numpy()
-        if rate * (1 + len(held_out)) < 1 - 1e-9:
-            raise RunError(
-                f"reject: {rate:g} of the known images cannot be told from {len(held_out)} held-out ones; allowed: "
-                f"{1 / (1 + len(held_out)):.2g} and more; hold out more images, or raise the rate"
-            )
-        return metrics.rejected(scores[score].cpu().numpy(), held_out, rate)
+        return {**found, "mahalanobis": -nearest, "relative_mahalanobis": background - nearest}
 
     def measure(self, learner: Learner, stream: Stream, stage: int, cache: FeatureCache) -> ConfidenceRow:
         """Test it after ``stage`` on the test images of all tasks: classes of later tasks are the unknown ones.
@@ -170,7 +204,7 @@ class Confidence(nn.Module):
         if not len(index):
             return self.scores(torch.zeros(0, 1), torch.zeros(0)), torch.zeros(0, 1), index
         cache.fill(learner, test.images, {version: members for version in learner.views()})
-        logits = scores_of(learner, cache.get(learner, test.images, index), cache)
+        logits = scores_of(learner, cache.get(learner, test.images, index), cache.accelerator)
         frozen = cache.get(learner.backbone, test.images, index)
         return self.scores(logits, frozen), logits, test.labels[index]
 
@@ -179,13 +213,12 @@ class Confidence(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def scores_of(learner: Learner, features: Tensor, cache: FeatureCache) -> Tensor:
+def scores_of(learner: Learner, features: Tensor, accelerator: Accelerator) -> Tensor:
     """The learner's scores of features [N, F], float32 [N, C] on the CPU."""
     if not len(features):
         return torch.zeros(0, 1)
-    with torch.inference_mode(), cache.accelerator.autocast():
+    with torch.inference_mode(), accelerator.autocast():
         parts = [
-            learner.logits(learner.join(part.to(cache.accelerator.device))).float().cpu()
-            for part in features.split(BATCH)
+            learner.logits(learner.join(part.to(accelerator.device))).float().cpu() for part in features.split(BATCH)
         ]
     return torch.cat(parts)
