@@ -368,3 +368,18 @@ def test_a_band_is_mean_and_sample_deviation_per_stage():
     np.testing.assert_allclose(mean, [80, np.nan, 30])
     np.testing.assert_allclose(spread, [10, np.nan, 10])
     assert np.isnan(figures.band(runs[:1], "a")[1]).all()
+
+
+def test_confidence_and_base_classes_are_columns():
+    """The stored runs, against their files: all numbers of the summary on confidence and base classes."""
+    folder = Path(__file__).parent.parent / "results" / "reference" / "split_tiny_imagenet100_confidence"
+    [compared] = report.compare_runs([folder])
+    summaries = [json.loads(file.read_text())["summary"] for file in (folder / "layer_lda").glob("*/metrics.json")]
+    names = [key for key in summaries[0] if key.startswith(("calibration_error", "unknown_"))]
+    names += ["accuracy_base", "accuracy_novel", "accuracy_harmonic"]
+    [row] = [row for row in compared.rows if row.title == "layer_lda"]
+    for column in report.select_columns(names):
+        values = np.array([100 * summary[column.name] for summary in summaries])
+        assert column.cell(row) == f"{values.mean():.1f} ± {values.std(ddof=1):.1f}", column.name
+        assert column.ascending == ("error" in column.name or "fpr95" in column.name)
+    assert len(names) == 13

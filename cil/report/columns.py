@@ -9,6 +9,7 @@ import numpy as np
 
 from cil.errors import RunError, nearest
 from cil.report.row import SettingRow, paired
+from cil.rows import SCORES
 
 UNKNOWN = "–"
 
@@ -132,6 +133,19 @@ FURTHER: tuple[Column, ...] = (
     _percent("router_accuracy", "router %", "fraction of images that are routed to the adapter of their task"),
     _percent("oracle_router_accuracy", "A_last % routed", "accuracy after the last stage if all images were so routed"),
     Column("forgetting_clipped", "forgetting ≥ 0", "forgetting as PyCIL and Mammoth print it", 100, ".1f", True),
+    _percent("accuracy_base", "base %", "accuracy after the last stage on the classes of the first task"),
+    _percent("accuracy_novel", "novel %", "accuracy after the last stage on the classes of all later tasks"),
+    _percent("accuracy_harmonic", "harmonic %", "harmonic mean of the accuracies on base and novel classes"),
+    Column("calibration_error", "ECE %", "expected calibration error after the last stage", 100, ".1f", True),
+    Column("calibration_error_uncalibrated", "ECE % (T = 1)", "the same without calibration", 100, ".1f", True),
+    *(
+        column
+        for score in SCORES
+        for column in (
+            _percent(f"unknown_auroc_{score}", f"AUROC % {score}", "unknown classes told from known ones by it"),
+            Column(f"unknown_fpr95_{score}", f"FPR95 % {score}", "unknown images that pass as known", 100, ".1f", True),
+        )
+    ),
 )
 NAMED = {column.name: column for column in (*COLUMNS, *FURTHER)}
 
