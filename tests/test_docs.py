@@ -97,6 +97,7 @@ ELSEWHERE = {
     ),
     r"^\. \.venv/bin/activate$": (".ci/run", ".venv/bin/cil"),
     r"^(\.venv/bin/)?cil tensorboard ": ("tests/test_board.py", "def test_it_serves_and_stops"),
+    r"^cil teach ": ("tests/test_teach_page.py", "def test_a_signal_ends_it_after_the_lesson"),
     r"^cil prepare-data ": ("tests/test_prepare.py", 'app, ["prepare-data"'),
     r"^accelerate launch ": ("tests/test_processes.py", "accelerate.commands.launch"),
 }

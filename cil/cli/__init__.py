@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from cil.cli import benchmark, cache, data, growing, launched, learners, models, reuse, sweep
+from cil.cli import benchmark, cache, data, growing, launched, learners, models, reuse, sweep, teach
 from cil.cli.output import prepare_streams, say
 from cil.errors import CilError, clipped
 
@@ -43,6 +43,7 @@ app.command()(growing.undo)
 app.command()(growing.show)
 app.command()(growing.forget)
 app.command()(growing.rename)
+app.command()(teach.teach)
 app.add_typer(cache.app, name="cache")
 
 

@@ -55,25 +55,30 @@ def stack(images: list[np.ndarray | CilError]) -> torch.Tensor | CilError:
     return broken[0] if broken else torch.from_numpy(np.stack(images))  # type: ignore[arg-type]
 
 
-def read_image(path: Path, transforms: Transforms, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+def read_image(
+    image: Path | bytes, transforms: Transforms, max_pixels: int = MAX_PIXELS, *, name: str = ""
+) -> torch.Tensor:
     """One image file under the test transform, normalised, float [1, 3, S, S].
 
     Args:
-        path: The file.
+        image: The file, or its bytes.
         transforms: The transforms of a backbone.
         max_pixels: Maximum number of pixels of the image.
+        name: Its name in messages; default: the path.
 
     Raises:
         DataError: The file does not exist, is not an image, or is too large.
     """
-    if not path.is_file():
-        raise DataError(f"{as_text(path)}: no such file")
+    if isinstance(image, Path):
+        name = name or as_text(image)
+        if not image.is_file():
+            raise DataError(f"{name}: no such file")
     try:
-        image = decode(path, max_pixels)
+        decoded = decode(image, max_pixels)
     except Exception as error:
-        raise DataError(f"{as_text(path)}: {why(error, max_pixels, 'max_pixels')}") from None
+        raise DataError(f"{name}: {why(error, max_pixels, 'max_pixels')}") from None
     with isolated():
-        pixels = torch.from_numpy(_evaluated(image, transforms, max_pixels, lambda: as_text(path)))
+        pixels = torch.from_numpy(_evaluated(decoded, transforms, max_pixels, lambda: name))
     return transforms.normalize(pixels[None])
 
 
