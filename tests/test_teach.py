@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,16 +48,22 @@ def uploads(images: Path, name: str, *which: int) -> list[Upload]:
     return [Upload(file.name, file.read_bytes()) for file in files(images, name, *which)]
 
 
-@pytest.fixture
-def folder(images, tmp_path) -> Path:
-    """A model that knows two classes."""
-    place = tmp_path / "given"
+@pytest.fixture(scope="module")
+def first(images, tmp_path_factory) -> Path:
+    """``given`` with the images of two classes, and ``model``, which has learned them."""
+    root = tmp_path_factory.mktemp("first")
     for name in ("ant", "bee"):
-        (place / name).mkdir(parents=True)
-        for file in files(images, name):
-            (place / name / file.name).write_bytes(file.read_bytes())
-    GrowingModel(tmp_path / "model", "ncm", TINY, device="cpu").learn(place, holdout=0.25)
-    return tmp_path / "model"
+        shutil.copytree(images / name, root / "given" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "_matrix", lambda self, r, stage: None)
+        GrowingModel(root / "model", "ncm", TINY, device="cpu").learn(root / "given", holdout=0.25)
+    return root
+
+
+@pytest.fixture
+def folder(first, tmp_path) -> Path:
+    """A model that knows two classes."""
+    return shutil.copytree(first / "model", tmp_path / "model")
 
 
 def stored(folder: Path) -> dict[str, bytes]:
@@ -69,7 +76,7 @@ def stored(folder: Path) -> dict[str, bytes]:
 
 
 # --- without a server -------------------------------------------------------------------------------------------------
-def test_it_predicts_teaches_and_undoes_as_the_commands_do(folder, images, tmp_path):
+def test_it_predicts_teaches_and_undoes_as_the_commands_do(folder, first, images, tmp_path):
     """Against `cil predict` on the same files, and a copy of the model that a folder with the same images teaches."""
     teacher = Teacher(folder, device="cpu", holdout=0.25)
     before, wanted = stored(folder), files(images, "cat", 0, 1) + files(images, "ant", 2)
@@ -78,12 +85,9 @@ def test_it_predicts_teaches_and_undoes_as_the_commands_do(folder, images, tmp_p
     expected = [list(ranked) for _, ranked in predict(folder, wanted, 3)]
     assert [one["classes"] for one in found["images"]] == expected
 
-    place = tmp_path / "lesson" / "cat"
-    place.mkdir(parents=True)
-    for file in files(images, "cat"):
-        (place / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(images / "cat", tmp_path / "lesson" / "cat")
     copy = GrowingModel(tmp_path / "copy", "ncm", TINY, device="cpu")
-    copy.learn(tmp_path / "given", holdout=0.25)
+    copy.learn(first / "given", holdout=0.25)
     assert copy.learn(tmp_path / "lesson", holdout=0.25).stage == 1
     answer = teacher.teach(uploads(images, "cat"), " cat ")
     assert answer == {"message": "Learned cat from 6 images; 2 held out.", "notes": []}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from browser import chromium
-from test_teach import EVIL, _no_figure, files, folder, images, uploads  # noqa: F401 - fixtures
+from test_teach import EVIL, _no_figure, files, first, folder, images, uploads  # noqa: F401 - fixtures
 from test_teach_page import port  # noqa: F401 - a fixture
 
 from cil.app import server

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 from test_cli import cil  # noqa: F401 - a fixture
-from test_teach import _no_figure, folder, images, stored, uploads  # noqa: F401 - fixtures
+from test_teach import _no_figure, first, folder, images, stored, uploads  # noqa: F401 - fixtures
 from waiting import until
 
 from cil.app import server
