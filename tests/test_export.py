@@ -53,6 +53,7 @@ LEARNERS = {
     "ease": {"epochs": 1, "bottleneck": 4, "init_ptm": True, "beta": 0.5},
     "slca": {"epochs": 1, "milestones": [1], "samples": 8, "alignment_epochs": 1},
     "ssiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1},
+    "cds": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1},
     "rsiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1, "code": 8},
     "tuna": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
     "mos": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},

@@ -62,9 +62,15 @@ def test_chosen_settings_are_those_of_the_first_tasks():
             assert (entry.name, registry.configure(entry)[1].model_dump()) in there, entry.title
 
 
+NOT_RUN_YET = {
+    "cds",
+}
+"""Learners of which there are no runs on these streams."""
+
+
 def test_two_configurations_take_every_learner_through_the_same_streams():
     orders, records = (load_config(f"split_tiny_imagenet100/{name}") for name in ("orders", "records"))
-    assert {entry.name for entry in (*orders.learners, *records.learners)} == set(registry.BUILTIN)
+    assert {entry.name for entry in (*orders.learners, *records.learners)} == set(registry.BUILTIN) - NOT_RUN_YET
     own = {"name", "learners", "chosen_by"}
     assert orders.model_dump(exclude=own) == records.model_dump(exclude=own)
     defaults = load_config("split_tiny_imagenet100/defaults")

@@ -173,10 +173,10 @@ def test_the_tuner_stays_in_the_alignment_and_training_goes_on_from_aligned_rows
             assert torch.equal(vector(self.tuner), before)
             seen.append(self.head.weight.detach().clone())
 
-        def correct_drift(self, before, after, ctx):
+        def correct_drift(self, before, after, labels, ctx):
             if seen:
                 assert torch.equal(self.head.weight[: len(seen[-1])], seen[-1])
-            super().correct_drift(before, after, ctx)
+            super().correct_drift(before, after, labels, ctx)
 
     Case(Followed, QUICK).run()
     assert [len(rows) for rows in seen] == [5, 8]

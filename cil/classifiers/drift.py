@@ -3,7 +3,8 @@
 The statistics of old classes were computed with an earlier backbone, and the images of these classes are gone. A map is
 fitted to the current task's features before and after the change, and applied to the stored sums. For an affine map the
 result is exact: the sums that would follow from mapping every old sample are determined by the stored ones. If classes
-drift differently, :func:`local_shifts` estimates one shift per class.
+drift differently, :func:`local_shifts` estimates one shift per class from images near it, and :func:`similarities`
+weighs the shifts of the current classes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cil.errors import DataError
@@ -129,6 +131,22 @@ def local_shifts(points: Tensor, before: Tensor, after: Tensor, sigma: float = 4
     distances = torch.cdist(points.to(before), before, compute_mode="donot_use_mm_for_euclid_dist")
     weights = torch.exp(-distances.square() / (2 * sigma**2)) + 1e-5
     return (weights / weights.sum(1, keepdim=True)) @ (after - before)
+
+
+@exact()
+def similarities(points: Tensor, prototypes: Tensor, sharpness: float = 10.0) -> Tensor:
+    """softmax_j(γ · cos(p_c, q_j)): how much point p_c takes part in what happens to prototype q_j (CDS, CVPR 2026).
+
+    Args:
+        points: Points p_c, for instance means of old classes, [C, F].
+        prototypes: Prototypes q_j, for instance means of new classes, [J, F], J ≥ 1.
+        sharpness: γ > 0; for large γ only the most similar prototype counts.
+
+    Returns:
+        Weights, float64 [C, J]; each row sums to 1.
+    """
+    directions = F.normalize(points.double(), dim=1) @ F.normalize(prototypes.double(), dim=1).T
+    return (sharpness * directions).softmax(1)
 
 
 def _paired(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

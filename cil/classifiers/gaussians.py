@@ -76,23 +76,33 @@ class Gaussians(ClassMoments):
         return features.float()
 
     @exact()
-    def translate(self, shifts: Tensor) -> Gaussians:
-        """μ_c ← μ_c + shifts[c], as if every sample of class c had moved by it; covariances do not change.
+    def translate(self, shifts: Tensor, spreads: Tensor | None = None) -> Gaussians:
+        """μ_c ← μ_c + shifts[c], as if every sample of class c had moved by it, and Σ_c ← Σ_c + spreads[c]ᵀ spreads[c].
 
         Args:
             shifts: Shifts of the first C' ≤ C classes, [C', F]; the other classes, and those without samples, stay.
+            spreads: Directions in which the same classes also get wider, [C', J, F]; None: covariances do not change.
+                A class without variance, which borrows that of all others, stays as it is.
 
         Raises:
-            DataError: ``shifts`` has the wrong shape.
+            DataError: ``shifts`` or ``spreads`` has the wrong shape.
         """
         if shifts.ndim != 2 or len(shifts) > self.num_classes or shifts.shape[1] != self.feature_dim:
             raise DataError(
                 f"Gaussians.translate: shifts have shape {list(shifts.shape)}; expected [up to {self.num_classes}, "
                 f"{self.feature_dim}]"
             )
+        if spreads is not None and (spreads.ndim != 3 or spreads[:, 0].shape != shifts.shape):
+            raise DataError(
+                f"Gaussians.translate: spreads have shape {list(spreads.shape)}; expected [{len(shifts)}, directions, "
+                f"{self.feature_dim}]"
+            )
         for c, shift in enumerate(shifts.to(self.sums)):
             n = max(1, int(self.counts[c]))
             scatter = self.covariance(c) * max(1, n - 1)
+            if spreads is not None and bool(scatter.any()):
+                directions = spreads[c].to(scatter)
+                scatter += max(1, n - 1) * directions.T @ directions
             self.sums[c] += int(self.counts[c]) * shift
             self.outers[c] = scatter + torch.outer(self.sums[c], self.sums[c]) / n
         self._forget()

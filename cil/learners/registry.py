@@ -34,6 +34,7 @@ BUILTIN = {
     "mos": "cil.learners.mos:MOS",
     "slca": "cil.learners.slca:SLCA",
     "ssiat": "cil.learners.ssiat:SSIAT",
+    "cds": "cil.learners.cds:CDS",
     "rsiat": "cil.learners.rsiat:RSIAT",
     "l2p": "cil.learners.l2p:L2P",
     "dualprompt": "cil.learners.dualprompt:DualPrompt",

@@ -73,12 +73,11 @@ class SSIAT(TaskOfClass, SequentialTuning):
             self.tuner.reset(ctx.generator)
 
     def learn(self, task: Task, ctx: Context) -> None:
-        corrects = task.index > 0 and self.config.drift_bandwidth is not None
-        before = ctx.features(self, task.train)[0] if corrects else None
+        before = ctx.features(self, task.train)[0] if task.index and self.corrects else None
         self.head.extend(self.train_rows(task, ctx))
         after, labels = ctx.features(self, task.train)
         if before is not None:
-            self.correct_drift(before, after, ctx)
+            self.correct_drift(before, after, labels, ctx)
         self.gaussians.partial_fit(after, labels)
         if task.index and self.config.alignment_epochs:
             self.align(ctx)
@@ -102,7 +101,12 @@ class SSIAT(TaskOfClass, SequentialTuning):
         """Minimise ``cosface_loss``, a loss of (features, labels), over the task."""
         fit(lambda images, labels: cosface_loss(self.tuned(images), labels), groups, task.train, recipe, ctx)
 
-    def correct_drift(self, before: Tensor, after: Tensor, ctx: Context) -> None:
+    @property
+    def corrects(self) -> bool:
+        """Whether old classes' Gaussians follow the drift of later tasks."""
+        return self.config.drift_bandwidth is not None
+
+    def correct_drift(self, before: Tensor, after: Tensor, labels: Tensor, ctx: Context) -> None:
         """Shift old classes' means by the drift of the task's images, given their features [N, F] before and after."""
         shifts = local_shifts(self.gaussians.means, before, after, self.config.drift_bandwidth)
         ctx.log("mean_drift", float(shifts.norm(dim=1).mean()))

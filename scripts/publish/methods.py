@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -29,12 +30,15 @@ NEEDS = {None: "", "fisher": "Fisher information", "grams": "Gram matrices"}
 
 
 def methods(page: Path) -> str:
-    """Built-in learners, each linked to its page."""
-    rows = []
+    """Built-in learners, each linked to its page; in the README, which is short, a row per what they train."""
+    rows, by_trained = [], defaultdict[str, list[str]](list)
     for name in registry.BUILTIN:
         link = os.path.relpath(ROOT / "docs" / "learners" / f"{name}.md", page.parent)
         cls = registry.resolve(name)
         rows.append([f"[`{name}`]({Path(link).as_posix()})", cls.summary, cls.trains])
+        by_trained[cls.trains].append(rows[-1][0])
+    if page == ROOT / "README.md":
+        return table(["learners", "what they train"], [[", ".join(names), what] for what, names in by_trained.items()])
     return table(["learner", "what it does", "trains"], rows)
 
 

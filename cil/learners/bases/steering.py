@@ -1,4 +1,4 @@
-"""RSIAT's metric loss and residual projector, which limit feature drift while the tuner is trained further."""
+"""Losses of RSIAT and CDS, and RSIAT's residual projector, which limit feature drift in a tuner that trains on."""
 
 from __future__ import annotations
 
@@ -95,3 +95,19 @@ def projected_distance(
     projected, centres = projector(old), projector(means)
     cosines = F.normalize(centres, dim=1) @ F.normalize(projected, dim=1).T
     return beta * F.mse_loss(features, projected) + gamma * cosines.abs().mean()
+
+
+@without_autocast()
+def similarity_change(features: Tensor, old: Tensor, means: Tensor) -> Tensor:
+    """mean_i Σ_c (cos(φ_t(x_i), μ_c) − cos(φ_{t−1}(x_i), μ_c))²: new images keep their similarities to old classes.
+
+    Args:
+        features: New features φ_t(x), [B, F].
+        old: Old features φ_{t−1}(x) of the same images, [B, F].
+        means: Means μ_c of old classes, [C, F], C ≥ 1.
+
+    Returns:
+        The loss, a scalar of the type of ``means``, a mean over the batch; it ignores the lengths of all features.
+    """
+    turned = F.normalize(features.to(means), dim=1) - F.normalize(old.to(means), dim=1)
+    return (turned @ F.normalize(means, dim=1).T).square().sum(1).mean()
