@@ -113,6 +113,15 @@ def key_value_rows(model: Any, i: int) -> dict[str, int]:
     return {f"{at}.k_proj.weight": 0, f"{at}.v_proj.weight": 0}
 
 
+def projection_rows(model: Any, i: int, parts: str) -> dict[str, int]:
+    """As :func:`key_value_rows`, which it is for ``parts`` "kv"; for "qkv" with the rows of queries in front."""
+    rows = key_value_rows(model, i)
+    if parts == "kv":
+        return rows
+    fused = model.blocks[i].attn.qkv is not None
+    return dict.fromkeys(rows, 0) if fused else {f"blocks.{i}.attn.q_proj.weight": 0, **rows}
+
+
 def affine_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The layers whose outputs scale-and-shift tuning (SSF) changes, with the names of their biases.
 

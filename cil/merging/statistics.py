@@ -6,7 +6,7 @@ images are usual (256 in the references).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +129,7 @@ def input_grams(
     batches: Iterable[Tensor],
     *,
     block: int | None = None,
+    layers: Container[str] | None = None,
     forward: Callable[[Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Compute G = XᵀX / N of the inputs X [N, in] of every ``nn.Linear`` of a model; each token of an image is a row.
@@ -142,6 +143,7 @@ def input_grams(
         batches: Images [B, 3, H, W] on the model's device.
         block: Width above which only the diagonal blocks of a Gram matrix are computed, as
             :class:`cil.merging.RegMean` uses them; None: no limit.
+        layers: Names of the weights whose layers are observed; None: all.
         forward: Function that is called with the images; by default the model itself.
 
     Returns:
@@ -167,7 +169,7 @@ def input_grams(
     hooks = [
         layer.register_forward_pre_hook(watch(f"{name}.weight" if name else "weight"))
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, nn.Linear) and (layers is None or f"{name}.weight" in layers)
     ]
     try:
         with exact(), _evaluating(model):

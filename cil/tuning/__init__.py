@@ -6,6 +6,7 @@ from cil.backbone.vit import Tuner
 from cil.tuning.adapter import Adapter
 from cil.tuning.configs import TunerConfig, build_tuner
 from cil.tuning.lora_kv import KeyValueLora
+from cil.tuning.low_rank_bank import LowRankBank
 from cil.tuning.prefix import ExternalPrefix, Prefix
 from cil.tuning.prompts import PooledPrompts, VisualPrompts
 from cil.tuning.ssf import SSF
@@ -20,6 +21,7 @@ __all__ = [
     "ExternalPrefix",
     "ExternalWeights",
     "KeyValueLora",
+    "LowRankBank",
     "PeftTuner",
     "PooledPrompts",
     "Prefix",
