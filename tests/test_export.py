@@ -67,6 +67,7 @@ LEARNERS = {
     "slda": {},
     "layer_lda": {},
     "l2_sp": {"epochs": 1},
+    "loda": {"epochs": 1, "rank": 2},
     "inflora": {"epochs": 1, "rank": 2},
     "avalanche": {"epochs": 1},
     "avalanche_replay": {"epochs": 1},

@@ -45,7 +45,7 @@ def moments(rank: int, seed: int, width: int = 8) -> torch.Tensor:
 @pytest.mark.parametrize("parts", ["kv", "qkv"])
 def test_folding_equals_the_unfolded_sum(parts):
     vit = backbone()
-    bank, width = LowRankBank(vit, 3, parts, scale=0.5), vit.model.embed_dim
+    bank, width = LowRankBank(vit, 3, parts, scales=[0.5, 1.0, 2.0]), vit.model.embed_dim
     images = probe_images()
     with torch.inference_mode():
         torch.testing.assert_close(vit(images, bank), vit(images), atol=0, rtol=0)
@@ -59,7 +59,7 @@ def test_folding_equals_the_unfolded_sum(parts):
             bank.fold()
             torch.testing.assert_close(vit(images, bank), before, atol=1e-5, rtol=1e-4)
         assert not bank.down.requires_grad and bank.up.count_nonzero() == 0
-        total = total + 0.5 * up @ down
+        total = total + up @ (torch.tensor([[0.5], [1.0], [2.0]]) * down)
     for i, update in enumerate(total):
         name = f"blocks.{i}.attn.qkv.weight"
         changed = (bank.weights()[name] - vit.model.get_parameter(name)).detach()

@@ -65,6 +65,7 @@ def test_chosen_settings_are_those_of_the_first_tasks():
 NOT_RUN_YET = {
     "cds",
     "inflora",
+    "loda",
 }
 """Learners of which there are no runs on these streams."""
 

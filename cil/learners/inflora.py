@@ -9,16 +9,15 @@ from torch import Tensor
 from cil.backbone import Backbone
 from cil.classifiers import LinearHead
 from cil.learner import Context
-from cil.learners.bases.new_classes import TaskOfClass, task_head
-from cil.learners.bases.sequential import SequentialTuning
+from cil.learners.bases.low_rank import LowRankUpdates
+from cil.learners.bases.new_classes import task_head
 from cil.learners.bases.subspaces import grown, new_directions
-from cil.merging.statistics import input_grams
 from cil.stream import Task
 from cil.training import Optimizer, ParamGroup, Per, Recipe, Schedule, fit, local_cross_entropy
 from cil.tuning import LowRankBank
 
 
-class InfLoRA(TaskOfClass, SequentialTuning):
+class InfLoRA(LowRankUpdates):
     """InfLoRA: interference-free low-rank adaptation (Liang and Li, CVPR 2024, arXiv 2404.00228).
 
     Keys and values of block l get W_t = W_{t−1} + B_t A_t. A_t is not trained: with C = mean x xᵀ of the inputs x of
@@ -47,7 +46,6 @@ class InfLoRA(TaskOfClass, SequentialTuning):
     trains = "keys and values by low-rank updates, head"
     paper = "Liang and Li, InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning, arXiv 2404.00228"
 
-    tuner: LowRankBank
     known: Tensor
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
@@ -67,14 +65,6 @@ class InfLoRA(TaskOfClass, SequentialTuning):
         self.tuner.fold()
         self.remember(self.grams(task, ctx), min(1.0, config.energy + config.energy_step * task.index))
         ctx.log("known_share", float(self.known.diagonal(dim1=1, dim2=2).mean()))
-
-    def grams(self, task: Task, ctx: Context) -> Tensor:
-        """C = mean x xᵀ of each block's inputs over the task's images, under the test transform, float64 [L, D, D]."""
-        batches = task.train.batches(self.config.train_batch_size, generator=None, augment=False, device=ctx.device)
-        images = (images for images, _ in batches)
-        names = self.tuner.inputs
-        found = input_grams(self.backbone.model, images, layers=names, forward=self.tuned)
-        return torch.stack([found[name][0] for name in names])
 
     def remember(self, grams: Tensor, energy: float) -> None:
         """Extend P of each block by a task's inputs, given their C [L, D, D]."""

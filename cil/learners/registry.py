@@ -41,6 +41,7 @@ BUILTIN = {
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
     "lae": "cil.learners.lae:LAE",
     "l2_sp": "cil.learners.l2_sp:L2SP",
+    "loda": "cil.learners.loda:LoDA",
     "inflora": "cil.learners.inflora:InfLoRA",
     "avalanche": "cil.avalanche.learner:AvalancheLearner",
     "avalanche_replay": "cil.avalanche.learner:AvalancheReplay",

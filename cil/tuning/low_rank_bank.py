@@ -20,24 +20,27 @@ Parts = Literal["kv", "qkv"]
 
 
 class LowRankBank(Tuner):
-    """W = W_0 + Δ + s · B A in every chosen block: Δ holds earlier tasks' updates, B A is that of the current one.
+    """W = W_0 + Δ + B diag(s) A in every chosen block: Δ holds earlier tasks' updates, B diag(s) A is the current one.
 
     A [r, D] reads the input of the attention, the same for queries, keys and values, and B [R, r] writes to the R rows
     of the chosen projections. B is zero at the start of a task, so that training starts at W_0 + Δ. :meth:`fold` adds
-    s · B A to Δ: the cost of a forward pass and the memory do not depend on the number of tasks.
+    B diag(s) A to Δ: the cost of a forward pass and the memory do not depend on the number of tasks.
 
     Args:
         backbone: The frozen backbone whose weights are updated; it is kept by reference and never modified.
         rank: Rank r in 1 … D.
         parts: Projections that are updated: keys and values, or queries, too.
-        scale: Factor s.
+        scales: Factors s on the r directions; None: 1.
         blocks: Indices of the blocks that are updated, counted from 0; None: all blocks.
 
     Parameters:
         down: A, [L, r, D]; up: B, [L, R, r].
 
     Buffers:
-        folded: Δ, [L, R, D].
+        folded: Δ, [L, R, D]; scales: s, [r], not saved.
+
+    Attributes:
+        ahead: Displacements of A and B in the forward pass, of their shapes, constants to gradients; None: none.
 
     Raises:
         BackboneError: The backbone's blocks have no views, ``rank`` is out of range, a block does not exist or is
@@ -47,13 +50,14 @@ class LowRankBank(Tuner):
     rides_blocks = False  # it only replaces weights
 
     folded: Tensor
+    scales: Tensor
 
     def __init__(
         self,
         backbone: Backbone,
         rank: int = 10,
         parts: Parts = "kv",
-        scale: float = 1.0,
+        scales: Sequence[float] | None = None,
         *,
         blocks: Sequence[int] | None = None,
     ) -> None:
@@ -61,13 +65,15 @@ class LowRankBank(Tuner):
         require_views(backbone.model)
         self._frozen = Frozen(backbone.model)
         self.rows = [projection_rows(backbone.model, i, parts) for i in chosen_blocks(backbone.model, blocks)]
-        width, count, self.scale = int(backbone.model.embed_dim), len(self.rows), scale  # type: ignore[arg-type]
+        width, count = int(backbone.model.embed_dim), len(self.rows)  # type: ignore[arg-type]
         if not 1 <= rank <= width:
             raise BackboneError(f"rank: got {rank}; this backbone's width is {width}, so give 1 to {width}")
         self.sizes = [len(backbone.model.get_parameter(name)) - first for name, first in self.rows[0].items()]
         self.down = nn.Parameter(torch.empty(count, rank, width))
         self.up = nn.Parameter(torch.empty(count, sum(self.sizes), rank))
         self.register_buffer("folded", torch.zeros(count, sum(self.sizes), width))
+        self.register_buffer("scales", torch.tensor(scales or [1.0] * rank), persistent=False)
+        self.ahead: tuple[Tensor, Tensor] | None = None
         self.reset(torch.Generator().manual_seed(0))
         self.to(backbone.device)
 
@@ -93,12 +99,15 @@ class LowRankBank(Tuner):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Δ ← Δ + s · B A and B ← 0: the weights stay, up to rounding."""
-        self.folded += self.scale * (self.up @ self.down)
+        """Δ ← Δ + B diag(s) A and B ← 0: the weights stay, up to rounding."""
+        self.folded += (self.up * self.scales) @ self.down
         self.up.zero_()
 
     def weights(self) -> Mapping[str, Tensor]:
-        updates = self.folded + self.scale * (self.up @ self.down)  # [L, R, D]
+        down, up = self.down, self.up
+        if self.ahead is not None:
+            down, up = down + self.ahead[0], up + self.ahead[1]
+        updates = self.folded + (up * self.scales) @ down  # [L, R, D]
         weights = {}
         for rows, update in zip(self.rows, updates, strict=True):
             for (name, first), part in zip(rows.items(), update.split(self.sizes), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cil.utils.linalg import RESOLUTION
+from cil.utils.linalg import RESOLUTION, shifted_cholesky
 from cil.utils.precision import exact
 
 
@@ -50,3 +50,47 @@ def grown(known: Tensor, gram: Tensor, energy: float) -> Tensor:
     count = int(((missing > (1 - energy) * total) & (values > 0)).sum())
     added = vectors[:, :count] - projector @ vectors[:, :count]
     return (projector + added @ added.T).to(known)
+
+
+@exact()
+def shared_directions(gram: Tensor, past: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of C + P, which new and old inputs excite: LoDA's A_S (up to its factor), [r, D].
+
+    Args:
+        gram: Second moments C of the new task's inputs, [D, D].
+        past: Sum P of those of old tasks, [D, D]; zero for the first task.
+        rank: Number r ≤ D of directions.
+    """
+    return torch.linalg.eigh(gram.double() + past.double())[1].flip(1)[:, :rank].T
+
+
+@exact()
+def isolated_directions(gram: Tensor, past: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis of the r leading solutions of C u = λ P u, which new inputs excite far more than old ones.
+
+    The arguments are those of :func:`shared_directions`, with P not zero. P gets 10⁻¹² of its mean diagonal more on the
+    diagonal if it is singular, or more where that does not suffice. The rows are LoDA's A_P up to its factor, [r, D].
+    """
+    past = past.double()
+    factor, _ = shifted_cholesky(past, 1e-12 * float(past.diagonal().mean()))
+    half = torch.linalg.solve_triangular(factor, gram.double(), upper=False)
+    whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
+    vectors = torch.linalg.eigh((whitened + whitened.T) / 2)[1].flip(1)[:, :rank]
+    return torch.linalg.qr(torch.linalg.solve_triangular(factor.T, vectors, upper=True))[0].T
+
+
+@exact()
+def compromise(directions: Tensor, gram: Tensor, past: Tensor, weight: float) -> Tensor:
+    """γ e_C / (e_P + γ e_C) for each direction a, with e_P = a P aᵀ and e_C = a C aᵀ; it is 1 if both are 0, [r].
+
+    It is the factor κ that minimises e_P κ² + γ e_C (1 − κ)²: what an update keeps between old and new inputs.
+
+    Args:
+        directions: Rows a, [r, D].
+        gram: Second moments C of the new task's inputs, [D, D].
+        past: Sum P of those of old tasks, [D, D].
+        weight: γ > 0.
+    """
+    a = directions.double()
+    new, old = (torch.einsum("rd,de,re->r", a, moment.double(), a).clamp(min=0) for moment in (gram, past))
+    return torch.where(new + old > 0, weight * new / (old + weight * new), 1.0)
