@@ -127,7 +127,7 @@ def test_the_look_ahead_by_two_gradients(first):
         with torch.no_grad():
             for p, old in zip(parameters, before, strict=True):
                 p.copy_(old)
-    assert float(value) == pytest.approx(total, rel=1e-4)
+    assert value.item() == pytest.approx(total, rel=1e-4)
     for found, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 

@@ -110,16 +110,16 @@ class LoDA(LowRankUpdates):
             if len(classes) == 1:
                 return plain(images, labels)
             first = torch.isin(labels, chosen)
-            total, logits = torch.zeros((), device=labels.device), None
+            total, order, scores = torch.zeros((), device=labels.device), [], []
             for half in (first, ~first):
                 slopes = torch.autograd.grad(plain(images[half], labels[half])[0], parameters)
                 self.tuner.ahead = self.displacement(dict(zip(parameters, slopes, strict=True)), length)
-                value, scores = plain(images[~half], labels[~half])
+                value, logits = plain(images[~half], labels[~half])
                 self.tuner.ahead = None
-                logits = scores.new_empty(len(labels), scores.shape[1]) if logits is None else logits
-                logits[~half] = scores.detach()
                 total = total + value
-            return total, logits
+                order.append((~half).nonzero().flatten())
+                scores.append(logits.detach())
+            return total, torch.cat(scores)[torch.cat(order).argsort()]
 
         return loss
 

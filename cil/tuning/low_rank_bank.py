@@ -104,9 +104,8 @@ class LowRankBank(Tuner):
         self.up.zero_()
 
     def weights(self) -> Mapping[str, Tensor]:
-        down, up = self.down, self.up
-        if self.ahead is not None:
-            down, up = down + self.ahead[0], up + self.ahead[1]
+        further = (0, 0) if self.ahead is None else self.ahead
+        down, up = self.down + further[0], self.up + further[1]
         updates = self.folded + (up * self.scales) @ down  # [L, R, D]
         weights = {}
         for rows, update in zip(self.rows, updates, strict=True):
