@@ -56,9 +56,13 @@ from cil.stream import ClassIncremental, Stream
 from cil.testing.setting import accelerator
 
 LARGER = {**TINY, "options": {**TINY["options"], "img_size": 24, "depth": 2, "embed_dim": 16}}
-ON_FROZEN = {"ncm", "linear_probe", "ranpac", "loranpac", "fecam", "slda"}
+ON_FROZEN = {"ncm", "linear_probe", "ranpac", "acil", "air", "ds_al", "gkeal", "loranpac", "fecam", "slda"}
 QUICK = {
     "ranpac": {"projection": None, "strength": "gcv"},
+    "acil": {"projection": 40},
+    "air": {"projection": 40},
+    "ds_al": {"projection": 40},
+    "gkeal": {"centres": 40},
     "loranpac": {"projection": 40},
     "linear_probe": {"epochs": 1},
 }

@@ -66,6 +66,10 @@ NOT_RUN_YET = {
     "cds",
     "inflora",
     "loda",
+    "acil",
+    "air",
+    "ds_al",
+    "gkeal",
 }
 """Learners of which there are no runs on these streams."""
 

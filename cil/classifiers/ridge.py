@@ -123,11 +123,18 @@ class Ridge(RandomFeatures):
         return self
 
     @exact()
-    def partial_fit(self, features: Array, labels: Array, generator: torch.Generator | None = None) -> Ridge:
+    def partial_fit(
+        self,
+        features: Array,
+        labels: Array,
+        generator: torch.Generator | None = None,
+        explained: Tensor | None = None,
+    ) -> Ridge:
         """Add features [N, F] with labels [N], and choose λ.
 
         ``generator`` (None: a fixed one) draws the projection if that has not been done yet, then splits the samples
-        for ``holdout``.
+        for ``holdout``. ``explained`` [N, C] are scores that another model gives the samples: the targets are then Y
+        less these, with a fixed λ (DS-AL).
 
         Raises:
             DataError: A shape, type or value is wrong; nothing is learned then.
@@ -143,6 +150,8 @@ class Ridge(RandomFeatures):
             h = self.expand(x)
             add_gram_(self.gram, h)
             self.targets.index_add_(0, y, h if roots is None else h * roots[i * BLOCK : (i + 1) * BLOCK])
+            if explained is not None:
+                self.targets.addmm_(explained[i * BLOCK : (i + 1) * BLOCK].double().T, h, alpha=-1)
         self.counts += torch.bincount(labels, minlength=self.num_classes)
         scored = int(self.counts.sum()) if self.strength == "gcv" else len(labels)
         if isinstance(self.strength, str) and scored > 1:
