@@ -70,6 +70,7 @@ NOT_RUN_YET = {
     "air",
     "ds_al",
     "gkeal",
+    "min",
 }
 """Learners of which there are no runs on these streams."""
 

@@ -40,6 +40,7 @@ BUILTIN = {
     "ssiat": "cil.learners.ssiat:SSIAT",
     "cds": "cil.learners.cds:CDS",
     "rsiat": "cil.learners.rsiat:RSIAT",
+    "min": "cil.learners.min:MIN",
     "l2p": "cil.learners.l2p:L2P",
     "dualprompt": "cil.learners.dualprompt:DualPrompt",
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
