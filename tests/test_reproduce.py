@@ -71,6 +71,9 @@ NOT_RUN_YET = {
     "ds_al",
     "gkeal",
     "min",
+    "acmap",
+    "cofima",
+    "duct",
 }
 """Learners of which there are no runs on these streams."""
 

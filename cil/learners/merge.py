@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from cil.classifiers import LDA, NCM, Classifier, CosineHead, Ridge
 from cil.classifiers.drift import AffineMap, ridge_map, translation
 from cil.features import View
 from cil.learner import Context, Learner
-from cil.learners.bases.merged_space import mergeable
+from cil.learners.bases.merged_space import mergeable, some_images
 from cil.learners.bases.new_classes import task_head
 from cil.merging import RuleConfig, build_rule
 from cil.merging.configs import OPCMConfig
@@ -183,21 +183,10 @@ class Merge(Learner):
             return None
         frozen = dict(self.backbone.model.named_parameters())
         model = replaced_tree(self.backbone.model, {name: frozen[name] + delta for name, delta in update.items()})
-        images = self.some_images(task, ctx)
+        images = some_images(self.backbone, task, self.config.statistics, ctx)
         if self.rule.needs == "fisher":
             return Statistics(fisher=diagonal_fisher(model, images, list(update), head=head, generator=ctx.generator))
         return Statistics(grams=input_grams(model, images, block=getattr(self.rule, "block", None)))
-
-    def some_images(self, task: Task, ctx: Context) -> Iterator[Tensor]:
-        """Batches of ``statistics`` random training images, counted as forward passes."""
-        left = self.config.statistics
-        for images, _ in task.train.batches(min(64, left), generator=ctx.generator, device=ctx.device):
-            images = images[:left]
-            self.backbone.passes += len(images)
-            yield images
-            left -= len(images)
-            if left == 0:
-                return
 
     def correct_drift(self, before: Tensor, after: Tensor) -> None:
         """Map old classes' statistics from θ^(t−1) to θ^(t), given the current images' features [N, F] under both."""

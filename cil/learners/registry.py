@@ -52,6 +52,9 @@ BUILTIN = {
     "avalanche_replay": "cil.avalanche.learner:AvalancheReplay",
     "merge": "cil.learners.merge:Merge",
     "merge_lca": "cil.learners.merge_lca:MergeLCA",
+    "acmap": "cil.learners.acmap:ACMap",
+    "cofima": "cil.learners.cofima:CoFiMA",
+    "duct": "cil.learners.duct:DUCT",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
 }
 """Place of every built-in learner's class, by name; lists and tables have this order."""

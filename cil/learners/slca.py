@@ -59,8 +59,12 @@ class SLCA(TaskOfClass, SequentialTuning):
 
     def learn(self, task: Task, ctx: Context) -> None:
         self.head.extend(self.train_rows(task, ctx))
+        self.finish(self.head, task, ctx)
+
+    def finish(self, head: LinearHead, task: Task, ctx: Context) -> None:
+        """Estimate the new classes' Gaussians with the backbone as it is, and align a copy of ``head``."""
         self.gaussians.partial_fit(*ctx.features(self, task.train))
-        self.aligned = LinearHead(self.backbone.feature_dim).to(ctx.device).extend(self.head)
+        self.aligned = LinearHead(self.backbone.feature_dim).to(ctx.device).extend(head)
         if task.index and self.config.alignment_epochs:
             self.align(ctx)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from cil.errors import ConfigError, DataError
@@ -82,3 +83,20 @@ class Fisher(Rule):
 
 def _information(entry: Entry, stats: TaskStatistics | None) -> Tensor | None:
     return None if stats is None else stats.fisher.get(entry.name)
+
+
+def fisher_pair(new: Tensor, old: Tensor, new_fisher: Tensor, old_fisher: Tensor, alpha: float) -> Tensor:
+    """Merge two models, (α F θ + (1 − α) F' θ') / (α F + (1 − α) F') per weight (CoFiMA, arXiv 2312.08977).
+
+    Weights without information in either model are α-averaged, where the quotient is 0/0.
+
+    Args:
+        new: Weights θ.
+        old: Weights θ', of the same shape.
+        new_fisher: Diagonal Fisher information F ≥ 0 of θ, of the same shape.
+        old_fisher: The same of θ'.
+        alpha: Weight α of the new model, in [0, 1].
+    """
+    mine, theirs = alpha * new_fisher.double(), (1 - alpha) * old_fisher.double()
+    total = mine + theirs
+    return torch.lerp(old, new, torch.where(total > 0, mine / total, alpha).to(new))

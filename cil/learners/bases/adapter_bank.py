@@ -17,6 +17,7 @@ from cil.classifiers.heads import Head
 from cil.features import View
 from cil.learner import Context, RoutedLearner
 from cil.learners.bases.alignment import AlignedRecipe, align, mean_scales, softmax_of
+from cil.learners.bases.some_views import SomeViews
 from cil.learners.bases.task_adapters import TaskAdapters
 from cil.stream import Task
 from cil.training import Loss, ParamGroup, fit
@@ -53,7 +54,7 @@ class AdapterBank(TaskAdapters, RoutedLearner):
         super().__init__(config, backbone)
         self.head = head
         self.gaussians = Gaussians(backbone.feature_dim)
-        self._newest = _NewestAdapter(self)
+        self._newest = SomeViews(self, self._newest_view)
 
     @property
     def warm_start(self) -> bool:
@@ -85,6 +86,11 @@ class AdapterBank(TaskAdapters, RoutedLearner):
         """Features [B, F] of one view → logits [B, C]."""
         return self.head(features)
 
+    def _newest_view(self) -> Mapping[Hashable, View]:
+        """Its version is the stage, so that the cache drops the training features of the previous stage."""
+        newest: Any = self.adapters[-1]
+        return {("newest adapter", self.stages): partial(self.backbone, tuner=newest)}
+
     @abstractmethod
     def last_view(self) -> Mapping[Hashable, View]:
         """One view in addition to those of the adapters, or none."""
@@ -105,24 +111,3 @@ def select_adapter(by_adapter: Tensor, tasks: Tensor) -> Tensor:
     """Row i of the result is ``by_adapter[i, tasks[i]]``: [B, T, C], int64 [B] → [B, C]."""
     # not take_along_dim, which fixes the batch size of an exported program
     return by_adapter.gather(1, tasks[:, None, None].expand(-1, 1, by_adapter.shape[2]))[:, 0]
-
-
-class _NewestAdapter:
-    """The newest adapter's view alone, for the feature cache.
-
-    Its version is the stage, so that the cache drops the training features of the previous stage.
-    """
-
-    def __init__(self, learner: AdapterBank) -> None:
-        self.learner = learner
-
-    @property
-    def training(self) -> bool:
-        return self.learner.training
-
-    def train(self, mode: bool = True) -> Any:
-        return self.learner.train(mode)
-
-    def views(self) -> Mapping[Hashable, View]:
-        learner: Any = self.learner
-        return {("newest adapter", learner.stages): partial(learner.backbone, tuner=learner.adapters[-1])}

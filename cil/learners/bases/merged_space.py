@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from cil.backbone import Backbone
 from cil.errors import ConfigError
+from cil.learner import Context
 from cil.merging import HEADS, Rule
+from cil.stream import Task
 from cil.tuning import ExternalWeights, Tuner, TunerConfig, build_tuner
 from cil.tuning.frozen import replaced_tree
 
@@ -161,3 +163,15 @@ def mergeable(config: TunerConfig, backbone: Backbone) -> Mergeable:
     tuner = build_tuner(config, backbone)
     updates = hasattr(tuner, "delta") or bool(tuner.weights())
     return Weights(config, backbone) if updates else Parameters(config, backbone)
+
+
+def some_images(backbone: Backbone, task: Task, count: int, ctx: Context) -> Iterator[Tensor]:
+    """Batches of ``count`` random training images of a task, counted as forward passes."""
+    left = count
+    for images, _ in task.train.batches(min(64, left), generator=ctx.generator, device=ctx.device):
+        images = images[:left]
+        backbone.passes += len(images)
+        yield images
+        left -= len(images)
+        if left == 0:
+            return
