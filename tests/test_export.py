@@ -63,6 +63,7 @@ LEARNERS = {
     "mos": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
     "lae": {"epochs": 2, "frozen_epochs": 1, "tuner": {"name": "prefix", "compensate": True}},
     "min": {"epochs": 1, "width": 4, "projection": 50},
+    "moal": {"epochs": 1, "projection": 50},
     "l2p": {"epochs": 1, "pool": 4, "top": 2},
     "dualprompt": {"epochs": 1, "general_blocks": [0], "expert_blocks": [1]},
     "coda_prompt": {"epochs": 1, "blocks": [0], "components": 2, "length": 2},

@@ -71,6 +71,7 @@ NOT_RUN_YET = {
     "ds_al",
     "gkeal",
     "min",
+    "moal",
     "acmap",
     "cofima",
     "duct",

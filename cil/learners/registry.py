@@ -41,6 +41,7 @@ BUILTIN = {
     "cds": "cil.learners.cds:CDS",
     "rsiat": "cil.learners.rsiat:RSIAT",
     "min": "cil.learners.min:MIN",
+    "moal": "cil.learners.moal:MoAL",
     "l2p": "cil.learners.l2p:L2P",
     "dualprompt": "cil.learners.dualprompt:DualPrompt",
     "coda_prompt": "cil.learners.coda_prompt:CODAPrompt",
