@@ -61,6 +61,8 @@ LEARNERS = {
     "rsiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1, "code": 8},
     "tuna": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
     "mos": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
+    "care": {"epochs": 1, "bottleneck": 4, "shared": 4, "alignment_epochs": 1, "samples": 8},
+    "care_ensemble": {"epochs": 1, "bottleneck": 4, "shared": 4, "alignment_epochs": 1, "samples": 8},
     "lae": {"epochs": 2, "frozen_epochs": 1, "tuner": {"name": "prefix", "compensate": True}},
     "min": {"epochs": 1, "width": 4, "projection": 50},
     "moal": {"epochs": 1, "projection": 50},

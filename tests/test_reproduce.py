@@ -70,6 +70,8 @@ NOT_RUN_YET = {
     "air",
     "ds_al",
     "gkeal",
+    "care",
+    "care_ensemble",
     "min",
     "moal",
     "acmap",

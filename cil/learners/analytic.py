@@ -11,7 +11,7 @@ from torch import Tensor
 from cil.backbone import Backbone
 from cil.classifiers import Ridge
 from cil.classifiers.base import StatisticsClassifier
-from cil.classifiers.ridge import Choice
+from cil.classifiers.ridge import Choice, Strength
 from cil.learner import Context
 from cil.learners.ranpac import RanPAC
 from cil.stream import Task
@@ -45,7 +45,9 @@ class ACIL(RanPAC):
 
     def make_classifier(self) -> Ridge:
         c = self.config
-        strength = c.strength if isinstance(c.strength, str) else self.unit * c.strength
+        strength: Strength = c.strength
+        if not isinstance(strength, str):
+            strength *= self.unit
         return Ridge(self.width, c.projection, strength, c.decision, c.balance)
 
 

@@ -21,8 +21,8 @@ from cil.training import Loss, ParamGroup, Recipe, Schedule, cross_entropy, fit
 from cil.tuning.residual_maps import ResidualMaps
 from cil.utils.precision import without_autocast
 
-AT_ONCE = 1000
-"""Images per update of the ridge regression's sums."""
+AT_ONCE = 64
+"""Images per forward pass of the augmented passes."""
 
 
 class MIN(SequentialTuning):
@@ -116,10 +116,12 @@ class MIN(SequentialTuning):
     def add_augmented(self, task: Task, ctx: Context) -> None:
         """Add every image ``passes`` times to the sums, augmented each time, with the network as it is."""
         for _ in range(self.config.passes):
+            parts = []
             for images, labels in task.train.batches(AT_ONCE, generator=ctx.generator, augment=True, device=ctx.device):
                 with ctx.accelerator.autocast():
-                    features = self.tuned(images)
-                self.classifier.partial_fit(features.float(), labels)
+                    parts.append((self.tuned(images).float(), labels))
+            features, classes = zip(*parts, strict=True)
+            self.classifier.partial_fit(torch.cat(features), torch.cat(classes))
 
     def train_task(self, task: Task, ctx: Context) -> None:
         """Train what the task trains, and a temporary head that starts at zero."""

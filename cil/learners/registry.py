@@ -36,6 +36,8 @@ BUILTIN = {
     "ease": "cil.learners.ease:EASE",
     "tuna": "cil.learners.tuna:TUNA",
     "mos": "cil.learners.mos:MOS",
+    "care": "cil.learners.care:CaRE",
+    "care_ensemble": "cil.learners.care:CaREEnsemble",
     "slca": "cil.learners.slca:SLCA",
     "ssiat": "cil.learners.ssiat:SSIAT",
     "cds": "cil.learners.cds:CDS",

@@ -73,7 +73,7 @@ class AdapterBank(TaskAdapters, RoutedLearner):
         groups = [ParamGroup(self.adapters[-1].parameters()), ParamGroup(rows.rows, self.config.head_lr_factor)]
         fit(loss, groups, task.train, self.config, ctx, after_step, batch_loss=batch_loss)
         self.head.extend(rows)
-        self.gaussians.partial_fit(*ctx.features(self._newest, task.train))  # type: ignore[arg-type]  # training is a property
+        self.gaussians.partial_fit(*ctx.features(self._newest, task.train))
         if task.index and self.config.alignment_epochs:
             self.align(ctx)
 

@@ -26,5 +26,9 @@ class SomeViews:
     def training(self) -> bool:
         return self.learner.training
 
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.learner.train(mode)
+
     def train(self, mode: bool = True) -> Any:
         return self.learner.train(mode)
