@@ -116,6 +116,7 @@ def test_prototypes_are_means_under_their_own_tasks_adapter_and_the_shift_is_of_
         np.testing.assert_allclose(learner.shifts[i], (means[2] - means[i]).mean(0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_after_the_last_merge_nothing_changes_but_the_prototypes():
     two, three = (shared(ACMap, merges=2).after(n).learner for n in (2, 3))
     assert len(three.merged) == 2
