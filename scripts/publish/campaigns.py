@@ -51,6 +51,7 @@ CAMPAIGNS = (
     Campaign(f"{TINY}_orders", (f"{TINY}/orders",)),
     Campaign(f"{TINY}_defaults", (f"{TINY}/defaults",), kind="settings", beside=(f"{TINY}_orders", f"{TINY}_records")),
     Campaign(f"{TINY}_layers", (f"{TINY}/layers",)),
+    Campaign(f"{TINY}_min", (f"{TINY}/min",)),
     Campaign(f"{TINY}_confidence", (f"{TINY}/confidence",)),
     Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",), kind="matrix"),
     Campaign("cifar10_500", ("cifar10/frozen",)),
