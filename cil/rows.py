@@ -140,6 +140,21 @@ class Joined(TypedDict):
     joined: NotRequired[list[dict[str, Any]]]  # the runs of which it was made itself
 
 
+class Relabelled(TypedDict):
+    """The training images with wrong labels, and their true labels."""
+
+    positions: list[Count]  # in the training split
+    labels: list[Count]
+
+
+class StreamFacts(TypedDict):
+    """What is known about a stream whose classes return, or whose training images are chosen or relabelled."""
+
+    groups: list[list[Count]]  # labels whose test images belong to each task: those that appear there first
+    images: list[list[Count]]  # training images of each class of each task, in the order of tasks
+    relabelled: NotRequired[Relabelled]
+
+
 class Header(TypedDict):
     """What is known about a run before it starts: the configuration, and every fact that its numbers depend on."""
 
@@ -153,6 +168,7 @@ class Header(TypedDict):
     class_names: list[str]  # in order of appearance
     class_order: list[Count]  # position in the data set's own order, for each class in order of appearance
     tasks: list[list[Count]]  # labels of each task, in order of appearance
+    stream: NotRequired[StreamFacts]  # where it is more than new classes or domains with all their images
     backbone: dict[str, Any]  # name, sha256 of the weights, feature_dim
     backbones: NotRequired[list[dict[str, Any]]]  # the same for each of several backbones, which backbone joins
     transform: dict[str, Any]

@@ -27,6 +27,7 @@ from cil.config.backbones import BackboneConfig, CombineConfig, Place, as_backbo
 from cil.config.names import alike, check_name, check_plain
 from cil.config.numbers import check_order, mark_truth
 from cil.config.section import Section, as_section
+from cil.config.streams import StreamConfig
 from cil.errors import shortened
 
 LARGEST_IMAGE = 2**14  # pixels per side
@@ -115,27 +116,6 @@ class DataConfig(Section):
         None, description="number of training images per class; the first ones are used"
     )
     options: dict[str, Any] = Field({}, description="further arguments of your own function")
-
-
-class StreamConfig(Section):
-    """How classes or domains become tasks. The class order is a separate axis: the key ``orders``."""
-
-    type: Literal["class_incremental", "domain_incremental"] = Field(
-        "class_incremental", description="new classes in each task, or the same classes from a new domain in each task"
-    )
-    initial_classes: int = Field(
-        0, ge=0, description="number of classes in the first task (m of B-m Inc-n); 0: as many as increment"
-    )
-    increment: PositiveInt | None = Field(
-        None, description="number of classes in each later task; the last task may be smaller"
-    )
-    sizes: list[PositiveInt] | None = Field(
-        None, description="number of classes in each task, in place of initial_classes and increment"
-    )
-    validation: float = Field(0.0, ge=0, lt=1, description="fraction of each class's training images held out")
-    test_on: Literal["test", "validation"] = Field(
-        "test", description="split to evaluate on; validation: the held-out training images"
-    )
 
 
 class HardwareConfig(Section):

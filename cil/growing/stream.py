@@ -109,6 +109,7 @@ class LessonStream(Stream):
             validation=TaskData(images, held_out, labels[held_out]) if len(held_out) else None,
         )
         self.tasks = (*past_tasks(past, names), task)
+        self.groups = tuple(one.classes for one in self.tasks)
         self._kept, self._ends = list(kept), np.cumsum([len(labels), *(len(one.label) for one in kept)])
         every = np.concatenate([labels, *(one.label for one in kept)])
         nothing = np.zeros(0, dtype=np.int64)

@@ -15,6 +15,7 @@ from cil.config import Config
 from cil.config.parsing import to_yaml
 from cil.data.classes import NoSplitError
 from cil.data.images import ImageSet, LoadedSplit
+from cil.data.index_lists import read_sessions
 from cil.data.packed import make_transforms
 from cil.errors import BackboneError, ConfigError, TrainingError
 from cil.learners import registry
@@ -27,8 +28,7 @@ from cil.runner.provenance import make_header
 from cil.runner.stages import Observer, require_supported, run_stages
 from cil.runner.tensorboard import Tracker
 from cil.store import open_store
-from cil.stream import Stream
-from cil.stream.protocol import ClassIncremental, DomainIncremental, Order
+from cil.stream import Blurry, ClassIncremental, DomainIncremental, Order, Repetition, Sampling, Stream, Tasks
 from cil.utils import hardware
 from cil.utils.paths import expand
 
@@ -107,7 +107,7 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
     """Build every learner once: one that does not fit backbone or memory is found before the first image is read."""
     tried = set()
     for plan, stream in zip(todo, streams, strict=True):
-        require_supported(plan.cls, stream)
+        require_supported(plan.cls, stream, plan.parameters)
         if plan.entry.title in tried:  # other orders and seeds of the same
             continue
         tried.add(plan.entry.title)
@@ -214,8 +214,20 @@ def make_stream(config: Config, train: ImageSet, test: ImageSet | None) -> Strea
     """The stream a single run's configuration describes."""
     wanted = config.stream
     order: Order = config.orders[0]
+    new = ClassIncremental(order, wanted.initial_classes, wanted.increment, wanted.sizes)
+    tasks: Tasks = new
     if wanted.type == "domain_incremental":
-        tasks: ClassIncremental | DomainIncremental = DomainIncremental(order)
-    else:
-        tasks = ClassIncremental(order, wanted.initial_classes, wanted.increment, wanted.sizes)
-    return Stream(train, test, tasks, validation=wanted.validation, test_on=wanted.test_on)
+        tasks = DomainIncremental(order)
+    elif wanted.type == "blurry":
+        number = wanted.tasks or 0  # the configuration has refused none
+        tasks = Blurry(order, number, wanted.disjoint, wanted.blurry, wanted.stochastic, wanted.seed)
+    elif wanted.type == "repetition":
+        tasks = Repetition(new, wanted.repetition, wanted.seed)
+    sampling = Sampling(
+        shots=wanted.shots,
+        sessions=None if wanted.shots_files is None else read_sessions(wanted.shots_files, train.source),
+        imbalance=None if wanted.imbalance is None else (wanted.imbalance.ratio, wanted.imbalance.order),
+        noise=None if wanted.noise is None else (wanted.noise.rate, wanted.noise.kind),
+        seed=wanted.seed,
+    )
+    return Stream(train, test, tasks, validation=wanted.validation, test_on=wanted.test_on, sampling=sampling)

@@ -175,7 +175,7 @@ class Confidence(Calibration):
             cache: Features of test images, apart from those of the run, which count as costs of the method.
         """
         seen = stream.tasks[stage].seen
-        later = [task.index for task in stream.tasks[stage + 1 :] if set(task.classes).isdisjoint(seen)]
+        later = [task.index for task in stream.tasks[stage + 1 :] if set(stream.groups[task.index]).isdisjoint(seen)]
         with stream.open_test() as test:
             known, logits, truth = self._tested(learner, test, range(stage + 1), cache)
             unknown, *_ = self._tested(learner, test, later, cache)

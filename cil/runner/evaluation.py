@@ -27,7 +27,7 @@ class Predictions:
         task: Task of the image, int64 [N].
         label: True label in order of appearance, int64 [N].
         predicted: argmax over all classes seen, int64 [N].
-        within: argmax over the classes of the image's task, int64 [N].
+        within: argmax over the classes whose test images belong to the image's task, int64 [N].
         top: The min(5, C) best classes, best first, int64 [N, min(5, C)].
         passes: Backbone passes of this evaluation in this process, whether features were computed or read.
         read: Passes among these whose features came from the store.
@@ -65,7 +65,7 @@ def evaluate(
             ones. (For the frozen backbone, the data fix them.)
     """
     since = {version: (unchanged_since or {}).get(version, stage) for version in learner.views()}
-    task_classes = [list(task.classes) for task in stream.tasks[: stage + 1]]
+    task_classes = [list(group) for group in stream.groups[: stage + 1]]
     with stream.open_test() as test:
         parts = [test.task(j)[0] for j in range(stage + 1)]
         groups = {v: [_mixed(np.concatenate(parts[: s + 1])), *parts[s + 1 :]] for v, s in since.items()}
@@ -120,7 +120,7 @@ def count_correct(predictions: Predictions, stream: Stream, stage: int) -> Count
     stages, tested = stage + 1, len(predictions.label) > 0
     hit, hit_within = predictions.predicted == predictions.label, predictions.within == predictions.label
     seen = len(stream.tasks[stage].seen)
-    classes = [task.classes for task in stream.tasks[:stages]]
+    classes = stream.groups[:stages]
     disjoint = sum(map(len, classes)) == seen
     task_of = np.zeros(seen, dtype=np.int64)
     for j, members in enumerate(classes):

@@ -184,11 +184,13 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 
 def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that identify a run, by dotted key: all but the machine, the name, the folders of files, the limit
-    on pixels, and the treatment of broken images, which shows in the fingerprints of the data. Keys added after the
-    configuration was stored have their defaults."""
+    on pixels, and index files and the treatment of broken images, which show in the fingerprints of the data. Keys
+    added after the configuration was stored have their defaults."""
     config = {k: v for k, v in _completed(config).items() if k not in ("hardware", "name")}
     no_matter = ("root", "download", "on_error", "max_pixels")
     config["data"] = {k: v for k, v in config["data"].items() if k not in no_matter}
+    # the digests of the tasks' images say which ones index files have chosen
+    config["stream"] = {k: v for k, v in config["stream"].items() if k != "shots_files"}
     sections = [config["backbone"]] if "backbone" in config else config["backbones"]
     bare = [{k: v for k, v in section.items() if k != "weights"} for section in sections]
     config |= {"backbone": bare[0]} if "backbone" in config else {"backbones": bare}

@@ -16,6 +16,7 @@ from cil.config import code
 from cil.data.images import LoadedSplit
 from cil.data.transforms import Transforms
 from cil.results import Header
+from cil.rows import StreamFacts
 from cil.runner.plan import Plan, dump
 from cil.stream import Stream, Task
 from cil.utils import hardware
@@ -73,7 +74,29 @@ def make_header(
         "test": {**(test.facts if test is not None else NO_IMAGES), "tasks": by_task["test"]},
     }
     tasks = [list(task.classes) for task in stream.tasks]
-    return header_of(plan, list(stream.class_names), list(stream.order), tasks, data, backbone, transforms, accelerator)
+    names, order = list(stream.class_names), list(stream.order)
+    header = header_of(plan, names, order, tasks, data, backbone, transforms, accelerator)
+    if stream.altered:
+        header["stream"] = _stream_facts(stream)
+    return header
+
+
+def _stream_facts(stream: Stream) -> StreamFacts:
+    """What a stream with returning classes, or chosen or relabelled images, is made of."""
+    positions, labels = stream.relabelled
+    true = dict(zip(positions.tolist(), labels.tolist(), strict=True))
+    images = []
+    for task in stream.tasks:
+        own = [
+            true.get(i, label)
+            for i, label in zip(task.train.source[1].tolist(), task.train.labels.tolist(), strict=True)
+        ]
+        counts = np.bincount(own, minlength=len(stream.class_names))
+        images.append([int(counts[label]) for label in task.classes])
+    facts: StreamFacts = {"groups": [list(group) for group in stream.groups], "images": images}
+    if true:
+        facts["relabelled"] = {"positions": positions.tolist(), "labels": labels.tolist()}
+    return facts
 
 
 def header_of(

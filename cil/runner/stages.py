@@ -122,7 +122,7 @@ def run_stages(
         RunError: The folder's state is damaged or belongs to another learner, or the disk is full.
         TrainingError: Training failed, or trained nothing of a tensor that it should train.
     """
-    require_supported(type(learner), stream)
+    require_supported(type(learner), stream, learner.config)
     accelerator = accelerator or hardware.accelerator("auto")
     observer = observer or Observer()
     learner.to(accelerator.device)
@@ -255,16 +255,29 @@ def _learn_first(learner: Learner, task: Task, ctx: Context) -> None:
         )
 
 
-def require_supported(cls: type[Learner], stream: Stream) -> None:
+def require_supported(cls: type[Learner], stream: Stream, parameters: Any = None) -> None:
     """Refuse a learner that is not defined on this kind of stream.
 
+    Args:
+        cls: Class of the learner.
+        stream: The tasks.
+        parameters: The learner's configuration; None: any.
+
     Raises:
-        StreamError: The learner needs new classes in every task, and a task shows old ones again.
+        StreamError: The learner needs new classes in every task, or with ``balance`` all images of a class at once, and
+            a task shows old classes again.
     """
-    if cls.needs_new_classes and sum(len(task.classes) for task in stream.tasks) > len(stream.class_names):
+    if not stream.shows_again:
+        return
+    if cls.needs_new_classes:
         raise StreamError(
             f"{cls.name or cls.__name__} is defined for tasks of new classes only, and this stream shows classes "
             "again; use stream.type=class_incremental, or another learner (ncm, ranpac, …)"
+        )
+    if getattr(parameters, "balance", False):
+        raise StreamError(
+            f"{cls.name or cls.__name__} with balance needs all images of a class in one task, and this stream shows "
+            "classes again; use stream.type=class_incremental, or balance=false"
         )
 
 

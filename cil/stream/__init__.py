@@ -1,12 +1,17 @@
 """Streams: how labelled images become a sequence of tasks. Nothing here imports torch."""
 
 from cil.stream.protocol import ClassIncremental, DomainIncremental, Order, Tasks
+from cil.stream.returning import Blurry, Repetition
+from cil.stream.sampling import Sampling
 from cil.stream.stream import Stream, Task, TaskData, TestData, concatenate, past_tasks
 
 __all__ = [
+    "Blurry",
     "ClassIncremental",
     "DomainIncremental",
     "Order",
+    "Repetition",
+    "Sampling",
     "Stream",
     "Task",
     "TaskData",

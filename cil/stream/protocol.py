@@ -6,7 +6,7 @@ Pure functions and values over numpy; nothing here uses images, torch or a globa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -151,11 +151,29 @@ class TaskSplit:
         order: Dataset class of each label; labels count in order of appearance.
         classes: Labels of each task.
         members: Positions of each task's images, int64.
+        groups: Labels whose test images belong to each task, of a stream whose classes return: those that appear there
+            first, possibly none. None: ``members`` says which images, for training and for testing.
     """
 
     order: list[int]
     classes: list[tuple[int, ...]]
     members: list[np.ndarray]
+    groups: list[tuple[int, ...]] | None = None
+
+    def restricted_to(self, shown: np.ndarray, labels: np.ndarray) -> TaskSplit:
+        """The split without the images that are not in ``shown``, given the label of every image.
+
+        Raises:
+            StreamError: A class that returns would have no image left in one of its tasks.
+        """
+        members = [np.intersect1d(own, shown) for own in self.members]
+        for task, (classes, own) in enumerate(zip(self.classes, members, strict=True)):
+            if self.groups is not None and set(classes) - set(labels[own].tolist()):
+                raise StreamError(
+                    f"stream: of the training images that are chosen, task {task} has none of one of its classes; in a "
+                    "stream whose classes return give a larger stream.imbalance.ratio or fewer tasks"
+                )
+        return replace(self, members=members)
 
 
 @dataclass(frozen=True)

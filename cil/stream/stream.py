@@ -18,6 +18,7 @@ import numpy as np
 
 from cil.errors import StreamError
 from cil.stream.protocol import Tasks, validation_split
+from cil.stream.sampling import Sampling, wrong_labels
 
 if TYPE_CHECKING:
     import torch
@@ -153,9 +154,18 @@ class Stream:
     Args:
         train: Training images.
         test: Test images of the same classes; None only together with ``test_on="validation"``.
-        tasks: The protocol, :class:`ClassIncremental` or :class:`DomainIncremental`.
+        tasks: The protocol: :class:`ClassIncremental`, :class:`DomainIncremental`,
+            :class:`~cil.stream.returning.Blurry` or :class:`~cil.stream.returning.Repetition`.
         validation: Fraction of each class's training images held out, in [0, 1).
         test_on: ``"test"``, or ``"validation"`` to evaluate on the held-out training images instead (for tuning).
+        sampling: Which training images the stream shows, and with which labels; all, with their own, by default. Images
+            are held out of those that it shows, with their own labels.
+
+    Attributes:
+        groups: Labels whose test images belong to each task, a tuple per task: those of the task, or in streams whose
+            classes return those that appear there first.
+        altered: Whether classes return, or training images are left out or have wrong labels.
+        relabelled: Positions of the training images with wrong labels and their true labels, both int64 [n].
 
     Raises:
         StreamError: Train and test differ in classes or domains, the classes do not fit the task sizes, or a task has
@@ -163,7 +173,14 @@ class Stream:
     """
 
     def __init__(
-        self, train: ImageSet, test: ImageSet | None, tasks: Tasks, *, validation: float = 0.0, test_on: str = "test"
+        self,
+        train: ImageSet,
+        test: ImageSet | None,
+        tasks: Tasks,
+        *,
+        validation: float = 0.0,
+        test_on: str = "test",
+        sampling: Sampling | None = None,
     ) -> None:
         self.absent: tuple[int, ...] = ()  # labels that are not predicted, though the learner has seen them
         if test is not None and set(train.class_names) != set(test.class_names):
@@ -179,8 +196,20 @@ class Stream:
         self.order: tuple[int, ...] = tuple(split.order)
         self.tasks: tuple[Task, ...] = ()
         label_of = np.argsort(split.order)  # dataset class → label in order of appearance
-        train_labels = label_of[train.labels]
-        remaining, held_out = validation_split(train.labels, validation)
+        true_labels = label_of[train.labels]
+        sampling = sampling or Sampling()
+        self.groups = tuple(split.groups or split.classes)
+        shown = sampling.kept(train.labels, split.order, self.groups, train.class_names)
+        split = split.restricted_to(shown, true_labels)
+        remaining, held_out = (shown[part] for part in validation_split(train.labels[shown], validation))
+        train_labels = true_labels
+        if sampling.noise is not None:
+            trained = [np.intersect1d(members, remaining) for members in split.members]
+            raw = wrong_labels(train.labels, trained, *sampling.noise, sampling.seed)
+            train_labels = label_of[raw]
+        wrong = np.flatnonzero(train_labels != true_labels)
+        self.relabelled = wrong, true_labels[wrong]
+        self.altered = split.groups is not None or sampling != Sampling(seed=sampling.seed)
         seen = 0
         for index, (classes, members) in enumerate(zip(split.classes, split.members, strict=True)):
             seen = max(seen, classes[-1] + 1)
@@ -191,30 +220,42 @@ class Stream:
                 seen=tuple(range(seen)),
                 names=self.class_names[:seen],
                 train=TaskData(train, own, train_labels[own]),
-                validation=TaskData(train, out, train_labels[out]) if len(out) else None,
+                validation=TaskData(train, out, true_labels[out]) if len(out) else None,
             )
             self.tasks = (*self.tasks, task)
         if test_on == "validation":
-            held_out_by_task = [np.intersect1d(m, held_out) for m in split.members]
-            self._test = TestData(train, train_labels, held_out_by_task, what="validation")
+            if split.groups is None:
+                held_out_by_task = [np.intersect1d(m, held_out) for m in split.members]
+            else:
+                held_out_by_task = [held_out[np.isin(true_labels[held_out], group)] for group in self.groups]
+            self._test = TestData(train, true_labels, held_out_by_task, what="validation")
         elif test is None:
             raise StreamError("a stream that is not tested on validation images needs test images")
         else:
             # the test set may list the same classes in another order: map through the names
             to_train = np.array([list(train.class_names).index(n) for n in test.class_names])
             test_raw = to_train[test.labels]
-            test_split = tasks.split(train.class_names, test_raw, test.domains)
-            if len(test_split.members) != len(split.members):
+            if split.groups is None:
+                test_members = tasks.split(train.class_names, test_raw, test.domains).members
+            else:
+                test_members = [np.flatnonzero(np.isin(label_of[test_raw], group)) for group in self.groups]
+            if len(test_members) != len(split.members):
                 raise StreamError(
-                    f"train has {len(split.members)} domains, test has {len(test_split.members)}; they must agree"
+                    f"train has {len(split.members)} domains, test has {len(test_members)}; they must agree"
                 )
-            self._test = TestData(test, label_of[test_raw], test_split.members)
+            self._test = TestData(test, label_of[test_raw], test_members)
         for task in self.tasks:
-            if not len(task.train) or not len(self._test.members[task.index]):
+            untested = self.groups[task.index] and not len(self._test.members[task.index])
+            if not len(task.train) or untested:
                 what = "training" if not len(task.train) else self._test.what
                 raise StreamError(
                     f"task {task.index} ({', '.join(task.names[-len(task.classes) :][:5])}) has no {what} images"
                 )
+
+    @property
+    def shows_again(self) -> bool:
+        """Whether a task has classes of an earlier one."""
+        return sum(len(task.classes) for task in self.tasks) > len(self.class_names)
 
     def __len__(self) -> int:
         return len(self.tasks)
