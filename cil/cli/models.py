@@ -67,7 +67,7 @@ def merge(
 
     console = Console(stderr=True)
     with console.status("loading torch …"):
-        from cil.merging import HEADS
+        from cil.merging import HEADS, ExpertBank
         from cil.merging.on_disk import merge_files
         from cil.runner.display import Display
     with Display(console) as display:
@@ -81,7 +81,8 @@ def merge(
             exclude=exclude or HEADS,
             track=display.track,
         )
-    say(f"{out}: {int(merged.count)} tasks, mean norm of an update {merged.mean_norm:.4g}")
+    kept = f", all updates in {merged.bytes / 1e6:.3g} MB" if isinstance(merged, ExpertBank) else ""
+    say(f"{out}: {int(merged.count)} tasks, mean norm of an update {merged.mean_norm:.4g}{kept}")
 
 
 def export(

@@ -1,4 +1,8 @@
-"""Configuration keys that have been renamed: an error names the new key, and stored configurations are converted."""
+"""Configuration keys and defaults that have changed: an error names a new key, and stored configurations are converted.
+
+A stored configuration states all its keys. One that lacks a key is older than the key; where the default is not what
+runs did before there was a key, it is given here.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,10 @@ LEARNERS = {
 }
 
 
+EARLIER_RULES = {"iso_c": {"of": "mean"}}
+"""Values of keys that stored merging rules lack, by rule."""
+
+
 def new_name(key: str, known: list[str]) -> str | None:
     """The key that replaced ``key`` among the keys ``known`` where it was written; None if it was not renamed."""
     candidates = [table[key] for table in (TOP, STREAM, *LEARNERS.values()) if key in table]
@@ -37,7 +45,11 @@ def current_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 def current_learner_keys(entry: dict[str, Any]) -> dict[str, Any]:
     """A stored learner entry (name and hyper-parameters) with today's keys."""
-    return _rename(entry, LEARNERS.get(entry.get("name", ""), {}))
+    entry = _rename(entry, LEARNERS.get(entry.get("name", ""), {}))
+    rule = entry.get("rule")
+    if isinstance(rule, dict) and rule.get("name") in EARLIER_RULES:
+        entry["rule"] = EARLIER_RULES[rule["name"]] | rule
+    return entry
 
 
 def _rename(section: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

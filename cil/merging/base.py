@@ -56,9 +56,10 @@ class Rule(nn.Module, ABC):
         model.load_state_dict(rule.merged())
 
     All of a rule's state is in buffers, so ``state_dict()`` can be loaded into a new rule after ``start`` with the same
-    pre-trained weights (which are not part of it). Its size does not depend on the number of tasks, and inside a
-    learner it is saved with the learner. A rule computes in float32, or in float64 if the pre-trained weights are
-    float64; half precision is widened first. Norms are float64. All computation is on the device of the buffers.
+    pre-trained weights (which are not part of it). Its size does not depend on the number of tasks, unless the rule
+    ``grows``, and inside a learner it is saved with the learner. A rule computes in float32, or in float64 if the
+    pre-trained weights are float64; half precision is widened first. Norms are float64. All computation is on the
+    device of the buffers.
 
     Args:
         finalisers: Finalisers that are applied, in this order, whenever the merged update is read, before those passed
@@ -81,6 +82,8 @@ class Rule(nn.Module, ABC):
     """Whether the order of the tasks does not matter (up to rounding)."""
     matrices: ClassVar[bool] = False
     """Whether the rule treats the matrices of linear layers specially; without any it reduces to a mean or a sum."""
+    grows: ClassVar[bool] = False
+    """Whether the state grows with every task, as that of a :class:`cil.merging.ExpertBank`; else its size is fixed."""
     needs_global_statistic: ClassVar[bool] = False
     """Whether :meth:`read` needs the sum of :meth:`global_statistic` over all entries."""
 
@@ -129,6 +132,9 @@ class Rule(nn.Module, ABC):
     def global_statistic(self, entry: Entry, state: State) -> float:
         """Return a number for an entry; :meth:`read` receives the sum over all entries."""
         return 0.0
+
+    def adopt(self, slots: StateSpec) -> None:
+        """Prepare for a saved state with these slots, by their names in it; a rule that ``grows`` must know them."""
 
     # --- what callers use -------------------------------------------------------------------------------------------
 

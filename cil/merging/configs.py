@@ -13,11 +13,14 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 from cil.config import Section, as_section
 from cil.config.plugins import CustomObject, as_custom
 from cil.config.reading import validated
+from cil.merging.bank import StoredDtype
 from cil.merging.base import Rule
+from cil.merging.consensus import Consensus
 from cil.merging.dare import DARE, DareTIES
 from cil.merging.finalisers import Finaliser, LiNeS, NormMatching
 from cil.merging.fisher import Fisher
 from cil.merging.iso_c import IsoC
+from cil.merging.iso_cts import IsoCTS
 from cil.merging.linear import EMA, Average, TaskArithmetic, WiseFT
 from cil.merging.magmax import MagMax
 from cil.merging.nufilt import NUFILT
@@ -169,14 +172,28 @@ class GramMergeConfig(_Rule):
 
 
 class IsoCConfig(_Rule):
-    """Mean update with equal singular values; see :class:`cil.merging.IsoC`."""
+    """Merged update with equal singular values; see :class:`cil.merging.IsoC`."""
 
     name: Literal["iso_c"] = "iso_c"
     scale: Finite = Field(1.0, description="factor on the updates of linear weights")
     split_qkv: bool = Field(True, description="whether query, key and value of a fused weight are separate")
     of: Literal["mean", "sum"] = Field(
-        "mean", description="update whose singular values become equal; sum: as published, T times the mean"
+        "sum", description="update whose singular values become equal; sum: as published, mean: divided by the tasks"
     )
+
+
+class _Banked(_Rule):
+    max_rank: PositiveInt | None = Field(None, description="largest rank that is kept of an update; null: all of it")
+    dtype: StoredDtype | None = Field(None, description="dtype in which updates are kept; null: that of computing")
+
+
+class IsoCTSConfig(_Banked):
+    """Common and task-specific directions with equal singular values; see :class:`cil.merging.IsoCTS`."""
+
+    name: Literal["iso_cts"] = "iso_cts"
+    scale: Finite = Field(1.0, description="factor on the updates of linear weights")
+    fraction: Share = Field(0.8, description="share of the directions that all tasks have in common")
+    split_qkv: bool = Field(True, description="whether query, key and value of a fused weight are separate")
 
 
 class TSVMConfig(_Rule):
@@ -185,6 +202,17 @@ class TSVMConfig(_Rule):
     name: Literal["tsv_m"] = "tsv_m"
     scale: Finite = Field(1.0, description="factor on the updates of linear weights")
     split_qkv: bool = Field(True, description="whether query, key and value of a fused weight are separate")
+
+
+class ConsensusConfig(_Banked):
+    """Sum of the updates where several tasks agree with it; see :class:`cil.merging.Consensus`."""
+
+    name: Literal["consensus"] = "consensus"
+    scale: Finite = Field(0.3, description="factor on the sum of updates")
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.4, description="size of a task's change of a weight, relative to that by all others, from which it counts"
+    )
+    masks: PositiveInt = Field(2, description="number of tasks whose change must count for a weight to be merged")
 
 
 class WUDIConfig(_Rule):
@@ -236,8 +264,10 @@ RuleSection = (
     | RegMeanConfig
     | GramMergeConfig
     | IsoCConfig
+    | IsoCTSConfig
     | TSVMConfig
     | WUDIConfig
+    | ConsensusConfig
     | NUFILTConfig
     | OPCMConfig
 )
@@ -275,8 +305,10 @@ RULES: dict[str, type[Rule]] = {
     "regmean": RegMean,
     "gram_merge": GramMerge,
     "iso_c": IsoC,
+    "iso_cts": IsoCTS,
     "tsv_m": TSVM,
     "wudi": WUDI,
+    "consensus": Consensus,
     "nufilt": NUFILT,
     "opcm": OPCM,
 }

@@ -83,6 +83,9 @@ class Checkpoint(Mapping[str, Tensor]):
         with safe_open(self._where[name], framework="pt") as opened:
             return opened.get_tensor(name).clone()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # the inherited one reads the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 

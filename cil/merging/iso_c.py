@@ -20,15 +20,14 @@ from cil.merging.store import State
 class IsoC(SumRule):
     """Isotropic merging in the common space (Iso-C, arXiv 2502.04959): every singular value becomes their mean.
 
-    For the update Δ = U diag(σ) Vᵀ of a linear weight, Δ ← s · mean(σ) U Vᵀ. The authors take the sum of the updates
-    for Δ (``of="sum"``), which gives T times the result of their mean for the same s. All other tensors are averaged,
-    as in mammoth's code. The rule is exact and order-free, and reading needs one SVD per matrix. A Δ without full
-    numerical rank (LoRA) has arbitrary directions: only those with σ_i > max(m, n) ε σ_0 are used, and the mean is over
-    them (our decision).
+    For the sum Δ = U diag(σ) Vᵀ of the T updates of a linear weight, Δ ← s · mean(σ) U Vᵀ. With ``of="mean"`` Δ is
+    their mean, so the result is divided by T. All other tensors are averaged, as in mammoth's code. The rule is exact
+    and order-free, and reading needs one SVD per matrix. A Δ without full numerical rank (LoRA) has arbitrary
+    directions: only those with σ_i > max(m, n) ε σ_0 are used, and the mean is over them (our decision).
 
     Args:
         scale: Factor s, finite; 1.0 to 1.5 in the literature, for the sum. It scales only linear weights.
-        of: Δ, the ``sum`` or the ``mean`` of the updates.
+        of: Δ, the ``sum`` of the updates as published, or their ``mean``, which was the default once.
         split_qkv: Whether the three row blocks of a fused query, key and value weight are separate matrices.
 
     State:
@@ -46,7 +45,7 @@ class IsoC(SumRule):
         self,
         scale: float = 1.0,
         split_qkv: bool = True,
-        of: Literal["mean", "sum"] = "mean",
+        of: Literal["mean", "sum"] = "sum",
         *,
         finalisers: Sequence[Finaliser] = (),
     ) -> None:

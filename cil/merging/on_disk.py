@@ -179,8 +179,9 @@ class FileStore:
                 got = opened.metadata.get(key, "none")
                 detail = "" if key == "base" else f" ({got} instead of {expected})"
                 raise RunError(f"{file}: is the state of another merge: its {key} differs{detail}; use another --state")
-        expected_slots = self._shapes()
-        if {name: opened.shape_and_dtype(name) for name in opened} != expected_slots:
+        slots = {name: opened.shape_and_dtype(name) for name in opened}
+        self._rule.adopt(slots)
+        if slots != self._shapes():
             raise RunError(f"{file}: does not contain this rule's state; remove it to start from scratch")
         self._opened = opened
         self.tasks = opened.metadata.get("tasks", "").split()  # a state of an older version records none
@@ -191,7 +192,9 @@ class FileStore:
         slots = self._rule.state_spec(entry)
         if self._opened is None:
             return {slot: torch.zeros(shape, dtype=dtype) for slot, (shape, dtype) in slots.items()}
-        return {slot: self._opened[slot_name(entry, slot)] for slot in slots}
+        # a rule that grows knows the slots of the task that is being added, which are not in the file yet
+        names = {slot: name for slot in slots if (name := slot_name(entry, slot)) in self._opened}
+        return {slot: self._opened[name] for slot, name in names.items()}
 
     def put(self, entry: Entry, state: State) -> None:
         if self._writer is None:

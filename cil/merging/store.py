@@ -49,7 +49,9 @@ class Buffers:
                 self.module.register_buffer(slot_name(entry, slot), torch.zeros(shape, dtype=dtype, device=device))
 
     def get(self, entry: Entry) -> State:
-        return {slot: self.module.get_buffer(slot_name(entry, slot)) for slot in self.state_spec(entry)}
+        names = {slot: slot_name(entry, slot) for slot in self.state_spec(entry)}
+        # a rule that grows knows the slots of the task that is being added, which are not there yet
+        return {slot: self.module.get_buffer(name) for slot, name in names.items() if name in self.module._buffers}
 
     def put(self, entry: Entry, state: State) -> None:
         for slot, value in state.items():
