@@ -16,6 +16,7 @@ from cil import IncrementalClassifier
 from cil.app.teaching import Teacher, Upload, checked_name
 from cil.errors import ConfigError, DataError, RunError
 from cil.growing import GrowingModel
+from cil.growing.calibration import open_sure
 from cil.growing.summary import facts
 from cil.prediction import open_confident, predict
 from cil.runner.checkpoint import RunFolder
@@ -81,8 +82,9 @@ def test_it_predicts_teaches_and_undoes_as_the_commands_do(folder, first, images
     teacher = Teacher(folder, device="cpu", holdout=0.25)
     before, wanted = stored(folder), files(images, "cat", 0, 1) + files(images, "ant", 2)
     found = teacher.predict([Upload(file.name, file.read_bytes()) for file in wanted])
-    assert not found["calibrated"] and "not calibrated" in found["note"]
-    expected = [list(ranked) for _, ranked in predict(folder, wanted, 3)]
+    assert found["calibrated"]
+    assert found["note"] == "Unknown images cannot be told yet: 4 images are held out, 19 are needed."
+    expected = [list(ranked) for _, ranked in predict(open_sure(folder)[0], wanted, 3)]
     assert [one["classes"] for one in found["images"]] == expected
 
     shutil.copytree(images / "cat", tmp_path / "lesson" / "cat")

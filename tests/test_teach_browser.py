@@ -75,7 +75,10 @@ def test_a_browser_shows_teaches_and_undoes(browser, port, folder, images):  # n
             "#files", [payload(file, name) for file, name in zip(files(images, "cat"), names, strict=False)]
         )
         for card, name, one in zip(shown(page), names, expected, strict=True):
-            assert card == [name, *(text for label, score in one["classes"] for text in (label, f"{score:.3f}"))]
+            assert card == [
+                name,
+                *(text for label, score in one["classes"] for text in (label, f"{100 * score:.1f} %")),
+            ]
         page.fill("#name", EVIL)
         page.click("#learn")
         page.locator("#said", has_text=f"Learned {EVIL} from 2 images; 1 held out.").wait_for()

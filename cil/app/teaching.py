@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cil import results
 from cil.app import REJECT
 from cil.config.schema import MAX_PIXELS
 from cil.data.reading import read_image
 from cil.data.source import ImageSource
 from cil.errors import ConfigError, DataError, RunError, clipped, printable, shortened
 from cil.growing import HOLDOUT, GrowingModel, events
+from cil.growing.calibration import open_sure
 from cil.growing.summary import facts
-from cil.prediction.confident import Confident, open_confident
-from cil.prediction.model import Ranked, Trained, open_run, top_classes
-from cil.runner.confidence import FILE as CONFIDENCE
+from cil.prediction.confident import Confident
+from cil.prediction.model import Ranked, Trained, top_classes
 
 BATCH = 32  # images per forward pass
 LONGEST = 100
@@ -199,12 +198,8 @@ class Teacher:
         return self._opened[1:]
 
     def _open(self) -> tuple[Trained, str]:
-        stages = len(events.read(self.folder)["tasks"])
-        if CONFIDENCE not in results.read_stage(self.folder, stages - 1).files:
-            model = open_run(self.folder, self._device, **self._places)
-            return model, "Scores are not probabilities: the model is not calibrated."
-        confident = open_confident(self.folder, self._device, reject=self.reject, **self._places)
-        return _able(confident)
+        model, reason = open_sure(self.folder, self._device, reject=self.reject, **self._places)
+        return _able(model) if isinstance(model, Confident) else (model, reason)
 
     def _predicted(self, model: Trained | None, uploads: Sequence[Upload], top: int) -> list[dict[str, Any]]:
         """The answers to a batch of images."""
