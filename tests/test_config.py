@@ -131,11 +131,11 @@ def test_an_installed_packages_learner_is_found(tmp_path, monkeypatch):
     info = tmp_path / "lab-0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[cil.learners]\nmine = lab:Mine\n")
+    (info / "entry_points.txt").write_text("[cil.learners]\nlab_means = lab:Mine\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert registry.resolve("mine").__name__ == "Mine"
-    with pytest.raises(PluginError, match="did you mean 'mine'"):
-        registry.resolve("mien")
+    assert registry.resolve("lab_means").__name__ == "Mine"
+    with pytest.raises(PluginError, match="did you mean 'lab_means'"):
+        registry.resolve("lab_maens")
 
 
 def test_overrides_reach_everything():
