@@ -14,6 +14,7 @@ from scripts.publish import tables
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_tables_come_from_results(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tables", "--check"])
     assert tables.main() == 0, capsys.readouterr().out

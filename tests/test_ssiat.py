@@ -37,13 +37,14 @@ LEARNS = {**QUICK, "first_epochs": 8, "epochs": 8, "lr": 0.001}
 """At higher rates training on a dozen images a class is near divergence, and another rounding ends elsewhere."""
 
 
-@parametrize_learner(
-    [
-        ("ssiat", LEARNS),
-        ("rsiat", {**LEARNS, "tuner": {"name": "lora", "rank": 2}, "code": 16, "variation": 0.1}),
-    ]
-)
+@parametrize_learner([("ssiat", LEARNS)])
 def test_common_checks(case, check):
+    check(case)
+
+
+@pytest.mark.slow
+@parametrize_learner([("rsiat", {**LEARNS, "tuner": {"name": "lora", "rank": 2}, "code": 16, "variation": 0.1})])
+def test_common_checks_of_rsiat(case, check):
     check(case)
 
 
