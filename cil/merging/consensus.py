@@ -12,6 +12,7 @@ from cil.errors import ConfigError
 from cil.merging.bank import ExpertBank, StoredDtype
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
+from cil.merging.numerics import require_finite
 
 
 class Consensus(ExpertBank):
@@ -46,8 +47,7 @@ class Consensus(ExpertBank):
         finalisers: Sequence[Finaliser] = (),
     ) -> None:
         super().__init__(max_rank, dtype, finalisers=finalisers)
-        if not math.isfinite(scale):
-            raise ConfigError(f"Consensus: scale is {scale}; it must be finite")
+        require_finite("Consensus", scale)
         check_threshold("Consensus", threshold)
         if masks < 1:
             raise ConfigError(f"Consensus: masks is {masks}; it must be positive")

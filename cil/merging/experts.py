@@ -24,8 +24,8 @@ class ExpertRule(ABC):
 
         model = EMR().read(bank, task=3)  # name → update, of the model for task 3
 
-    The updates are functions of all tasks in the bank, so they change with every new task. Which of the models an image
-    needs is another question (:class:`cil.learners.routed.Routed`).
+    The updates are functions of all tasks in the bank, so they change with every new task. A rule does not say which of
+    the models an image needs.
     """
 
     summary: ClassVar[str] = ""

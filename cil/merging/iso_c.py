@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +12,7 @@ from cil.errors import ConfigError
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
 from cil.merging.linear import SumRule
-from cil.merging.numerics import rank, row_blocks, thin_svd
+from cil.merging.numerics import rank, require_finite, row_blocks, thin_svd
 from cil.merging.store import State
 
 
@@ -50,8 +49,7 @@ class IsoC(SumRule):
         finalisers: Sequence[Finaliser] = (),
     ) -> None:
         super().__init__(finalisers)
-        if not math.isfinite(scale):
-            raise ConfigError(f"IsoC: scale is {scale}; it must be finite")
+        require_finite("IsoC", scale)
         if of not in ("mean", "sum"):
             raise ConfigError(f"IsoC: of is {of!r}; it must be 'mean' or 'sum'")
         self.scale, self.split_qkv, self.of = scale, split_qkv, of

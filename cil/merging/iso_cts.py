@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from cil.errors import ConfigError
 from cil.merging.bank import ExpertBank, StoredDtype
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
-from cil.merging.numerics import norm, rank, row_blocks, thin_svd
+from cil.merging.numerics import norm, rank, require_finite, row_blocks, thin_svd
 from cil.merging.tsv_m import polar
 
 
@@ -55,8 +54,7 @@ class IsoCTS(ExpertBank):
         finalisers: Sequence[Finaliser] = (),
     ) -> None:
         super().__init__(max_rank, dtype, finalisers=finalisers)
-        if not math.isfinite(scale):
-            raise ConfigError(f"IsoCTS: scale is {scale}; it must be finite")
+        require_finite("IsoCTS", scale)
         if not 0 <= fraction <= 1:
             raise ConfigError(f"IsoCTS: fraction is {fraction}; it must be in [0, 1]")
         self.scale, self.fraction, self.split_qkv = scale, fraction, split_qkv

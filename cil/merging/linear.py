@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,6 +11,7 @@ from cil.errors import ConfigError
 from cil.merging.base import Rule, TaskNorms, TaskStatistics
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
+from cil.merging.numerics import require_finite
 from cil.merging.store import State, StateSpec
 
 
@@ -117,8 +117,7 @@ class TaskArithmetic(SumRule):
         self, scale: float = 0.3, divide: Literal["none", "tasks"] = "none", *, finalisers: Sequence[Finaliser] = ()
     ) -> None:
         super().__init__(finalisers)
-        if not math.isfinite(scale):
-            raise ConfigError(f"TaskArithmetic: scale is {scale}; it must be finite")
+        require_finite("TaskArithmetic", scale)
         if divide not in ("none", "tasks"):
             raise ConfigError(f"TaskArithmetic: divide is {divide!r}; it must be 'none' or 'tasks'")
         self.scale, self.divide = scale, divide

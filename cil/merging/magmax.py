@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cil.errors import ConfigError
 from cil.merging.base import TaskNorms, TaskStatistics
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
 from cil.merging.linear import SumRule
+from cil.merging.numerics import require_finite
 from cil.merging.store import State
 
 
@@ -34,8 +33,7 @@ class MagMax(SumRule):
 
     def __init__(self, scale: float = 0.5, *, finalisers: Sequence[Finaliser] = ()) -> None:
         super().__init__(finalisers)
-        if not math.isfinite(scale):
-            raise ConfigError(f"MagMax: scale is {scale}; it must be finite")
+        require_finite("MagMax", scale)
         self.scale = scale
 
     def update(self, entry: Entry, state: State, tau: Tensor, task: TaskNorms, stats: TaskStatistics | None) -> State:

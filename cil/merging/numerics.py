@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from cil.errors import ConfigError
 from cil.merging.layout import Entry
 from cil.utils.linalg import add_gram_
 
 _CHUNK = 1 << 22
 _DIGIT = 16
+
+
+def require_finite(name: str, scale: float) -> None:
+    """Refuse a factor on updates that is not finite.
+
+    Args:
+        name: Name of the rule, for the message.
+        scale: The factor.
+
+    Raises:
+        ConfigError: It is infinite or NaN.
+    """
+    if not math.isfinite(scale):
+        raise ConfigError(f"{name}: scale is {scale}; it must be finite")
 
 
 def norm(tensor: Tensor) -> float:

@@ -13,7 +13,7 @@ from cil.errors import ConfigError
 from cil.merging.base import Rule, TaskNorms, TaskStatistics, Updates
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
-from cil.merging.numerics import kth_largest_magnitude
+from cil.merging.numerics import kth_largest_magnitude, require_finite
 from cil.merging.store import State, StateSpec
 
 Combination = Literal["sum", "mean", "max"]
@@ -28,8 +28,7 @@ class _Ties(Rule):
             raise ConfigError(f"{name}: density is {density}; it must be in (0, 1]")
         if merge not in ("sum", "mean", "max"):
             raise ConfigError(f"{name}: merge is {merge!r}; it must be 'sum', 'mean' or 'max'")
-        if not math.isfinite(scale):
-            raise ConfigError(f"{name}: scale is {scale}; it must be finite")
+        require_finite(name, scale)
         self.density, self.merge, self.scale = density, merge, scale
 
     def threshold(self, updates: Updates) -> float:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cil.errors import BackboneError, ConfigError
+from cil.errors import BackboneError
 from cil.merging.base import Rule, TaskNorms, TaskStatistics
 from cil.merging.finalisers import Finaliser
 from cil.merging.layout import Entry
-from cil.merging.numerics import rank, row_blocks, thin_svd
+from cil.merging.numerics import rank, require_finite, row_blocks, thin_svd
 from cil.merging.store import State, StateSpec
 
 
@@ -52,8 +51,7 @@ class TSVM(Rule):
 
     def __init__(self, scale: float = 1.0, split_qkv: bool = True, *, finalisers: Sequence[Finaliser] = ()) -> None:
         super().__init__(finalisers)
-        if not math.isfinite(scale):
-            raise ConfigError(f"TSVM: scale is {scale}; it must be finite")
+        require_finite("TSVM", scale)
         self.scale, self.split_qkv = scale, split_qkv
 
     def state_spec(self, entry: Entry) -> StateSpec:
