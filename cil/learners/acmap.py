@@ -13,13 +13,13 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.classifiers import NCM, CosineHead
+from cil.classifiers import NCM
 from cil.features import View
 from cil.learner import Context
-from cil.learners.bases.new_classes import TaskOfClass, task_head
+from cil.learners.bases.new_classes import TaskOfClass
 from cil.learners.bases.some_views import SomeViews
+from cil.learners.bases.task_adapters import AdapterRecipe, train_apart
 from cil.stream import Task
-from cil.training import ParamGroup, Recipe, fit, local_cross_entropy
 from cil.tuning import Adapter
 from cil.utils.precision import exact, without_autocast
 
@@ -34,13 +34,7 @@ class ACMap(TaskOfClass):
     One pass per image at test.
     """
 
-    class Config(Recipe):
-        epochs: int = Field(20, gt=0, description="epochs per task")
-        train_batch_size: int = Field(48, gt=0, description="images per optimiser step")
-        lr: float = Field(0.025, gt=0, description="peak learning rate")
-        weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
-        bottleneck: PositiveInt = Field(64, description="width of the adapters in units")
-        dropout: float = Field(0.1, ge=0, lt=1, description="dropout probability inside the adapters, in training")
+    class Config(AdapterRecipe):
         merges: PositiveInt = Field(10, description="number of tasks that are trained and merged, the first included")
         mapped: bool = Field(True, description="whether prototypes of old classes are moved")
 
@@ -82,9 +76,7 @@ class ACMap(TaskOfClass):
     def train_adapter(self, task: Task, ctx: Context) -> Adapter:
         """θ_t, with the task's own classes in the softmax of a temporary cosine head."""
         adapter: Any = copy.deepcopy(self.merged[0])
-        head = task_head(CosineHead(self.backbone.feature_dim), task, ctx)
-        loss = local_cross_entropy(lambda images: head(self.backbone(images, adapter)), self.config, task.classes[0])
-        fit(loss, [ParamGroup([*adapter.parameters(), *head.parameters()])], task.train, self.config, ctx)
+        train_apart(self, adapter, task, ctx)
         return adapter
 
     @exact()

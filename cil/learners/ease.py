@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from cil.backbone import FROZEN, Backbone
-from cil.classifiers import NCM, CosineHead
+from cil.classifiers import NCM
 from cil.features import View
 from cil.learner import Context
-from cil.learners.bases.new_classes import task_head
-from cil.learners.bases.task_adapters import TaskAdapters
+from cil.learners.bases.task_adapters import AdapterRecipe, TaskAdapters, train_apart
 from cil.stream import Task
-from cil.training import ParamGroup, Recipe, fit, local_cross_entropy
 from cil.utils.precision import without_autocast
 
 
@@ -30,13 +29,7 @@ class EASE(TaskAdapters):
     training images of task t through t adapters, each test image through T.
     """
 
-    class Config(Recipe):
-        epochs: int = Field(20, gt=0, description="epochs per task")
-        train_batch_size: int = Field(48, gt=0, description="images per optimiser step")
-        lr: float = Field(0.025, gt=0, description="peak learning rate")
-        weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
-        bottleneck: PositiveInt = Field(64, description="width of the adapters in units")
-        dropout: float = Field(0.1, ge=0, lt=1, description="dropout probability inside the adapters, in training")
+    class Config(AdapterRecipe):
         alpha: float = Field(0.1, ge=0, description="weight α ≥ 0 of the subspaces of tasks other than the class's own")
         init_ptm: bool = Field(False, description="whether to add the subspace of the backbone without adapter")
         beta: float = Field(0.0, ge=0, description="weight ≥ 0 of the subspace without adapter")
@@ -64,10 +57,9 @@ class EASE(TaskAdapters):
         self.prototypes[: len(old), : old.shape[1]] = old
 
     def learn(self, task: Task, ctx: Context) -> None:
-        adapter, first = self.adapters[-1], task.classes[0]
-        head = task_head(CosineHead(self.backbone.feature_dim), task, ctx)
-        loss = local_cross_entropy(lambda images: head(self.backbone(images, adapter)), self.config, first)
-        fit(loss, [ParamGroup([*adapter.parameters(), *head.parameters()])], task.train, self.config, ctx)
+        newest: Any = self.adapters[-1]
+        train_apart(self, newest, task, ctx)
+        first = task.classes[0]
         features, labels = ctx.features(self, task.train)
         means = NCM(features.shape[1]).partial_fit(features.cpu(), (labels - first).cpu()).means
         self.prototypes[first:] = means.view(len(task.classes), self.subspaces, -1).to(self.prototypes)
