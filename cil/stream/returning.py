@@ -2,8 +2,7 @@
 
 Both divide the images of every class among tasks; no class and no image is lost. Test images belong to the task in
 which their class appears first, whole, so that R[i, j] stays a statement about classes. As everywhere in the protocol,
-the functions use labels alone, and choices are drawn as in
-:mod:`cil.stream.sampling`.
+the functions use labels alone, and choices are drawn as in :mod:`cil.stream.sampling`.
 """
 
 from __future__ import annotations

@@ -223,27 +223,24 @@ class Stream:
                 validation=TaskData(train, out, true_labels[out]) if len(out) else None,
             )
             self.tasks = (*self.tasks, task)
+        returns = split.groups is not None
         if test_on == "validation":
-            if split.groups is None:
-                held_out_by_task = [np.intersect1d(m, held_out) for m in split.members]
-            else:
-                held_out_by_task = [held_out[np.isin(true_labels[held_out], group)] for group in self.groups]
-            self._test = TestData(train, true_labels, held_out_by_task, what="validation")
+            whole = self._first_seen(true_labels) if returns else split.members
+            self._test = TestData(train, true_labels, [np.intersect1d(m, held_out) for m in whole], what="validation")
         elif test is None:
             raise StreamError("a stream that is not tested on validation images needs test images")
         else:
             # the test set may list the same classes in another order: map through the names
             to_train = np.array([list(train.class_names).index(n) for n in test.class_names])
             test_raw = to_train[test.labels]
-            if split.groups is None:
-                test_members = tasks.split(train.class_names, test_raw, test.domains).members
+            test_labels = label_of[test_raw]
+            if returns:
+                tested = self._first_seen(test_labels)
             else:
-                test_members = [np.flatnonzero(np.isin(label_of[test_raw], group)) for group in self.groups]
-            if len(test_members) != len(split.members):
-                raise StreamError(
-                    f"train has {len(split.members)} domains, test has {len(test_members)}; they must agree"
-                )
-            self._test = TestData(test, label_of[test_raw], test_members)
+                tested = tasks.split(train.class_names, test_raw, test.domains).members
+            if len(tested) != len(split.members):
+                raise StreamError(f"train has {len(split.members)} domains, test has {len(tested)}; they must agree")
+            self._test = TestData(test, test_labels, tested)
         for task in self.tasks:
             untested = self.groups[task.index] and not len(self._test.members[task.index])
             if not len(task.train) or untested:
@@ -251,6 +248,10 @@ class Stream:
                 raise StreamError(
                     f"task {task.index} ({', '.join(task.names[-len(task.classes) :][:5])}) has no {what} images"
                 )
+
+    def _first_seen(self, labels: np.ndarray) -> list[np.ndarray]:
+        """Positions of the images of the classes that first appear in each task, given all labels [N]."""
+        return [np.flatnonzero(np.isin(labels, group)) for group in self.groups]
 
     @property
     def shows_again(self) -> bool:
