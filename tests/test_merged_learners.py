@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from lessons import taught, teach
 from marks import slow_beyond
 
 from cil.classifiers.transport import barycentric
@@ -48,17 +49,6 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def taught(cls, tasks, **parameters):
-    """A learner after some tasks, and its stream."""
-    learner = shared(cls, **parameters).learner()
-    data = stream(learner.backbone)
-    for task in data.tasks[:tasks]:
-        ctx = context()
-        learner.begin(task, ctx)
-        learner.learn(task, ctx)
-    return learner, data
-
-
 # --- ACMap ------------------------------------------------------------------------------------------------------------
 
 
@@ -72,13 +62,13 @@ def test_the_merged_adapter_is_the_plain_mean_of_all(monkeypatch):
         return adapter
 
     monkeypatch.setattr(ACMap, "train_adapter", train_adapter)
-    learner, _ = taught(ACMap, 3)
+    learner, _ = taught(shared(ACMap), 3)
     for mean, *single in zip(learner.merged[-1].parameters(), *(one.parameters() for one in trained), strict=True):
         torch.testing.assert_close(mean, torch.stack(single).mean(0))
 
 
 def test_every_task_starts_from_the_first_tasks_adapter():
-    learner, data = taught(ACMap, 1)
+    learner, data = taught(shared(ACMap), 1)
     ctx, task = context(), data.tasks[1]
     learner.begin(task, ctx)
     learner.config = learner.config.model_copy(update={"lr": 1e-12})
@@ -88,13 +78,13 @@ def test_every_task_starts_from_the_first_tasks_adapter():
 
 def test_equal_adapters_shift_nothing(monkeypatch):
     monkeypatch.setattr(ACMap, "train_adapter", lambda self, task, ctx: self.merged[0])
-    learner, _ = taught(ACMap, 3)
+    learner, _ = taught(shared(ACMap), 3)
     assert float(learner.shifts.abs().max()) < 1e-5
 
 
 def test_a_true_translation_is_undone_exactly():
     """Features move by one vector per merge: old prototypes follow, whatever the current classes are."""
-    learner, _ = taught(ACMap, 3)
+    learner, _ = taught(shared(ACMap), 3)
     x, moves = draw(12, 48), draw(3, 48, seed=1)
     learner.map(tuple(x + moves[: i + 1].sum(0) for i in range(3)), torch.arange(12) % 3)
     torch.testing.assert_close(learner.shifts[0], moves[1:].sum(0))
@@ -103,7 +93,7 @@ def test_a_true_translation_is_undone_exactly():
 
 
 def test_prototypes_are_means_under_their_own_tasks_adapter_and_the_shift_is_of_class_means():
-    learner, data = taught(ACMap, 3)
+    learner, data = taught(shared(ACMap), 3)
     merged = [learner.merged[i].eval() for i in range(3)]
     for task in data.tasks:
         y = task.train.labels
@@ -142,7 +132,7 @@ def test_a_pair_of_models_is_averaged_by_information():
 
 
 def test_cofima_merges_the_backbone_and_old_rows_and_leaves_new_ones(monkeypatch):
-    learner, data = taught(CoFiMA, 1)
+    learner, data = taught(shared(CoFiMA), 1)
     aligned, known = learner.aligned, dict(learner.fisher.named_buffers())
     before = {name: value.clone() for name, value in learner.tuner.copies.items()}
     seen = {}
@@ -172,7 +162,7 @@ def test_cofima_merges_the_backbone_and_old_rows_and_leaves_new_ones(monkeypatch
 
 
 def test_the_first_task_is_slca():
-    ours, theirs = taught(CoFiMA, 1)[0], shared(CoFiMA).parameters
+    ours, theirs = taught(shared(CoFiMA), 1)[0], shared(CoFiMA).parameters
     slca = Case(SLCA, {k: v for k, v in theirs.items() if k != "statistics"}).learner()
     task, ctx = stream(slca.backbone).tasks[0], context()
     slca.begin(task, ctx)
@@ -208,7 +198,7 @@ def test_equal_classes_get_the_mean_row():
 
 @pytest.mark.parametrize("ratio", slow_beyond([0.25], [0.25, 0.0]))
 def test_duct_adds_scaled_updates_and_moves_old_rows(ratio, monkeypatch):
-    learner, data = taught(DUCT, 1, head_ratio=ratio)
+    learner, data = taught(shared(DUCT, head_ratio=ratio), 1)
     start = dict(learner.backbone.model.named_parameters())
     before, old_rows = {n: v.clone() for n, v in learner.tuner.copies.items()}, learner.head.weight.detach().clone()
     seen = {}
@@ -220,9 +210,7 @@ def test_duct_adds_scaled_updates_and_moves_old_rows(ratio, monkeypatch):
     original = DUCT.merge
     monkeypatch.setattr(DUCT, "merge", merge)
     for task in data.tasks[1:]:
-        ctx = context()
-        learner.begin(task, ctx)
-        learner.learn(task, ctx)
+        teach(learner, task)
         if task.index == 1:
             name = "blocks/0/attn/qkv/weight"
             update = seen["own"][name] - start[name.replace("/", ".")]

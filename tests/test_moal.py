@@ -7,12 +7,13 @@ from functools import lru_cache
 import pytest
 import torch
 import torch.nn.functional as F
+from lessons import taught
 
 from cil.classifiers import Ridge
 from cil.learners import moal
 from cil.learners.moal import MoAL
 from cil.testing import Case, parametrize_learner
-from cil.testing.setting import context, stream
+from cil.testing.setting import context
 
 QUICK = {"tuner": {"name": "adapter", "bottleneck": 4, "dropout": 0}, "epochs": 2, "lr": 0.1, "projection": 60}
 QUICK["train_batch_size"] = 16
@@ -35,23 +36,12 @@ def shared(**parameters) -> Case:
     return Case(MoAL, {**QUICK, **parameters})
 
 
-def taught(tasks, **parameters):
-    """A learner after some tasks, and its stream."""
-    learner = shared(**parameters).learner()
-    data = stream(learner.backbone)
-    for task in data.tasks[:tasks]:
-        ctx = context()
-        learner.begin(task, ctx)
-        learner.learn(task, ctx)
-    return learner, data
-
-
 def values(tuner):
     return torch.cat([p.detach().flatten() for p in tuner.parameters()])
 
 
 def test_the_slow_tuner_is_a_copy_and_then_an_average_over_epochs(monkeypatch):
-    learner, data = taught(1, decay=0.9)
+    learner, data = taught(shared(decay=0.9), 1)
     assert torch.equal(values(learner.slow), values(learner.tuner))
     expected, steps, original = values(learner.slow), [], moal.fit
 
@@ -73,7 +63,7 @@ def test_the_slow_tuner_is_a_copy_and_then_an_average_over_epochs(monkeypatch):
 
 
 def test_without_rumination_and_motion_it_is_ridge_regression_on_the_first_tasks_features():
-    learner, data = taught(3, decay=1, rumination=False, projection=None, map_shrinkage=1e6)
+    learner, data = taught(shared(decay=1, rumination=False, projection=None, map_shrinkage=1e6), 3)
     ridge = Ridge(48, None, float(learner.classifier.strength_))
     for task in data.tasks:
         with torch.no_grad():
@@ -83,7 +73,7 @@ def test_without_rumination_and_motion_it_is_ridge_regression_on_the_first_tasks
 
 
 def test_the_ridge_strength_is_that_of_the_first_task():
-    learner, data = taught(1)
+    learner, data = taught(shared(), 1)
     chosen, task, ctx = float(learner.classifier.strength_), data.tasks[2], context()
     learner.begin(task, ctx)
     learner.learn(task, ctx)
@@ -109,7 +99,7 @@ def test_an_old_class_gets_the_most_similar_new_class_around_its_own_mean():
 
 
 def test_only_what_is_wrong_is_added_a_second_time():
-    learner, _ = taught(2)
+    learner, _ = taught(shared(), 2)
     generator = torch.Generator().manual_seed(1)
     x = 5 * torch.randn(40, 48, generator=generator, dtype=torch.float64)
     labels = torch.full((40,), 4)
