@@ -245,6 +245,8 @@ def place(folder, tmp_path, monkeypatch):
     examples = str(ROOT / "examples")  # importable once a test has loaded one; not there for a reader
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place != examples])
     monkeypatch.syspath_prepend(str(tmp_path))
+    for file in tmp_path.glob("*.py"):  # a test's helper of the same name would be run in its place
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
     known, path = set(sys.modules), list(sys.path)
     yield tmp_path
     sys.path[:] = path
