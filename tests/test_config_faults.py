@@ -176,6 +176,13 @@ def test_wrong_paths_and_values_of_overrides(assignment, message):
     refused(lambda: override(raw, [assignment]), message)
 
 
+def test_a_long_name_among_many_learners_is_one_short_line():
+    raw = {"learners": [{"name": "merge", "label": f"adapter_of_task_{i:04d}"} for i in range(99)]}
+    with pytest.raises(CilError, match="no learner 'xxx") as refusal:
+        override(raw, ["learners." + "x" * 500 + ".lr=1"])
+    assert len(str(refusal.value)) <= 500
+
+
 @pytest.mark.parametrize("learners", ["ncm", 5, None, {"a": 1}, [5], [[1]], []])
 def test_overrides_of_learners_that_are_none(learners):
     """Whatever the configuration has for learners, an override of them is refused or validation refuses the whole."""

@@ -156,7 +156,7 @@ def _descend(raw: dict[str, Any], path: list[str], shown: str) -> dict[str, Any]
             if part not in titles:
                 there = ", ".join(map(clipped, titles)) or "none"
                 raise ConfigError(
-                    f"{shown}: no learner {shortened(part)}{nearest(part, titles)}; there are {clipped(there, 300)}"
+                    f"{shown}: no learner {shortened(part)}{nearest(part, titles)}; there are {clipped(there, 200)}"
                 )
             position = titles.index(part)
             child = entries[position] = as_section(entries[position])
