@@ -130,6 +130,36 @@ def harmonic_accuracy_at(r: Array, total: Array, stage: int = -1) -> float:
     return 2 * base * novel / (base + novel) if base + novel != 0 else 0.0
 
 
+def performance_drop(accuracy: Array) -> float:
+    """PD = A_0 − A_last: what few-shot classes cost after the first task (Tao et al., CVPR 2020; CEC; FACT)."""
+    return float(accuracy[0] - accuracy[-1])
+
+
+FREQUENCIES = ("many", "medium", "few")
+"""Groups of classes by their numbers of training images: more than 100, 20 to 100, fewer than 20."""
+
+
+def frequency_group(images: Array) -> Array:
+    """The group of each class, int64 [C], as a position in :data:`FREQUENCIES` (Liu et al., CVPR 2019, 1904.05160).
+
+    Args:
+        images: Number of training images of each class in the whole stream, int [C].
+    """
+    return np.select([np.asarray(images) > 100, np.asarray(images) >= 20], [0, 1], 2)
+
+
+def anytime_accuracy(accuracy: Array, images: Array) -> float:
+    """A_AUC, the area under the curve of accuracy over training images (Koh et al., ICLR 2022, arXiv 2110.10031).
+
+    Σ_k Δ_k A_k / Σ_k Δ_k, where evaluation k comes Δ_k images after the one before; for equal distances the mean.
+
+    Args:
+        accuracy: Accuracy over all classes seen at each evaluation, float [K]; NaN ones are left out.
+        images: Number of training images since the evaluation before, int [K].
+    """
+    return _average(accuracy[~np.isnan(accuracy)], images[~np.isnan(accuracy)])
+
+
 def forgetting_by_task(r: Array, stage: int = -1) -> Array:
     """f_j = max_{l<i} R[l, j] − R[i, j] for j < i (Chaudhry et al. 2018, arXiv 1801.10112, eq. 3). Shape [i].
 
@@ -142,6 +172,14 @@ def forgetting_by_task(r: Array, stage: int = -1) -> Array:
     return np.where(np.isinf(best), np.nan, best) - r[i, :i]
 
 
+def forgetting_matrix(r: Array) -> Array:
+    """f_j after every stage i: the rows of :func:`forgetting_by_task`; NaN where j ≥ i. Shape [T, T]."""
+    found = np.full(r.shape, np.nan)
+    for i in range(len(r)):
+        found[i, :i] = forgetting_by_task(r, i)
+    return found
+
+
 def forgetting(r: Array, stage: int = -1) -> float:
     """F_i: the mean of f_j over the i earlier tasks (Chaudhry et al. 2018); NaN at the first stage.
 
@@ -149,6 +187,17 @@ def forgetting(r: Array, stage: int = -1) -> float:
     while on R it "forgets" because every new class competes with the old ones.
     """
     return _mean(forgetting_by_task(r, stage))
+
+
+def base_forgetting(r: Array, stage: int = -1) -> float:
+    """f_0, the forgetting of the classes of the first task; NaN at the first stage."""
+    by_task = forgetting_by_task(r, stage)
+    return float(by_task[0]) if len(by_task) else float("nan")
+
+
+def novel_forgetting(r: Array, stage: int = -1) -> float:
+    """The mean of f_j over the later tasks j ≥ 1 that are over; NaN at the first two stages."""
+    return _mean(forgetting_by_task(r, stage)[1:])
 
 
 def forgetting_clipped(r: Array, stage: int = -1) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cil import metrics
+from cil import metrics, stream_values
 from cil.config.renamed import current_keys
 from cil.errors import RunError
 from cil.rows import (
@@ -109,6 +109,7 @@ def stage_values(r: np.ndarray, r_task: np.ndarray, total: np.ndarray, row: Stag
         "task_id_accuracy": _number(row["task_id_accuracy"]),
         "within_task_accuracy": metrics.seen_accuracy_at(r_task, total, stage),
         **{name: float(row[name]) for name in ROUTER if name in row},  # type: ignore[literal-required]
+        **stream_values.stage_values(r, row, stage),
         **(_confidence_values(row["confidence"]) if "confidence" in row else {}),
     }
 
@@ -176,6 +177,7 @@ def summarise(rows: Sequence[StageRow]) -> dict[str, Any]:
     summary |= {name: last[name] for name in ("task_id_accuracy", *ROUTER) if name in last}
     summary |= _confidence_summary(rows)
     summary |= {f"accuracy_{name}": last[f"accuracy/{name}"] for name in ("base", "novel", "harmonic")}
+    summary |= stream_values.summary(metrics.seen_accuracy(r, total), last, rows)
     costs = [row["costs"] for row in rows]
     summary |= {
         "trainable_parameters": max(c["trainable_parameters"] for c in costs),
@@ -297,6 +299,8 @@ def _contradiction(run: dict[str, Any], rows: Sequence[StageRow]) -> str:
             return f"stage {i} has other numbers of test images than the last one"
         if any(right > images for one in counts[:2] for right, images in zip(one, row["total"], strict=True)):
             return f"stage {i} has more correct images than images"
+        if fault := stream_values.fault(row):
+            return f"stage {i} has {fault}"
     if len(rows) > len(run["tasks"]) or (run["complete"] and not rows):
         return f"{len(rows)} stages of {len(run['tasks'])} tasks"
     if not rows:

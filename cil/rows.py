@@ -51,9 +51,25 @@ class _Counts(TypedDict):
     task_id_accuracy: Fraction | None  # the predicted class is one of the image's task; None if tasks share classes
 
 
+class ByFrequency(TypedDict):
+    """Test images of the classes with many, a medium number of, and few training images."""
+
+    correct: list[Count]
+    total: list[Count]
+
+
+class OfStream(TypedDict, total=False):
+    """What the rows of some kinds of streams have, and what gives these their further metrics."""
+
+    few_shots: bool  # later classes have a few images each: base and novel classes, performance drop
+    returning: bool  # classes return: accuracy at any time, forgetting by group of first appearance
+    by_frequency: ByFrequency  # of a long tail
+
+
 class Counts(_Counts, total=False):
     """What the predictions after stage i say, per task and overall."""
 
+    stream: OfStream
     router_accuracy: Fraction  # the learner takes an image for one of its task; RoutedLearner alone
     oracle_router_accuracy: Fraction  # the accuracy if it always did; RoutedLearner alone
 
@@ -240,6 +256,13 @@ class _Summary(TypedDict, total=False):
     accuracy_base: Fraction | None  # on the first task's classes after the last stage
     accuracy_novel: Fraction | None  # on all others
     accuracy_harmonic: Fraction | None  # their harmonic mean
+    performance_drop: Points | None  # accuracy after the first stage minus that after the last; with few shots
+    accuracy_many: Fraction | None  # after the last stage on classes by frequency, as the next two; of a long tail
+    accuracy_medium: Fraction | None
+    accuracy_few: Fraction | None
+    accuracy_anytime: Fraction | None  # area under the curve of accuracy over training images; of returning classes
+    forgetting_base: Points | None  # on the classes that appear first in the first task, and on all others
+    forgetting_novel: Points | None
     calibration_temperature: Annotated[float, Field(gt=0)] | None  # this and what follows: with confidence: true
     calibration_error: Fraction | None  # after the last stage, as the next
     calibration_error_uncalibrated: Fraction | None

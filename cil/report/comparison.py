@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from cil import results
+from cil import results, stream_values
 from cil.errors import RunError, nearest
-from cil.report.columns import NAMED, Column
+from cil.report.columns import COLUMNS, NAMED, Column
 from cil.report.protocols import Run, by_protocol, describe_protocol, differences
 from cil.report.row import SettingRow, order_of, paired, rows, seed_of
 
@@ -62,8 +62,18 @@ class Comparison:
         return [run for row in self.rows for run in row.runs]
 
     def shown(self, columns: Sequence[Column]) -> list[Column]:
-        """The columns that have numbers: those of differences are dropped if no run can be paired."""
+        """The columns that have numbers: those of differences are dropped if no run can be paired. A table of all usual
+        columns has those, too, that this kind of stream gives a meaning."""
+        columns = list(columns)
+        if set(COLUMNS) <= set(columns):
+            at = columns.index(NAMED["accuracy_average"]) + 1
+            columns[at:at] = [NAMED[name] for name in self.of_stream if NAMED[name] not in columns]
         return [c for c in columns if not c.difference or any(c.values(row, self.baseline) for row in self._others)]
+
+    @property
+    def of_stream(self) -> tuple[str, ...]:
+        """The numbers of the summary that this kind of stream gives a meaning, beside those of every stream."""
+        return tuple(dict.fromkeys(name for run in self.runs for name in stream_values.names(run["stages"][-1])))
 
     def why_no_differences(self) -> str:
         """The reason why the table shows no differences; empty if it shows some."""

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cil import stream_values
 from cil.errors import printable
 
 # Okabe and Ito's colour-blind-safe cycle; the lower and upper bound look the same in every figure
@@ -55,6 +56,11 @@ def matrix(r: np.ndarray, title: str) -> Figure:
 
 
 PANELS = (("accuracy/seen", "accuracy over all classes seen, %"), ("forgetting/mean", "forgetting, points"))
+OF_STREAM = {
+    # number of the summary that only some kinds of streams have: the panel that these have, too
+    "accuracy_harmonic": ("accuracy/harmonic", "harmonic mean of base and novel, %"),
+    "accuracy_few": ("accuracy/few", "accuracy, classes of few images, %"),
+}
 PAPER: Any = {
     # journals require embedded fonts (42: TrueType) rather than outlines; the sizes suit a page of 10-point text
     "pdf.fonttype": 42,
@@ -78,10 +84,17 @@ def band(runs: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarr
     return values.mean(0), spread
 
 
+def panels(groups: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Curve and label of each panel: accuracy and forgetting, and what the kind of the stream gives a meaning."""
+    last = [row for runs in groups.values() for run in runs for row in run.get("stages", [])[-1:]]
+    named = {name for row in last for name in stream_values.names(row)}
+    return [*PANELS, *(panel for name, panel in OF_STREAM.items() if name in named)]
+
+
 def _draw(axes: Sequence[Any], groups: dict[str, list[dict[str, Any]]]) -> None:
-    """Accuracy and forgetting over stages, one line per learner: the mean over its runs ± one standard deviation."""
+    """The panels over stages, one line per learner: the mean over its runs ± one standard deviation."""
     style = styles(list(groups))
-    for ax, (key, label) in zip(axes, PANELS, strict=True):
+    for ax, (key, label) in zip(axes, panels(groups), strict=True):
         for name, runs in groups.items():
             mean, spread = band(runs, key)
             stages = np.arange(1, len(mean) + 1)
@@ -108,10 +121,11 @@ def _columns(names: Iterable[str], width: float, size: float) -> int:
 
 def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
     """Curves of accuracy and forgetting for the screen, with a title."""
-    columns = min(6, _columns(groups, 10, 8))
+    width = 5 * len(panels(groups))
+    columns = min(6, _columns(groups, width, 8))
     rows = -(-len(groups) // columns) if len(groups) > 8 else 0  # rows of a legend that is too long for the axes
-    figure = new_figure(10, 4.2 + 0.25 * rows)
-    axes = figure.subplots(1, 2)
+    figure = new_figure(width, 4.2 + 0.25 * rows)
+    axes = figure.subplots(1, len(panels(groups)))
     with rc_context({"lines.markersize": 3}):
         _draw(axes, groups)
     if rows:
@@ -128,7 +142,7 @@ def paper_figure(groups: dict[str, list[dict[str, Any]]]) -> Figure:
     with rc_context(PAPER):
         columns = _columns(groups, PAPER_WIDTH, 7)
         figure = new_figure(PAPER_WIDTH, 2.5 + 0.15 * -(-len(groups) // columns))
-        axes = figure.subplots(1, 2)
+        axes = figure.subplots(1, len(panels(groups)))
         _draw(axes, groups)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(

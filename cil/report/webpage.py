@@ -14,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from cil import metrics, stream_values
 from cil.errors import printable
 from cil.report import figures
 from cil.report.columns import COLUMNS, Column
@@ -32,10 +33,23 @@ CURVES = {
     "accuracy/old": "accuracy on older tasks, %",
     "forgetting/mean": "forgetting, points",
     "forgetting/within_task": "forgetting with the task given, points",
+    "accuracy/base": "accuracy on the first task's classes, %",
+    "accuracy/novel": "accuracy on the classes of later tasks, %",
+    "accuracy/harmonic": "harmonic mean of these two, %",
+    "accuracy/many": "accuracy on classes with more than 100 training images, %",
+    "accuracy/medium": "accuracy on classes with 20 to 100 training images, %",
+    "accuracy/few": "accuracy on classes with fewer than 20 training images, %",
+    "forgetting/base": "forgetting of the classes of the first task, points",
+    "forgetting/novel": "forgetting of the classes of later tasks, points",
     "bwt": "backward transfer, points",
     "task_id_accuracy": "task-id accuracy, %",
     "within_task_accuracy": "accuracy with the task given, %",
 }
+OF_STREAM = {
+    name.replace("_", "/"): name
+    for name in (*stream_values.FEW_SHOTS, *stream_values.LONG_TAIL, *stream_values.BY_GROUP)
+}
+"""Curves that only some kinds of streams give a meaning, and their names in the summary."""
 COSTS = {
     # key of the summary: (name on the page, factor from the summary's unit)
     "seconds": ("minutes of learning and testing", 1 / 60),
@@ -138,7 +152,8 @@ def _short(commit: str) -> str:
 def _data(compared: Comparison) -> dict[str, Any]:
     """The values that the script draws for one protocol, in per cent and points; undefined ones are null."""
     style = figures.styles([row.title for row in compared.rows])
-    keys = [key for key in CURVES if all(key in run["curves"] for run in compared.runs)]
+    shown = [key for key in CURVES if key not in OF_STREAM or OF_STREAM[key] in compared.of_stream]
+    keys = [key for key in shown if all(key in run["curves"] for run in compared.runs)]
     lines = []
     for i, row in enumerate(compared.rows):
         colour, line = style[row.title]
@@ -172,6 +187,8 @@ def _matrices(run: Run) -> dict[str, Any]:
     """The accuracy matrices of a run; of long runs evenly spaced stages and tasks, with the last, whose numbers are
     ``at``."""
     kinds = {"seen": run["accuracy_matrix"], "within": run["accuracy_matrix_within_task"]}
+    if set(stream_values.BY_GROUP) & set(stream_values.names(run["stages"][-1])):
+        kinds["forgetting"] = metrics.forgetting_matrix(np.array(run["accuracy_matrix"], dtype=float))
     stages = len(run["stages"])
     at = list(range(stages - 1, -1, -math.ceil(stages / MOST_TASKS)))[::-1]
     rows = {

@@ -13,6 +13,7 @@ from cil.errors import PluginError
 from cil.features import FeatureCache
 from cil.learner import Learner, RoutedLearner
 from cil.results import Counts
+from cil.rows import OfStream
 from cil.stream import Stream
 
 TOP = 5
@@ -143,6 +144,26 @@ def count_correct(predictions: Predictions, stream: Stream, stage: int) -> Count
     if predictions.routed is not None and predictions.oracle is not None and tested:
         row["router_accuracy"] = metrics.task_id_accuracy(predictions.routed, predictions.task)
         row["oracle_router_accuracy"] = float(np.mean(predictions.oracle == predictions.label))
+    if of_stream := _of_stream(predictions, stream):
+        row["stream"] = of_stream
+    return row
+
+
+def _of_stream(predictions: Predictions, stream: Stream) -> OfStream:
+    """What the kind of the stream adds to a row; nothing for most streams."""
+    row: OfStream = {}
+    if stream.few_shots:
+        row["few_shots"] = True
+    if stream.returns:
+        row["returning"] = True
+    if stream.long_tail is not None:
+        group = metrics.frequency_group(stream.long_tail)[predictions.label]
+        hit = predictions.predicted == predictions.label
+        groups = len(metrics.FREQUENCIES)
+        row["by_frequency"] = {
+            "correct": np.bincount(group[hit], minlength=groups).tolist(),
+            "total": np.bincount(group, minlength=groups).tolist(),
+        }
     return row
 
 

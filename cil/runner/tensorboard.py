@@ -33,6 +33,12 @@ LAYOUT = {
         "task identification": ["Multiline", ["task_id_accuracy"]],
     }
 }
+OF_STREAM = {
+    # key of the stream: the chart that it adds
+    "shots": {"base and novel classes": ["Multiline", ["accuracy/(base|novel|harmonic)$"]]},
+    "shots_files": {"base and novel classes": ["Multiline", ["accuracy/(base|novel|harmonic)$"]]},
+    "imbalance": {"classes by number of training images": ["Multiline", ["accuracy/(many|medium|few)$"]]},
+}
 COSTS = (
     "trainable_parameters",
     "parameter_bytes",
@@ -62,7 +68,9 @@ class Tracker:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         self._writer = SummaryWriter(str(folder), max_queue=QUEUE)
-        self._writer.add_custom_scalars(LAYOUT)
+        stream = header["config"].get("stream", {})
+        further = {name: chart for key, one in OF_STREAM.items() if stream.get(key) for name, chart in one.items()}
+        self._writer.add_custom_scalars({"cil": LAYOUT["cil"] | further})
         text = yaml.safe_dump(header["config"], sort_keys=False, allow_unicode=True)
         self._writer.add_text("config", "```yaml\n" + text + "```")
         self._header = header

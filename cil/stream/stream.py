@@ -164,6 +164,9 @@ class Stream:
     Attributes:
         groups: Labels whose test images belong to each task, a tuple per task: those of the task, or in streams whose
             classes return those that appear there first.
+        few_shots: Whether all tasks but the first have a few images per class.
+        returns: Whether classes return, so that ``groups`` are not the classes of the tasks.
+        long_tail: Number of training images of each label, int64 [C], of a long-tailed stream; None: of any other.
         altered: Whether classes return, or training images are left out or have wrong labels.
         relabelled: Positions of the training images with wrong labels and their true labels, both int64 [n].
 
@@ -171,6 +174,10 @@ class Stream:
         StreamError: Train and test differ in classes or domains, the classes do not fit the task sizes, or a task has
             no images.
     """
+
+    few_shots: bool = False
+    returns: bool = False
+    long_tail: np.ndarray | None = None
 
     def __init__(
         self,
@@ -209,6 +216,10 @@ class Stream:
             train_labels = label_of[raw]
         wrong = np.flatnonzero(train_labels != true_labels)
         self.relabelled = wrong, true_labels[wrong]
+        self.few_shots = sampling.shots is not None or sampling.sessions is not None
+        self.returns = split.groups is not None
+        if sampling.imbalance is not None:
+            self.long_tail = np.bincount(true_labels[remaining], minlength=len(split.order))
         self.altered = split.groups is not None or sampling != Sampling(seed=sampling.seed)
         seen = 0
         for index, (classes, members) in enumerate(zip(split.classes, split.members, strict=True)):
@@ -223,9 +234,8 @@ class Stream:
                 validation=TaskData(train, out, true_labels[out]) if len(out) else None,
             )
             self.tasks = (*self.tasks, task)
-        returns = split.groups is not None
         if test_on == "validation":
-            whole = self._first_seen(true_labels) if returns else split.members
+            whole = self._first_seen(true_labels) if self.returns else split.members
             self._test = TestData(train, true_labels, [np.intersect1d(m, held_out) for m in whole], what="validation")
         elif test is None:
             raise StreamError("a stream that is not tested on validation images needs test images")
@@ -234,7 +244,7 @@ class Stream:
             to_train = np.array([list(train.class_names).index(n) for n in test.class_names])
             test_raw = to_train[test.labels]
             test_labels = label_of[test_raw]
-            if returns:
+            if self.returns:
                 tested = self._first_seen(test_labels)
             else:
                 tested = tasks.split(train.class_names, test_raw, test.domains).members

@@ -93,6 +93,7 @@ function matrices(section) {
   const which = html("select", { "aria-label": "Run" });
   runs.forEach(([row, run], i) => which.append(new Option(`${row.title}, order ${run.order}, seed ${run.seed}`, i)));
   const kinds = [new Option("among all classes seen", "seen"), new Option("with the task given", "within")];
+  if (runs[0][1].forgetting) kinds.push(new Option("forgetting by group of first appearance, points", "forgetting"));
   const kind = html("select", { "aria-label": "Which accuracy" }, ...kinds);
   const place = html("div", { class: "heat", tabindex: 0, role: "region", "aria-label": "Accuracy matrix" });
   const bar = html("span", { class: "scale", style: `background: linear-gradient(90deg, ${CIVIDIS.join()})` });

@@ -1,0 +1,81 @@
+"""The numbers that only some kinds of streams have: few shots, long tails, and classes that return.
+
+Rows of such stages say of which kind the stream is (:class:`cil.rows.OfStream`), so that these numbers follow from the
+rows alone, as all others do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from cil import metrics
+from cil.rows import StageRow
+
+FEW_SHOTS = ("accuracy_base", "accuracy_novel", "accuracy_harmonic", "performance_drop")
+LONG_TAIL = tuple(f"accuracy_{name}" for name in metrics.FREQUENCIES)
+RETURNING = ("accuracy_anytime",)
+BY_GROUP = ("forgetting_base", "forgetting_novel")
+
+
+def names(row: StageRow) -> tuple[str, ...]:
+    """The numbers of the summary that the stream of a row gives a meaning, beside those of every stream."""
+    of = row.get("stream", {})
+    few_shots, returning = of.get("few_shots"), of.get("returning")
+    return (
+        *(FEW_SHOTS if few_shots else ()),
+        *(LONG_TAIL if "by_frequency" in of else ()),
+        *(RETURNING if returning else ()),
+        *(BY_GROUP if few_shots or returning else ()),
+    )
+
+
+def stage_values(r: np.ndarray, row: StageRow, stage: int) -> dict[str, float]:
+    """The further values of one stage by the names of the curves, NaN where undefined.
+
+    Args:
+        r: The accuracy matrix of this stage and any others, [T, T].
+        row: The row of the stage.
+        stage: Number of the stage, from 0.
+    """
+    of = row.get("stream", {})
+    values: dict[str, float] = {}
+    if "by_frequency" in of:
+        counts = zip(metrics.FREQUENCIES, of["by_frequency"]["correct"], of["by_frequency"]["total"], strict=True)
+        values |= {f"accuracy/{name}": correct / total if total else math.nan for name, correct, total in counts}
+    if of.get("few_shots") or of.get("returning"):
+        values["forgetting/base"] = metrics.base_forgetting(r, stage)
+        values["forgetting/novel"] = metrics.novel_forgetting(r, stage)
+    return values
+
+
+def summary(accuracy: np.ndarray, last: dict[str, float], rows: Sequence[StageRow]) -> dict[str, float]:
+    """The further numbers of the summary by name.
+
+    Args:
+        accuracy: Accuracy over all classes seen after each stage, float [T].
+        last: The values of the last stage by the names of the curves.
+        rows: The rows of all stages.
+    """
+    of = rows[-1].get("stream", {})
+    found: dict[str, float] = {}
+    if of.get("few_shots"):
+        found["performance_drop"] = metrics.performance_drop(accuracy)
+    if of.get("returning"):
+        images = np.array([row["costs"]["train_images"] for row in rows])
+        found["accuracy_anytime"] = metrics.anytime_accuracy(accuracy, images)
+    further = (*LONG_TAIL, *BY_GROUP)
+    return found | {key: last[name] for key in further if (name := key.replace("_", "/")) in last}
+
+
+def fault(row: StageRow) -> str:
+    """What in the further counts of a row contradicts its counts; empty if nothing does."""
+    counts = row.get("stream", {}).get("by_frequency")
+    if counts is None:
+        return ""
+    for key in ("correct", "total"):
+        if len(counts[key]) != len(metrics.FREQUENCIES) or sum(counts[key]) != sum(row[key]):
+            return f"other numbers of {key} images by frequency than by task"
+    return ""
