@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from cil.config.backbones import BackboneConfig, CombineConfig, Place, as_backbone, fault_of_several
+from cil.config.cleaning import NoiseFilter
 from cil.config.names import alike, check_name, check_plain
 from cil.config.numbers import check_order, mark_truth
 from cil.config.section import Section, as_section
@@ -149,8 +150,8 @@ class HardwareConfig(Section):
 
 
 class LearnerEntry(BaseModel):
-    """One learner: its ``name`` or ``class``, its hyper-parameters, and ``orders``, ``seeds`` and ``chosen_by`` where
-    they differ from those of the configuration."""
+    """One learner: its ``name`` or ``class``, its hyper-parameters, and ``orders``, ``seeds``, ``chosen_by`` and
+    ``noise_filter`` where they differ from those of the configuration."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
     name: str | None = Field(None, description="name of a registered learner")
@@ -161,6 +162,7 @@ class LearnerEntry(BaseModel):
     orders: list[ClassOrder] | None = None
     seeds: list[Seed] | None = None
     chosen_by: str | None = None
+    noise_filter: NoiseFilter | None = None
 
     @model_validator(mode="after")
     def _one(self) -> LearnerEntry:
@@ -217,6 +219,9 @@ class Config(Section):
         "default",
         description="how hyper-parameters were chosen, e.g. default, first_task, proxy or paper; stored with results",
     )
+    noise_filter: NoiseFilter | None = Field(
+        None, description="filter of training images whose labels look wrong within their task; null: none"
+    )
     hardware: HardwareConfig = HardwareConfig()
 
     @model_validator(mode="before")
@@ -243,6 +248,7 @@ class Config(Section):
     def _one_or_several(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keys that say nothing are left out: with one backbone those of several, and the other way round."""
         left_out = ("backbones", "combine") if self.backbones is None else ("backbone",)
+        left_out += ("noise_filter",) if self.noise_filter is None else ()  # a later key: older runs are as before
         return {key: value for key, value in serialized(self).items() if key not in left_out}
 
     @field_validator("backbones", mode="before")

@@ -107,7 +107,7 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
     """Build every learner once: one that does not fit backbone or memory is found before the first image is read."""
     tried = set()
     for plan, stream in zip(todo, streams, strict=True):
-        require_supported(plan.cls, stream, plan.parameters)
+        require_supported(plan.cls, stream, plan.parameters, plan.config.noise_filter)
         if plan.entry.title in tried:  # other orders and seeds of the same
             continue
         tried.add(plan.entry.title)
@@ -159,6 +159,7 @@ def _run_one(
                 folder=folder,
                 store=inputs.store,
                 confidence=plan.config.confidence,
+                noise_filter=plan.config.noise_filter,
                 observer=recorder or Observer(display),
             )
         except TrainingError as error:

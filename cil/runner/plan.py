@@ -59,6 +59,7 @@ def plans(config: Config) -> Iterator[Plan]:
         for order in entry.orders or config.orders:
             for seed in entry.seeds or config.seeds:
                 only = {"learners": [resolved], "orders": [order], "seeds": [seed], "chosen_by": chosen_by}
+                only["noise_filter"] = config.noise_filter if entry.noise_filter is None else entry.noise_filter
                 yield Plan(config.model_copy(update=only), cls, parameters)
 
 

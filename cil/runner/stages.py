@@ -10,11 +10,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from cil.config.cleaning import NoiseFilter
 from cil.errors import StreamError, TrainingError
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, check_trained
 from cil.results import Costs, StageRow
 from cil.runner.checkpoint import RunFolder, as_tensors, split_state, state_bytes
+from cil.runner.cleaning import filtered
 from cil.runner.confidence import FILE as CONFIDENCE
 from cil.runner.confidence import Confidence
 from cil.runner.display import Display
@@ -61,6 +63,7 @@ class Session:
         confidence: Calibrates the learner after every stage; None if that is not asked for.
         apart: Features of test images on which ``confidence`` is measured, and which no cost of the method counts; None
             if it is not measured.
+        noise_filter: Filter of the training images of each task; None for none.
     """
 
     learner: Learner
@@ -72,6 +75,7 @@ class Session:
     before_test: Callable[[], None] = lambda: None
     confidence: Confidence | None = None
     apart: FeatureCache | None = None
+    noise_filter: NoiseFilter | None = None
 
     def context(self, stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
         """The context of a stage; numbers that the learner logs are appended to ``logged``."""
@@ -98,6 +102,7 @@ def run_stages(
     observer: Observer | None = None,
     stop_after: int | None = None,
     confidence: bool = False,
+    noise_filter: NoiseFilter | None = None,
 ) -> list[StageRow]:
     """Take a learner through a stream, resuming after the stages that ``folder`` already holds.
 
@@ -113,6 +118,7 @@ def run_stages(
         stop_after: Stop once this many stages are finished, as an interruption would.
         confidence: Whether the learner is calibrated on held-out images after every stage, and tested on images of
             later tasks; the stream needs ``validation``.
+        noise_filter: Filter of training images whose labels look wrong; None for none.
 
     Returns:
         One row per finished stage.
@@ -122,12 +128,13 @@ def run_stages(
         RunError: The folder's state is damaged or belongs to another learner, or the disk is full.
         TrainingError: Training failed, or trained nothing of a tensor that it should train.
     """
-    require_supported(type(learner), stream, learner.config)
+    require_supported(type(learner), stream, learner.config, noise_filter)
     accelerator = accelerator or hardware.accelerator("auto")
     observer = observer or Observer()
     learner.to(accelerator.device)
     learner.backbone.to(accelerator.device)
     session = Session(learner, stream, FeatureCache(accelerator, batch_size, observer.track, store), seed, observer)
+    session.noise_filter = noise_filter
     if confidence:
         session.confidence = Confidence(learner.backbone.feature_dim)
         session.apart = FeatureCache(accelerator, batch_size, observer.track, store)
@@ -183,7 +190,8 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
     accelerator, logged = cache.accelerator, list[tuple[str, float]]()
     ctx = session.context(task.index, logged)
     passes, read, started = learner.backbone.passes + cache.passes_saved, cache.read, time.perf_counter()
-    learn_task(learner, task, ctx)
+    shown = task if session.noise_filter is None else filtered(task, learner, ctx, session.noise_filter)
+    learn_task(learner, shown, ctx)
     train_passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
     learned = time.perf_counter()
     since = session.unchanged_since
@@ -196,6 +204,7 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         confidence.learn(learner, task, cache, max(session.unchanged_since.values()))
     if not learner.stores_images:
         task.close()
+        shown.close()
     costs: Costs = {
         "trainable_parameters": ctx.trainable_parameters,
         **state_bytes(learner),
@@ -255,18 +264,26 @@ def _learn_first(learner: Learner, task: Task, ctx: Context) -> None:
         )
 
 
-def require_supported(cls: type[Learner], stream: Stream, parameters: Any = None) -> None:
-    """Refuse a learner that is not defined on this kind of stream.
+def require_supported(
+    cls: type[Learner], stream: Stream, parameters: Any = None, noise_filter: NoiseFilter | None = None
+) -> None:
+    """Refuse a learner that is not defined on this kind of stream, or with a filter of its images.
 
     Args:
         cls: Class of the learner.
         stream: The tasks.
         parameters: The learner's configuration; None: any.
+        noise_filter: The filter of training images; None for none.
 
     Raises:
         StreamError: The learner needs new classes in every task, or with ``balance`` all images of a class at once, and
-            a task shows old classes again.
+            a task shows old classes again. It keeps old images, and a filter chooses those of the current task.
     """
+    if noise_filter is not None and cls.stores_images:
+        raise StreamError(
+            f"{cls.name or cls.__name__} keeps old images, and noise_filter is not defined for it: it votes on the "
+            "images of the current task alone; remove noise_filter, or use a learner that keeps none (ncm, ranpac, …)"
+        )
     if not stream.shows_again:
         return
     if cls.needs_new_classes:
