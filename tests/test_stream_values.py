@@ -106,6 +106,13 @@ def test_tables_page_and_figure_show_them(few_shots):
     assert [axes.get_ylabel() for axes in drawn.axes][2] == figures.OF_STREAM["accuracy_harmonic"][1]
 
 
+def test_returning_classes_share_a_table_whatever_the_orders_make_of_the_tasks(tmp_path):
+    for order, tasks in ((1, [[0, 1, 2], [1, 3], [4, 5]]), (2, [[0, 1], [2, 3], [0, 4, 5]])):
+        write(tmp_path, "ncm", falling(60), order, stream={"type": "blurry"}, tasks=tasks)
+    [compared] = report.compare_runs([tmp_path])
+    assert len(compared.rows[0].runs) == 2 and "3 tasks, 6 classes, which return" in compared.title
+
+
 def test_other_streams_have_none_of_it(tmp_path):
     write(tmp_path, "plain", falling(60))
     [compared] = report.compare_runs([tmp_path])

@@ -19,11 +19,17 @@ def facts(run: Run) -> dict[str, str]:
     for split, name in (("train", "training images"), ("test", "test images")):
         known[name] = f"{run['data'][split]['images']} ({run['data'][split]['sha256'][:8]})"
     known |= {f"stream.{key}": _text(value) for key, value in run["config"]["stream"].items()}
-    known["task sizes"] = _text([len(task) for task in run["tasks"]])
+    # in which tasks a class returns depends on the class order; the keys of the stream say the rest
+    known["task sizes"] = _text(len(run["tasks"]) if returns(run) else [len(task) for task in run["tasks"]])
     known["backbone"] = f"{run['backbone']['name']} ({run['backbone']['sha256'][:8]})"
     known |= {f"transform.{key}": _text(value) for key, value in run["transform"].items() if key != "augment"}
     known["tested on"] = run["tested_on"]
     return known
+
+
+def returns(run: Run) -> bool:
+    """Whether classes return in later tasks."""
+    return run["config"]["stream"].get("type") in ("blurry", "repetition")
 
 
 def _text(value: Any) -> str:
@@ -40,6 +46,8 @@ def describe_protocol(run: Run) -> str:
     """One line about a protocol: dataset, tasks, backbone."""
     sizes = [len(task) for task in run["tasks"]]
     tasks = f"{len(sizes)} tasks × {sizes[0]} classes" if len(set(sizes)) == 1 else f"tasks of {sizes} classes"
+    if returns(run):
+        tasks = f"{len(sizes)} tasks, {len(run['class_names'])} classes, which return"
     return f"{run['config']['name']}: {run['config']['data']['dataset']}, {tasks}, {run['backbone']['name']}"
 
 

@@ -181,6 +181,7 @@ def _try(
                 batch_size=plan.config.inference_batch_size,
                 observer=Observer(display),
                 stop_after=data.count,
+                noise_filter=plan.config.noise_filter,
             )
         except TrainingError as error:  # a learning rate may be too large; the other settings are still tried
             return Tried(setting, (), time.perf_counter() - started, f"failed: {' '.join(str(error).split())}")
