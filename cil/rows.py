@@ -169,6 +169,7 @@ class StreamFacts(TypedDict):
     groups: list[list[Count]]  # labels whose test images belong to each task: those that appear there first
     images: list[list[Count]]  # training images of each class of each task, in the order of tasks
     relabelled: NotRequired[Relabelled]
+    unlabelled: NotRequired[list[Count]]  # training images of each task that have no label, beside those in images
 
 
 class Header(TypedDict):

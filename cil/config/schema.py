@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from cil.config.backbones import BackboneConfig, CombineConfig, Place, as_backbone, fault_of_several
-from cil.config.cleaning import NoiseFilter
+from cil.config.cleaning import NoiseFilter, Pseudo
 from cil.config.names import alike, check_name, check_plain
 from cil.config.numbers import check_order, mark_truth
 from cil.config.section import Section, as_section
@@ -150,8 +150,8 @@ class HardwareConfig(Section):
 
 
 class LearnerEntry(BaseModel):
-    """One learner: its ``name`` or ``class``, its hyper-parameters, and ``orders``, ``seeds``, ``chosen_by`` and
-    ``noise_filter`` where they differ from those of the configuration."""
+    """One learner: its ``name`` or ``class``, its hyper-parameters, and ``orders``, ``seeds``, ``chosen_by``,
+    ``noise_filter`` and ``pseudo`` where they differ from those of the configuration."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
     name: str | None = Field(None, description="name of a registered learner")
@@ -163,6 +163,7 @@ class LearnerEntry(BaseModel):
     seeds: list[Seed] | None = None
     chosen_by: str | None = None
     noise_filter: NoiseFilter | None = None
+    pseudo: Pseudo | None = None
 
     @model_validator(mode="after")
     def _one(self) -> LearnerEntry:
@@ -222,6 +223,7 @@ class Config(Section):
     noise_filter: NoiseFilter | None = Field(
         None, description="filter of training images whose labels look wrong within their task; null: none"
     )
+    pseudo: Pseudo | None = Field(None, description="labels for the unlabelled images of stream.labelled; null: none")
     hardware: HardwareConfig = HardwareConfig()
 
     @model_validator(mode="before")
@@ -248,7 +250,8 @@ class Config(Section):
     def _one_or_several(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keys that say nothing are left out: with one backbone those of several, and the other way round."""
         left_out = ("backbones", "combine") if self.backbones is None else ("backbone",)
-        left_out += ("noise_filter",) if self.noise_filter is None else ()  # a later key: older runs are as before
+        # later keys: older runs are described as before
+        left_out += tuple(key for key in ("noise_filter", "pseudo") if getattr(self, key) is None)
         return {key: value for key, value in serialized(self).items() if key not in left_out}
 
     @field_validator("backbones", mode="before")
@@ -265,6 +268,13 @@ class Config(Section):
     def _fit_together(self) -> Config:
         if fault := fault_of_several(self.backbones, self.combine, "backbone" in self.model_fields_set):
             raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled(self) -> Config:
+        wanted = self.pseudo or next((entry.pseudo for entry in self.learners if entry.pseudo), None)
+        if wanted is not None and self.stream.labelled is None:
+            raise ValueError("pseudo needs images without labels; set stream.labelled, e.g. to 0.2")
         return self
 
     @model_validator(mode="after")

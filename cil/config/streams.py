@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -72,6 +72,15 @@ class StreamConfig(Section):
     )
     imbalance: Imbalance | None = Field(None, description="long tail of the classes' sizes; null: all images")
     noise: Noise | None = Field(None, description="wrong training labels; null: none")
+    labelled: PositiveInt | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="number, or fraction in (0, 1), of the training images of each class of a task that have labels; "
+        "null: all",
+    )
+    unlabelled_from: Literal["task", "seen", "all"] = Field(
+        "task",
+        description="classes of a task's unlabelled images: those of the task, also those of earlier tasks, or all",
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="seed of the choices above; the same for all orders and training seeds"
     )
@@ -84,6 +93,8 @@ class StreamConfig(Section):
         for kind, keys in KEYS_OF.items():
             if self.type != kind and (other := sorted(self.model_fields_set & keys)):
                 raise ValueError(f"{other[0]} is a key of type {kind}, and the type is {self.type}; remove it")
+        if self.unlabelled_from != "task" and self.labelled is None:
+            raise ValueError("unlabelled_from needs unlabelled images: set labelled, e.g. to 0.2")
         if self.type == "blurry":
             if self.tasks is None:
                 raise ValueError("type blurry needs tasks, the number of tasks, e.g. 5")

@@ -21,6 +21,7 @@ from cil.errors import BackboneError, ConfigError, TrainingError
 from cil.learners import registry
 from cil.results import Header, Stage, StageRow
 from cil.runner.checkpoint import RunFolder, to_json
+from cil.runner.cleaning import require_sums
 from cil.runner.display import Display
 from cil.runner.identity import continued, look, version_changes
 from cil.runner.plan import Plan, plans
@@ -113,6 +114,8 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
         tried.add(plan.entry.title)
         try:
             learner = registry.instantiate(plan.cls, plan.parameters, backbone)
+            if plan.config.pseudo is not None:
+                require_sums(learner)
             learner.require_memory(len(stream.class_names), backbone.device)
         except (BackboneError, ConfigError) as error:
             raise type(error)(f"learner {plan.entry.title}: {error}") from None
@@ -160,6 +163,7 @@ def _run_one(
                 store=inputs.store,
                 confidence=plan.config.confidence,
                 noise_filter=plan.config.noise_filter,
+                pseudo=plan.config.pseudo,
                 observer=recorder or Observer(display),
             )
         except TrainingError as error:
@@ -229,6 +233,8 @@ def make_stream(config: Config, train: ImageSet, test: ImageSet | None) -> Strea
         sessions=None if wanted.shots_files is None else read_sessions(wanted.shots_files, train.source),
         imbalance=None if wanted.imbalance is None else (wanted.imbalance.ratio, wanted.imbalance.order),
         noise=None if wanted.noise is None else (wanted.noise.rate, wanted.noise.kind),
+        labelled=wanted.labelled,
+        unlabelled_from=wanted.unlabelled_from,
         seed=wanted.seed,
     )
     return Stream(train, test, tasks, validation=wanted.validation, test_on=wanted.test_on, sampling=sampling)

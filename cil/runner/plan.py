@@ -60,6 +60,7 @@ def plans(config: Config) -> Iterator[Plan]:
             for seed in entry.seeds or config.seeds:
                 only = {"learners": [resolved], "orders": [order], "seeds": [seed], "chosen_by": chosen_by}
                 only["noise_filter"] = config.noise_filter if entry.noise_filter is None else entry.noise_filter
+                only["pseudo"] = config.pseudo if entry.pseudo is None else entry.pseudo
                 yield Plan(config.model_copy(update=only), cls, parameters)
 
 

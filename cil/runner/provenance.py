@@ -96,6 +96,8 @@ def _stream_facts(stream: Stream) -> StreamFacts:
     facts: StreamFacts = {"groups": [list(group) for group in stream.groups], "images": images}
     if true:
         facts["relabelled"] = {"positions": positions.tolist(), "labels": labels.tolist()}
+    if any(task.unlabelled is not None for task in stream.tasks):
+        facts["unlabelled"] = [len(task.unlabelled or ()) for task in stream.tasks]
     return facts
 
 
@@ -147,7 +149,8 @@ def _data_by_task(stream: Stream) -> dict[str, list[str]]:
 
 
 def train_digest(task: Task) -> str:
-    """Fingerprint of the images that a task trains on and of those that it holds out, 32 hexadecimal digits."""
-    images, positions = task.train.source
-    held_out = task.validation.source[1] if task.validation is not None else positions[:0]
-    return images.source.fingerprint_of(np.concatenate([positions, held_out]))[:32]
+    """Fingerprint of the images that a task trains on, of those that it holds out, and of those without labels, 32
+    hexadecimal digits."""
+    images = task.train.source[0]
+    parts = [part.source[1] for part in (task.train, task.validation, task.unlabelled) if part is not None]
+    return images.source.fingerprint_of(np.concatenate(parts))[:32]

@@ -10,13 +10,13 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from cil.config.cleaning import NoiseFilter
+from cil.config.cleaning import NoiseFilter, Pseudo
 from cil.errors import StreamError, TrainingError
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, check_trained
 from cil.results import Costs, StageRow
 from cil.runner.checkpoint import RunFolder, as_tensors, split_state, state_bytes
-from cil.runner.cleaning import filtered
+from cil.runner.cleaning import filtered, pseudo_labelled, require_sums
 from cil.runner.confidence import FILE as CONFIDENCE
 from cil.runner.confidence import Confidence
 from cil.runner.display import Display
@@ -64,6 +64,7 @@ class Session:
         apart: Features of test images on which ``confidence`` is measured, and which no cost of the method counts; None
             if it is not measured.
         noise_filter: Filter of the training images of each task; None for none.
+        pseudo: Labels for its unlabelled images; None for none.
     """
 
     learner: Learner
@@ -76,6 +77,7 @@ class Session:
     confidence: Confidence | None = None
     apart: FeatureCache | None = None
     noise_filter: NoiseFilter | None = None
+    pseudo: Pseudo | None = None
 
     def context(self, stage: int, logged: list[tuple[str, float]] | None = None) -> Context:
         """The context of a stage; numbers that the learner logs are appended to ``logged``."""
@@ -103,6 +105,7 @@ def run_stages(
     stop_after: int | None = None,
     confidence: bool = False,
     noise_filter: NoiseFilter | None = None,
+    pseudo: Pseudo | None = None,
 ) -> list[StageRow]:
     """Take a learner through a stream, resuming after the stages that ``folder`` already holds.
 
@@ -119,6 +122,7 @@ def run_stages(
         confidence: Whether the learner is calibrated on held-out images after every stage, and tested on images of
             later tasks; the stream needs ``validation``.
         noise_filter: Filter of training images whose labels look wrong; None for none.
+        pseudo: Labels for the unlabelled images of each task; None for none.
 
     Returns:
         One row per finished stage.
@@ -134,7 +138,9 @@ def run_stages(
     learner.to(accelerator.device)
     learner.backbone.to(accelerator.device)
     session = Session(learner, stream, FeatureCache(accelerator, batch_size, observer.track, store), seed, observer)
-    session.noise_filter = noise_filter
+    if pseudo is not None:
+        require_sums(learner)
+    session.noise_filter, session.pseudo = noise_filter, pseudo
     if confidence:
         session.confidence = Confidence(learner.backbone.feature_dim)
         session.apart = FeatureCache(accelerator, batch_size, observer.track, store)
@@ -191,6 +197,8 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
     ctx = session.context(task.index, logged)
     passes, read, started = learner.backbone.passes + cache.passes_saved, cache.read, time.perf_counter()
     shown = task if session.noise_filter is None else filtered(task, learner, ctx, session.noise_filter)
+    if session.pseudo is not None:
+        shown = pseudo_labelled(shown, learner, ctx, session.pseudo)
     learn_task(learner, shown, ctx)
     train_passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
     learned = time.perf_counter()

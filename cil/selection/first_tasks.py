@@ -133,5 +133,10 @@ class FirstTasks:
                 f"--first-tasks {self.count}: the stream has {len(stream)} tasks, and a choice on all of them says "
                 f"nothing about later tasks; allowed: 1 to {len(stream) - 1}"
             )
-        parts = [part for task in stream.tasks[: self.count] for part in (task.train, task.validation) if part]
+        parts = [
+            part
+            for task in stream.tasks[: self.count]
+            for part in (task.train, task.validation, task.unlabelled)
+            if part
+        ]
         return stream, np.sort(np.concatenate([part.source[1] for part in parts]))

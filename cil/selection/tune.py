@@ -182,6 +182,7 @@ def _try(
                 observer=Observer(display),
                 stop_after=data.count,
                 noise_filter=plan.config.noise_filter,
+                pseudo=plan.config.pseudo,
             )
         except TrainingError as error:  # a learning rate may be too large; the other settings are still tried
             return Tried(setting, (), time.perf_counter() - started, f"failed: {' '.join(str(error).split())}")

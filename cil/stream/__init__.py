@@ -3,7 +3,7 @@
 from cil.stream.protocol import ClassIncremental, DomainIncremental, Order, Tasks
 from cil.stream.returning import Blurry, Repetition
 from cil.stream.sampling import Sampling
-from cil.stream.stream import Stream, Task, TaskData, TestData, concatenate, past_tasks
+from cil.stream.stream import Stream, Task, TaskData, TestData, UnlabelledData, concatenate, past_tasks
 
 __all__ = [
     "Blurry",
@@ -17,6 +17,7 @@ __all__ = [
     "TaskData",
     "Tasks",
     "TestData",
+    "UnlabelledData",
     "concatenate",
     "past_tasks",
 ]

@@ -19,10 +19,11 @@ from cil.errors import StreamError, shortened
 
 Places = Literal["ordered", "shuffled"]
 Kind = Literal["symmetric", "pair"]
+From = Literal["task", "seen", "all"]
 
-
-CHOICE, LABELS, DIVISION, PLACES = 1, 2, 3, 4
-"""The uses of chance: images that stay, wrong labels, images of each task, and the tasks of a class."""
+CHOICE, LABELS, DIVISION, PLACES, LABELLED, SCATTERED = 1, 2, 3, 4, 5, 6
+"""The uses of chance: images that stay, wrong labels, images of each task, the tasks of a class, images with a label,
+and the tasks of unlabelled images."""
 
 
 def drawn(members: np.ndarray, seed: int, c: int, use: int) -> np.ndarray:
@@ -125,6 +126,49 @@ def wrong_labels(
     return wrong
 
 
+def labelled_part(
+    labels: np.ndarray, members: Sequence[np.ndarray], amount: int | float, seed: int = 0
+) -> list[np.ndarray]:
+    """Positions of the images of each task that keep their labels, sorted int64; at least one of each class of a task.
+
+    Args:
+        labels: Dataset class of every image, int [N].
+        members: Positions of each task's images.
+        amount: Number of images per class and task, or a fraction in (0, 1), which is rounded.
+        seed: Seed of the choice.
+    """
+    parts = []
+    for own in members:
+        chosen = []
+        for c in np.unique(labels[own]).tolist():
+            of_class = drawn(own[labels[own] == c], seed, c, LABELLED)
+            chosen.append(of_class[: amount if isinstance(amount, int) else max(1, round(amount * len(of_class)))])
+        parts.append(np.sort(np.concatenate(chosen)) if chosen else own)
+    return parts
+
+
+def scattered(labels: np.ndarray, members: Sequence[np.ndarray], source: From, seed: int = 0) -> list[np.ndarray]:
+    """Positions of the unlabelled images that each task shows, sorted int64; none is lost.
+
+    Args:
+        labels: Dataset class of every image, int [N].
+        members: Positions of the unlabelled images of each task's own classes.
+        source: ``task``: a task shows its own; ``seen``: an image comes in its own task or a later one, so that a task
+            also shows old classes; ``all``: in any task. All possible tasks are equally likely.
+        seed: Seed of the tasks.
+    """
+    parts: list[list[np.ndarray]] = [[] for _ in members]
+    for task, own in enumerate(members):
+        first = {"task": task, "seen": task, "all": 0}[source]
+        last = task if source == "task" else len(members) - 1
+        for c in np.unique(labels[own]).tolist():
+            of_class = own[labels[own] == c]
+            goes = np.random.RandomState([seed, c, SCATTERED, task]).randint(first, last + 1, len(of_class))
+            for t in range(first, last + 1):
+                parts[t].append(of_class[goes == t])
+    return [np.sort(np.concatenate([np.zeros(0, np.int64), *part])) for part in parts]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What a stream does to its training images; the defaults change nothing.
@@ -133,7 +177,9 @@ class Sampling:
         shots: Images per class from task 1 on; None: all.
         sessions: Positions of the images of task 1, 2, …, as index files give them; in place of ``shots``.
         imbalance: (ratio, places) of :func:`long_tail`; None: none.
-        noise: (rate, kind) of :func:`wrong_labels`; None: none.
+        noise: (rate, kind) of :func:`wrong_labels`; None: none. Only labels that learners see can be wrong.
+        labelled: Amount of :func:`labelled_part`; None: all images have labels.
+        unlabelled_from: Classes of a task's unlabelled images, see :func:`scattered`.
         seed: Seed of all choices.
     """
 
@@ -141,6 +187,8 @@ class Sampling:
     sessions: tuple[np.ndarray, ...] | None = None
     imbalance: tuple[float, Places] | None = None
     noise: tuple[float, Kind] | None = None
+    labelled: int | float | None = None
+    unlabelled_from: From = "task"
     seed: int = 0
 
     def kept(
@@ -167,6 +215,16 @@ class Sampling:
         if self.imbalance is not None:
             return long_tail(labels, order, *self.imbalance, self.seed)
         return np.arange(len(labels))
+
+    def divided(
+        self, labels: np.ndarray, members: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """Positions of each task's images with a label, and of its unlabelled ones or None, given all of its own."""
+        if self.labelled is None:
+            return list(members), None
+        known = labelled_part(labels, members, self.labelled, self.seed)
+        rest = [np.setdiff1d(own, part) for own, part in zip(members, known, strict=True)]
+        return known, scattered(labels, rest, self.unlabelled_from, self.seed)
 
     def _sessions(
         self, labels: np.ndarray, order: Sequence[int], groups: Sequence[Sequence[int]], names: Sequence[str]

@@ -91,6 +91,17 @@ class TaskData:
         self._closed = why
 
 
+class UnlabelledData(TaskData):
+    """Training images without labels; those of :meth:`batches` are −1, and :attr:`labels` cannot be read."""
+
+    def __init__(self, images: ImageSet, indices: np.ndarray) -> None:
+        super().__init__(images, indices, np.full(len(indices), -1))
+
+    @property
+    def labels(self) -> np.ndarray:
+        raise StreamError("these images have no labels: they are task.unlabelled; task.train has those with labels")
+
+
 def concatenate(parts: Sequence[TaskData]) -> TaskData:
     """Joins several open tasks of one stream into one; for learners that declare ``stores_images``.
 
@@ -116,6 +127,7 @@ class Task:
         names: Class names of ``seen``.
         train: The task's training images.
         validation: Images held out of the *training* data if ``stream.validation`` is set, else None.
+        unlabelled: Training images without labels if ``stream.labelled`` is set, else None.
     """
 
     index: int
@@ -124,13 +136,14 @@ class Task:
     names: tuple[str, ...]
     train: TaskData = field(repr=False)
     validation: TaskData | None = field(default=None, repr=False)
+    unlabelled: UnlabelledData | None = field(default=None, repr=False)
 
     def close(self) -> None:
-        """Close the training and validation images; later reads raise :class:`StreamError`."""
+        """Close all images of the task; later reads raise :class:`StreamError`."""
         why = f"task {self.index} is over: its images are closed to a learner that does not declare stores_images"
-        self.train.close(why)
-        if self.validation is not None:
-            self.validation.close(why)
+        for data in (self.train, self.validation, self.unlabelled):
+            if data is not None:
+                data.close(why)
 
 
 def past_tasks(classes: Sequence[Sequence[int]], names: Sequence[str]) -> list[Task]:
@@ -167,7 +180,7 @@ class Stream:
         few_shots: Whether all tasks but the first have a few images per class.
         returns: Whether classes return, so that ``groups`` are not the classes of the tasks.
         long_tail: Number of training images of each label, int64 [C], of a long-tailed stream; None: of any other.
-        altered: Whether classes return, or training images are left out or have wrong labels.
+        altered: Whether classes return, or training images are left out or have wrong or no labels.
         relabelled: Positions of the training images with wrong labels and their true labels, both int64 [n].
 
     Raises:
@@ -210,8 +223,10 @@ class Stream:
         split = split.restricted_to(shown, true_labels)
         remaining, held_out = (shown[part] for part in validation_split(train.labels[shown], validation))
         train_labels = true_labels
+        trained, unlabelled = sampling.divided(
+            train.labels, [np.intersect1d(members, remaining) for members in split.members]
+        )
         if sampling.noise is not None:
-            trained = [np.intersect1d(members, remaining) for members in split.members]
             raw = wrong_labels(train.labels, trained, *sampling.noise, sampling.seed)
             train_labels = label_of[raw]
         wrong = np.flatnonzero(train_labels != true_labels)
@@ -219,12 +234,12 @@ class Stream:
         self.few_shots = sampling.shots is not None or sampling.sessions is not None
         self.returns = split.groups is not None
         if sampling.imbalance is not None:
-            self.long_tail = np.bincount(true_labels[remaining], minlength=len(split.order))
+            self.long_tail = np.bincount(true_labels[np.concatenate(trained)], minlength=len(split.order))
         self.altered = split.groups is not None or sampling != Sampling(seed=sampling.seed)
         seen = 0
         for index, (classes, members) in enumerate(zip(split.classes, split.members, strict=True)):
             seen = max(seen, classes[-1] + 1)
-            own, out = np.intersect1d(members, remaining), np.intersect1d(members, held_out)
+            own, out = trained[index], np.intersect1d(members, held_out)
             task = Task(
                 index=index,
                 classes=classes,
@@ -232,6 +247,7 @@ class Stream:
                 names=self.class_names[:seen],
                 train=TaskData(train, own, train_labels[own]),
                 validation=TaskData(train, out, true_labels[out]) if len(out) else None,
+                unlabelled=None if unlabelled is None else UnlabelledData(train, unlabelled[index]),
             )
             self.tasks = (*self.tasks, task)
         if test_on == "validation":
