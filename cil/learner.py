@@ -133,6 +133,9 @@ class Learner(nn.Module, ABC):
     needs_new_classes: ClassVar[bool] = False
     """True for a method that is only defined for tasks of new classes (not for domain-incremental streams)."""
 
+    learns_batches: ClassVar[bool] = False
+    """True for a method whose :meth:`learn` may be called many times in a task, each time with a few of its images."""
+
     backbone: Backbone
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -58,12 +58,20 @@ class ByFrequency(TypedDict):
     total: list[Count]
 
 
+class Anytime(TypedDict):
+    """Tests between the batches of a stage, without the one at its end."""
+
+    images: list[Count]  # training images since the test before, one per test
+    accuracy: list[Fraction]  # over all classes of which an image was learned
+
+
 class OfStream(TypedDict, total=False):
     """What the rows of some kinds of streams have, and what gives these their further metrics."""
 
     few_shots: bool  # later classes have a few images each: base and novel classes, performance drop
     returning: bool  # classes return: accuracy at any time, forgetting by group of first appearance
     by_frequency: ByFrequency  # of a long tail
+    online: Anytime  # learned in one pass: accuracy at any time
 
 
 class Counts(_Counts, total=False):
@@ -261,7 +269,9 @@ class _Summary(TypedDict, total=False):
     accuracy_many: Fraction | None  # after the last stage on classes by frequency, as the next two; of a long tail
     accuracy_medium: Fraction | None
     accuracy_few: Fraction | None
-    accuracy_anytime: Fraction | None  # area under the curve of accuracy over training images; of returning classes
+    accuracy_anytime: (
+        Fraction | None
+    )  # area under the curve of accuracy over images; of returning classes, or in one pass
     forgetting_base: Points | None  # on the classes that appear first in the first task, and on all others
     forgetting_novel: Points | None
     calibration_temperature: Annotated[float, Field(gt=0)] | None  # this and what follows: with confidence: true

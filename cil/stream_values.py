@@ -16,7 +16,7 @@ from cil.rows import StageRow
 
 FEW_SHOTS = ("accuracy_base", "accuracy_novel", "accuracy_harmonic", "performance_drop")
 LONG_TAIL = tuple(f"accuracy_{name}" for name in metrics.FREQUENCIES)
-RETURNING = ("accuracy_anytime",)
+ANYTIME = ("accuracy_anytime",)
 BY_GROUP = ("forgetting_base", "forgetting_novel")
 
 
@@ -27,7 +27,7 @@ def names(row: StageRow) -> tuple[str, ...]:
     return (
         *(FEW_SHOTS if few_shots else ()),
         *(LONG_TAIL if "by_frequency" in of else ()),
-        *(RETURNING if returning else ()),
+        *(ANYTIME if returning or "online" in of else ()),
         *(BY_GROUP if few_shots or returning else ()),
     )
 
@@ -63,17 +63,28 @@ def summary(accuracy: np.ndarray, last: dict[str, float], rows: Sequence[StageRo
     found: dict[str, float] = {}
     if of.get("few_shots"):
         found["performance_drop"] = metrics.performance_drop(accuracy)
-    if of.get("returning"):
-        images = np.array([row["costs"]["train_images"] for row in rows])
-        found["accuracy_anytime"] = metrics.anytime_accuracy(accuracy, images)
+    if of.get("returning") or "online" in of:
+        tests = [test for row, last_one in zip(rows, accuracy, strict=True) for test in _tests(row, last_one)]
+        found["accuracy_anytime"] = metrics.anytime_accuracy(*map(np.array, zip(*tests, strict=True)))
     further = (*LONG_TAIL, *BY_GROUP)
     return found | {key: last[name] for key in further if (name := key.replace("_", "/")) in last}
 
 
+def _tests(row: StageRow, at_end: float) -> list[tuple[float, int]]:
+    """Accuracy of each test of a stage and number of training images since the one before."""
+    between = row.get("stream", {}).get("online", {"images": [], "accuracy": []})
+    rest = row["costs"]["train_images"] - sum(between["images"])
+    return [*zip(between["accuracy"], between["images"], strict=True), (at_end, rest)]
+
+
 def fault(row: StageRow) -> str:
     """What in the further counts of a row contradicts its counts; empty if nothing does."""
-    counts = row.get("stream", {}).get("by_frequency")
-    if counts is None:
+    of = row.get("stream", {})
+    if (tests := of.get("online")) and len(tests["images"]) != len(tests["accuracy"]):
+        return "other numbers of accuracies than of tests between batches"
+    if tests and sum(tests["images"]) > row["costs"]["train_images"]:
+        return "more training images between tests than there are"
+    if (counts := of.get("by_frequency")) is None:
         return ""
     for key in ("correct", "total"):
         if len(counts[key]) != len(metrics.FREQUENCIES) or sum(counts[key]) != sum(row[key]):

@@ -20,7 +20,8 @@ from cil.learners.ncm import NCMLearner
 from cil.runner.cleaning import filtered
 from cil.runner.identity import identity_settings
 from cil.runner.plan import dump, plans
-from cil.runner.stages import require_supported, run_stages
+from cil.runner.stages import run_stages
+from cil.runner.supported import require_supported
 from cil.stream import ClassIncremental, Sampling, Stream, Task, TaskData
 
 

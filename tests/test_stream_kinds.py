@@ -16,7 +16,8 @@ from cil.learners import build_learner
 from cil.runner import make_stream
 from cil.runner.identity import identity_settings
 from cil.runner.plan import dump, plans
-from cil.runner.stages import require_supported, run_stages
+from cil.runner.stages import run_stages
+from cil.runner.supported import require_supported
 from cil.stream import Blurry, ClassIncremental, Repetition, Sampling, Stream
 from cil.stream.returning import by_first_appearance, cuts
 from cil.stream.sampling import CHOICE, few_shots, long_tail, wrong_labels

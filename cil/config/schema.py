@@ -275,6 +275,11 @@ class Config(Section):
         wanted = self.pseudo or next((entry.pseudo for entry in self.learners if entry.pseudo), None)
         if wanted is not None and self.stream.labelled is None:
             raise ValueError("pseudo needs images without labels; set stream.labelled, e.g. to 0.2")
+        for key in ("noise_filter", "pseudo"):
+            if self.stream.online is not None and any(getattr(one, key) for one in (self, *self.learners)):
+                raise ValueError(
+                    f"{key} needs all images of a task, and stream.online shows a few at a time; remove one"
+                )
         return self
 
     @model_validator(mode="after")

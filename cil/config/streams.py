@@ -28,6 +28,15 @@ class Noise(Section):
     )
 
 
+class OnlineConfig(Section):
+    """One pass over the stream: the learner gets a few images at a time, never a whole task."""
+
+    batch: PositiveInt = Field(64, description="number of images that the learner gets at a time")
+    evaluate_every: PositiveInt = Field(
+        1000, description="number of training images after which the learner is tested, beside the end of every task"
+    )
+
+
 class StreamConfig(Section):
     """How classes or domains become tasks. The class order is a separate axis: the key ``orders``."""
 
@@ -80,6 +89,9 @@ class StreamConfig(Section):
     unlabelled_from: Literal["task", "seen", "all"] = Field(
         "task",
         description="classes of a task's unlabelled images: those of the task, also those of earlier tasks, or all",
+    )
+    online: OnlineConfig | None = Field(
+        None, description="learning in one pass, batch after batch; null: each task as a whole"
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="seed of the choices above; the same for all orders and training seeds"

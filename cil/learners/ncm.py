@@ -36,6 +36,7 @@ class NCMLearner(ClassifierOnFeatures):
     name = "ncm"
     summary = "nearest class mean of frozen features, by cosine (SimpleCIL)"
     trains = "nothing"
+    learns_batches = True
     paper = "Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models, IJCV 2024, arXiv 2303.07338"
     classifier: NCM
 

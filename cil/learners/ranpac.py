@@ -45,6 +45,7 @@ class RanPAC(AdaptOnce):
     name = "ranpac"
     summary = "ridge regression on random projections of the features"
     trains = "nothing, or a tuner on the first task"
+    learns_batches = True
     paper = "McDonnell et al., RanPAC, NeurIPS 2023, arXiv 2307.02251"
     classifier: Ridge
 

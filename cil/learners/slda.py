@@ -41,6 +41,7 @@ class SLDA(AdaptOnce):
     name = "slda"
     summary = "linear discriminant analysis, one covariance for all classes"
     trains = "nothing, or a tuner on the first task"
+    learns_batches = True
     paper = "Hayes and Kanan, Lifelong Machine Learning with Deep Streaming LDA, CVPR-W 2020, arXiv 1909.01520"
     classifier: LDA
 

@@ -26,10 +26,11 @@ from cil.runner.display import Display
 from cil.runner.identity import continued, look, version_changes
 from cil.runner.plan import Plan, plans
 from cil.runner.provenance import make_header
-from cil.runner.stages import Observer, require_supported, run_stages
+from cil.runner.stages import Observer, run_stages
+from cil.runner.supported import require_supported
 from cil.runner.tensorboard import Tracker
 from cil.store import open_store
-from cil.stream import Blurry, ClassIncremental, DomainIncremental, Order, Repetition, Sampling, Stream, Tasks
+from cil.stream import Blurry, ClassIncremental, DomainIncremental, Online, Order, Repetition, Sampling, Stream, Tasks
 from cil.utils import hardware
 from cil.utils.paths import expand
 
@@ -237,4 +238,7 @@ def make_stream(config: Config, train: ImageSet, test: ImageSet | None) -> Strea
         unlabelled_from=wanted.unlabelled_from,
         seed=wanted.seed,
     )
-    return Stream(train, test, tasks, validation=wanted.validation, test_on=wanted.test_on, sampling=sampling)
+    online = None if wanted.online is None else Online(wanted.online.batch, wanted.online.evaluate_every, wanted.seed)
+    return Stream(
+        train, test, tasks, validation=wanted.validation, test_on=wanted.test_on, sampling=sampling, online=online
+    )

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cil.config.cleaning import NoiseFilter, Pseudo
-from cil.errors import StreamError, TrainingError
+from cil.errors import TrainingError
 from cil.features import FeatureCache
 from cil.learner import Context, Learner, check_trained
 from cil.results import Costs, StageRow
@@ -21,6 +21,8 @@ from cil.runner.confidence import FILE as CONFIDENCE
 from cil.runner.confidence import Confidence
 from cil.runner.display import Display
 from cil.runner.evaluation import Predictions, count_correct, evaluate
+from cil.runner.online import Tests, learn_batches
+from cil.runner.supported import require_supported
 from cil.store import FeatureStore
 from cil.stream import Stream, Task
 from cil.utils import hardware
@@ -199,8 +201,13 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
     shown = task if session.noise_filter is None else filtered(task, learner, ctx, session.noise_filter)
     if session.pseudo is not None:
         shown = pseudo_labelled(shown, learner, ctx, session.pseudo)
-    learn_task(learner, shown, ctx)
-    train_passes, read = learner.backbone.passes + cache.passes_saved - passes, cache.read - read
+    tests, online = Tests(), session.stream.online
+    if online is None:
+        learn_task(learner, shown, ctx)
+    else:
+        tests = learn_batches(learner, session.stream, shown, online, ctx, session.unchanged_since)
+    train_passes = learner.backbone.passes + cache.passes_saved - passes - tests.passes
+    read = cache.read - read  # of tests, too
     learned = time.perf_counter()
     since = session.unchanged_since
     session.unchanged_since = {version: since.get(version, task.index) for version in learner.views()}
@@ -218,10 +225,10 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         **state_bytes(learner),
         "train_images": len(task.train),
         "train_passes": hardware.total(accelerator, train_passes),
-        "test_passes": hardware.total(accelerator, predictions.passes),
+        "test_passes": hardware.total(accelerator, predictions.passes + tests.passes),
         "features_from_store": hardware.total(accelerator, read + predictions.read),
-        "seconds_learn": learned - started,
-        "seconds_test": seconds_test,
+        "seconds_learn": learned - started - tests.seconds,
+        "seconds_test": seconds_test + tests.seconds,
         "peak_memory_bytes": hardware.peak_memory_bytes(accelerator.device),
     }
     row: StageRow = {
@@ -231,6 +238,8 @@ def run_stage(session: Session, task: Task) -> tuple[StageRow, Predictions]:
         "log": logged,
         "histograms": ctx.histograms,
     }
+    if online is not None:
+        row["stream"] = {**row.get("stream", {}), "online": {"images": tests.images, "accuracy": tests.accuracy}}
     if confidence is not None and session.apart is not None:
         row["confidence"] = confidence.measure(learner, session.stream, task.index, session.apart)
     return row, predictions
@@ -269,40 +278,6 @@ def _learn_first(learner: Learner, task: Task, ctx: Context) -> None:
             f"{learner.name or type(learner).__name__}, stage {task.index}: no step of an optimiser had a gradient of "
             f"{shown}; the backbone or the loss does not use what it should train: choose another tuner or other "
             "targets, or do not give it to the optimiser"
-        )
-
-
-def require_supported(
-    cls: type[Learner], stream: Stream, parameters: Any = None, noise_filter: NoiseFilter | None = None
-) -> None:
-    """Refuse a learner that is not defined on this kind of stream, or with a filter of its images.
-
-    Args:
-        cls: Class of the learner.
-        stream: The tasks.
-        parameters: The learner's configuration; None: any.
-        noise_filter: The filter of training images; None for none.
-
-    Raises:
-        StreamError: The learner needs new classes in every task, or with ``balance`` all images of a class at once, and
-            a task shows old classes again. It keeps old images, and a filter chooses those of the current task.
-    """
-    if noise_filter is not None and cls.stores_images:
-        raise StreamError(
-            f"{cls.name or cls.__name__} keeps old images, and noise_filter is not defined for it: it votes on the "
-            "images of the current task alone; remove noise_filter, or use a learner that keeps none (ncm, ranpac, …)"
-        )
-    if not stream.shows_again:
-        return
-    if cls.needs_new_classes:
-        raise StreamError(
-            f"{cls.name or cls.__name__} is defined for tasks of new classes only, and this stream shows classes "
-            "again; use stream.type=class_incremental, or another learner (ncm, ranpac, …)"
-        )
-    if getattr(parameters, "balance", False):
-        raise StreamError(
-            f"{cls.name or cls.__name__} with balance needs all images of a class in one task, and this stream shows "
-            "classes again; use stream.type=class_incremental, or balance=false"
         )
 
 

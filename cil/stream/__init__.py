@@ -1,5 +1,6 @@
 """Streams: how labelled images become a sequence of tasks. Nothing here imports torch."""
 
+from cil.stream.online import Online
 from cil.stream.protocol import ClassIncremental, DomainIncremental, Order, Tasks
 from cil.stream.returning import Blurry, Repetition
 from cil.stream.sampling import Sampling
@@ -9,6 +10,7 @@ __all__ = [
     "Blurry",
     "ClassIncremental",
     "DomainIncremental",
+    "Online",
     "Order",
     "Repetition",
     "Sampling",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from cil.data.images import ImageSet
+    from cil.stream.online import Online
 
 
 class TaskData:
@@ -173,6 +174,7 @@ class Stream:
         test_on: ``"test"``, or ``"validation"`` to evaluate on the held-out training images instead (for tuning).
         sampling: Which training images the stream shows, and with which labels; all, with their own, by default. Images
             are held out of those that it shows, with their own labels.
+        online: Learning in one pass, in batches; None: each task as a whole.
 
     Attributes:
         groups: Labels whose test images belong to each task, a tuple per task: those of the task, or in streams whose
@@ -191,6 +193,7 @@ class Stream:
     few_shots: bool = False
     returns: bool = False
     long_tail: np.ndarray | None = None
+    online: Online | None = None
 
     def __init__(
         self,
@@ -201,7 +204,9 @@ class Stream:
         validation: float = 0.0,
         test_on: str = "test",
         sampling: Sampling | None = None,
+        online: Online | None = None,
     ) -> None:
+        self.online = online
         self.absent: tuple[int, ...] = ()  # labels that are not predicted, though the learner has seen them
         if test is not None and set(train.class_names) != set(test.class_names):
             only_train = sorted(set(train.class_names) - set(test.class_names))[:5]
