@@ -72,9 +72,9 @@ def summary(accuracy: np.ndarray, last: dict[str, float], rows: Sequence[StageRo
 
 def _tests(row: StageRow, at_end: float) -> list[tuple[float, int]]:
     """Accuracy of each test of a stage and number of training images since the one before."""
-    between = row.get("stream", {}).get("online", {"images": [], "accuracy": []})
-    rest = row["costs"]["train_images"] - sum(between["images"])
-    return [*zip(between["accuracy"], between["images"], strict=True), (at_end, rest)]
+    between = row.get("stream", {}).get("online")
+    images, accuracy = (between["images"], between["accuracy"]) if between else ([], [])
+    return [*zip(accuracy, images, strict=True), (at_end, row["costs"]["train_images"] - sum(images))]
 
 
 def fault(row: StageRow) -> str:

@@ -12,13 +12,13 @@ from cil.config import Config
 from cil.data.index_lists import read_sessions
 from cil.data.source import ImageSource
 from cil.errors import ConfigError, DataError, StreamError
-from cil.learners import build_learner
+from cil.learners import build_learner, registry
 from cil.runner import make_stream
 from cil.runner.identity import identity_settings
 from cil.runner.plan import dump, plans
 from cil.runner.stages import run_stages
 from cil.runner.supported import require_supported
-from cil.stream import Blurry, ClassIncremental, Repetition, Sampling, Stream
+from cil.stream import Blurry, ClassDomainIncremental, ClassIncremental, Repetition, Sampling, Stream
 from cil.stream.returning import by_first_appearance, cuts
 from cil.stream.sampling import CHOICE, few_shots, long_tail, wrong_labels
 
@@ -274,3 +274,54 @@ def test_streams_of_configurations(image_set):
     assert streams["blurry"].shows_again and len(streams["repetition"].tasks[2].classes) == 6
     assert sum(len(task.train) for task in streams["tail"].tasks) < 60 and len(streams["noise"].relabelled[0]) == 60
     assert all(stream.altered for stream in streams.values()) and not make_stream(config(), train, test).altered
+
+
+def test_classes_and_domains_by_hand(image_set):
+    labels, domains = np.tile(np.arange(4), 6), np.arange(2).repeat(12)
+    names = NAMES[:4]
+    once = ClassIncremental([2, 0, 3, 1], increment=2)
+    classes = ClassDomainIncremental(once, "classes").split(names, labels, domains)
+    assert classes.order == [2, 0, 3, 1] and classes.classes == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [(set(labels[own].tolist()), set(domains[own].tolist())) for own in classes.members] == [
+        ({0, 2}, {0}),
+        ({0, 2}, {1}),
+        ({1, 3}, {0}),
+        ({1, 3}, {1}),
+    ]
+    by_domain = ClassDomainIncremental(once, "domains").split(names, labels, domains)
+    assert by_domain.classes == [(0, 1), (2, 3), (0, 1), (2, 3)]
+    for seed in range(4):
+        mixed = ClassDomainIncremental(once, seed=seed).split(names, labels, domains)
+        assert np.sort(np.concatenate(mixed.members)).tolist() == list(range(24))
+        assert mixed.order in ([2, 0, 3, 1], [3, 1, 2, 0]) and mixed.classes[0] == (0, 1)  # in order of appearance
+        for own, labels_of in zip(mixed.members, mixed.classes, strict=True):
+            assert set(labels[own].tolist()) == {mixed.order[label] for label in labels_of}
+            assert len(set(domains[own].tolist())) == 1
+    with pytest.raises(StreamError, match=r"class_domain_incremental needs data\.domains"):
+        ClassDomainIncremental(once).split(names, labels, None)
+
+
+def test_sums_end_on_classes_and_domains_where_joint_sums_end(backbone, image_set):
+    """Every pair has the test images of its own, and all of them together are the whole test set."""
+    sets = []
+    for labels, seed in ((np.tile(np.arange(4), 6), 0), (np.tile(np.arange(4), 4), 1)):
+        images = image_set(labels, seed=seed)
+        images.domains = np.arange(2).repeat(len(labels) // 2)
+        sets.append(images)
+    right = []
+    for tasks in (ClassDomainIncremental(ClassIncremental(1, increment=2)), ClassIncremental(1, sizes=[4])):
+        stream = Stream(*sets, tasks)
+        rows = run_stages(build_learner("ncm", backbone), stream)
+        assert sum(rows[-1]["total"]) == 16
+        right.append(sum(rows[-1]["correct"]))
+    assert right[0] == right[1]
+    stream = Stream(*sets, ClassDomainIncremental(ClassIncremental(1, increment=2)))
+    assert stream.shows_again and len(stream) == 4
+    with pytest.raises(StreamError, match="is defined for tasks of new classes only"):
+        require_supported(registry.resolve("ease"), stream)
+    made = Config.model_validate(
+        {"stream": {"type": "class_domain_incremental", "increment": 2, "pairs": "classes"}, "learner": "ncm"}
+    )
+    assert [task.classes for task in make_stream(made, *sets).tasks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    with pytest.raises(ValueError, match="pairs is a key of type class_domain_incremental"):
+        config(pairs="classes")

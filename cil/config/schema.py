@@ -249,9 +249,9 @@ class Config(Section):
     @model_serializer(mode="wrap")
     def _one_or_several(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keys that say nothing are left out: with one backbone those of several, and the other way round."""
-        left_out = ("backbones", "combine") if self.backbones is None else ("backbone",)
+        left_out = {"backbones", "combine"} if self.backbones is None else {"backbone"}
         # later keys: older runs are described as before
-        left_out += tuple(key for key in ("noise_filter", "pseudo") if getattr(self, key) is None)
+        left_out |= {key for key in ("noise_filter", "pseudo") if getattr(self, key) is None}
         return {key: value for key, value in serialized(self).items() if key not in left_out}
 
     @field_validator("backbones", mode="before")

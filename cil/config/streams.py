@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 from cil.config.backbones import Place
 from cil.config.section import Section
 
+Kind = Literal["class_incremental", "domain_incremental", "class_domain_incremental", "blurry", "repetition"]
+
 
 class Imbalance(Section):
     """A long tail: numbers of training images that fall exponentially from class to class."""
@@ -40,10 +42,11 @@ class OnlineConfig(Section):
 class StreamConfig(Section):
     """How classes or domains become tasks. The class order is a separate axis: the key ``orders``."""
 
-    type: Literal["class_incremental", "domain_incremental", "blurry", "repetition"] = Field(
+    type: Kind = Field(
         "class_incremental",
         description="new classes in each task; domain_incremental: the same classes from a new domain in each task; "
-        "blurry: a part of the classes has images in several tasks; repetition: classes return in later tasks",
+        "class_domain_incremental: a group of classes from one domain in each task; blurry: a part of the classes has "
+        "images in several tasks; repetition: classes return in later tasks",
     )
     initial_classes: int = Field(
         0, ge=0, description="number of classes in the first task (m of B-m Inc-n); 0: as many as increment"
@@ -70,6 +73,11 @@ class StreamConfig(Section):
     )
     repetition: float = Field(
         0.2, ge=0, le=1, description="probability that a class returns in a later task, for repetition"
+    )
+    pairs: Literal["shuffled", "classes", "domains"] = Field(
+        "shuffled",
+        description="order of the pairs of a group of classes and a domain, for class_domain_incremental: random; all "
+        "domains of a group before the next group; or all groups of a domain before the next domain",
     )
     shots: PositiveInt | None = Field(
         None, description="number of training images per class in all tasks but the first; null: all"
@@ -114,7 +122,7 @@ class StreamConfig(Section):
                 raise ValueError(
                     f"{sizes[0]} has no meaning for type blurry: remove it, or set it to null; tasks says how many"
                 )
-        allowed = {"class_incremental": given, "domain_incremental": []}.get(self.type, ["imbalance"])
+        allowed = {"class_incremental": given, "blurry": ["imbalance"], "repetition": ["imbalance"]}.get(self.type, [])
         if refused := [key for key in given if key not in allowed]:
             raise ValueError(f"{refused[0]} needs new classes in every task, and the type is {self.type}; remove one")
         return self
@@ -126,7 +134,11 @@ class StreamConfig(Section):
         return {k: v for k, v in serialized(self).items() if k in ALWAYS or getattr(self, k) != defaults[k]}
 
 
-KEYS_OF = {"blurry": {"tasks", "disjoint", "blurry", "stochastic"}, "repetition": {"repetition"}}
+KEYS_OF = {
+    "blurry": {"tasks", "disjoint", "blurry", "stochastic"},
+    "repetition": {"repetition"},
+    "class_domain_incremental": {"pairs"},
+}
 """Keys that only one type of stream has."""
 ALWAYS = ("type", "initial_classes", "increment", "sizes", "validation", "test_on")
 """Keys that every stored configuration states."""

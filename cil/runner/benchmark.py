@@ -30,7 +30,18 @@ from cil.runner.stages import Observer, run_stages
 from cil.runner.supported import require_supported
 from cil.runner.tensorboard import Tracker
 from cil.store import open_store
-from cil.stream import Blurry, ClassIncremental, DomainIncremental, Online, Order, Repetition, Sampling, Stream, Tasks
+from cil.stream import (
+    Blurry,
+    ClassDomainIncremental,
+    ClassIncremental,
+    DomainIncremental,
+    Online,
+    Order,
+    Repetition,
+    Sampling,
+    Stream,
+    Tasks,
+)
 from cil.utils import hardware
 from cil.utils.paths import expand
 
@@ -224,6 +235,8 @@ def make_stream(config: Config, train: ImageSet, test: ImageSet | None) -> Strea
     tasks: Tasks = new
     if wanted.type == "domain_incremental":
         tasks = DomainIncremental(order)
+    elif wanted.type == "class_domain_incremental":
+        tasks = ClassDomainIncremental(new, wanted.pairs, wanted.seed)
     elif wanted.type == "blurry":
         number = wanted.tasks or 0  # the configuration has refused none
         tasks = Blurry(order, number, wanted.disjoint, wanted.blurry, wanted.stochastic, wanted.seed)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -208,3 +208,44 @@ class DomainIncremental:
         return TaskSplit(
             class_order(names, self.order), [every_class] * count, [np.flatnonzero(domains == d) for d in range(count)]
         )
+
+
+Pairs = Literal["shuffled", "classes", "domains"]
+
+
+@dataclass(frozen=True)
+class ClassDomainIncremental:
+    """New classes and new domains in one stream (versatile incremental learning, Park et al., ECCV 2024).
+
+    Each task is one group of classes in one domain, and each pair is one task. Test images are those of the pair.
+
+    Attributes:
+        groups: The class-incremental stream whose tasks are the groups of classes.
+        pairs: Order of the pairs; ``shuffled``: random; ``classes``: a group in all domains, then the next group;
+            ``domains``: a domain with all groups, then the next domain.
+        seed: Seed of the random order; it does not depend on the class order.
+    """
+
+    groups: ClassIncremental
+    pairs: Pairs = "shuffled"
+    seed: int = 0
+
+    def split(self, names: Sequence[str], labels: np.ndarray, domains: np.ndarray | None) -> TaskSplit:
+        if domains is None:
+            raise StreamError(
+                "stream.type class_domain_incremental needs data.domains: the folders of the domains, in order"
+            )
+        once = self.groups.split(names, labels, domains)
+        count = int(domains.max()) + 1
+        pairs = [(g, d) for g in range(len(once.classes)) for d in range(count)]
+        if self.pairs == "domains":
+            pairs.sort(key=lambda pair: pair[1])  # stable
+        elif self.pairs == "shuffled":
+            pairs = [pairs[i] for i in np.random.RandomState(self.seed).permutation(len(pairs)).tolist()]
+        order, new = [], {}  # labels count in order of appearance
+        for g, _ in pairs:
+            if g not in new:
+                new[g] = tuple(range(len(order), len(order) + len(once.classes[g])))
+                order += [once.order[label] for label in once.classes[g]]
+        members = [np.intersect1d(once.members[g], np.flatnonzero(domains == d)) for g, d in pairs]
+        return TaskSplit(order, [new[g] for g, _ in pairs], members)
