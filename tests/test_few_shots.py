@@ -11,6 +11,7 @@ from sklearn.linear_model import RidgeCV
 
 from cil import metrics
 from cil.classifiers import LDA, NCM, Ridge
+from cil.classifiers.few_shots import Calibration
 from cil.classifiers.ncm import Teen
 from cil.errors import ConfigError, DataError
 from cil.learners import build_learner
@@ -149,3 +150,43 @@ def test_base_novel_and_harmonic_accuracy_by_hand():
     assert metrics.harmonic_accuracy_at(r, total) == pytest.approx(2 * 0.6 * 0.7 / 1.3)
     assert np.isnan([metrics.novel_accuracy_at(r, total, 0), metrics.harmonic_accuracy_at(r, total, 0)]).all()
     assert metrics.harmonic_accuracy_at(np.array([[1.0, nan], [0.0, 0.0]]), np.array([5, 5])) == 0.0
+
+
+def test_calibrated_means_by_their_formulas():
+    rng = np.random.RandomState(0)
+    y = np.repeat(range(6), [30, 20, 40, 5, 3, 1])
+    x, new = rng.randn(len(y), 5) + 2 * rng.randn(6, 5)[y], rng.randn(7, 5)
+    means, few = np.stack([x[y == c].mean(0) for c in range(6)]), (3, 4, 5)
+    nearest, between = means.copy(), means.copy()
+    model = LDA(5, 0.1, "uniform").partial_fit(x, y)
+    within = model.covariance.numpy()
+    within = 0.9 * within + 0.1 * np.trace(within) / 5 * np.eye(5)
+    centre, spread = means[:3].mean(0), np.cov(means[:3].T, bias=True)
+    for c in few:
+        order = np.argsort(np.linalg.norm(means[:3] - means[c], axis=1))[:2]
+        nearest[c] = (means[c] + means[order].sum(0)) / 3
+        between[c] = centre + spread @ np.linalg.inv(spread + within / (y == c).sum()) @ (means[c] - centre)
+    for kind, expected in (("nearest", nearest), ("between", between)):
+        calibrated = LDA(5, 0.1, "uniform", calibration=Calibration(kind)).partial_fit(x, y)
+        weights = expected @ np.linalg.inv(within)
+        scores = new @ weights.T - (weights * expected).sum(1) / 2 - np.log(6)
+        np.testing.assert_allclose(calibrated.logits(new), scores, atol=1e-9)
+        parts = LDA(5, 0.1, "uniform", calibration=Calibration(kind))
+        for some in (y > 3, y < 2, (y > 1) & (y < 4)):  # few-shot classes first
+            parts.partial_fit(x[some], y[some]).logits(new)
+        np.testing.assert_allclose(parts.logits(new), calibrated.logits(new), atol=1e-9)
+    ours = NCM(5, "euclidean", Calibration("nearest", neighbours=2)).partial_fit(x, y)
+    distance = ((new[:, None] - nearest) ** 2).sum(2)
+    np.testing.assert_allclose(ours.logits(new), (new**2).sum(1)[:, None] / 2 - distance / 2, atol=1e-9)
+    with pytest.raises(ConfigError, match="needs a covariance within classes"):
+        Calibration("between").calibrated(torch.from_numpy(means), torch.tensor([9, 9, 9, 5, 3, 1]))
+    same = Calibration("between", shots=100).calibrated(torch.from_numpy(means), torch.ones(6, dtype=torch.int64))
+    assert (same.numpy() == means).all()  # without base classes nothing is calibrated
+
+
+def test_calibration_of_the_learners(backbone):
+    learner = build_learner({"name": "slda", "calibrate": "between", "shots": 3}, backbone)
+    assert learner.classifier.calibration == Calibration("between", 3, 2)
+    assert build_learner("slda", backbone).classifier.calibration is None
+    learner = build_learner({"name": "ncm", "calibrate": "nearest", "neighbours": 3}, backbone)
+    assert learner.classifier.teen == Calibration("nearest", 5, 3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
+from cil.classifiers.few_shots import Calibration
 from cil.classifiers.memory import DOUBLE
 from cil.classifiers.moments import zero_constant_
 from cil.errors import ConfigError
@@ -60,6 +61,7 @@ class LDA(StatisticsClassifier):
             between parts, so logits are sums over parts.
         balance: Whether every class has the same weight in Σ, as if all had the same number of samples. All samples of
             a class must come in one call.
+        calibration: Calibration of the means of few samples, in the scores and not in Σ; None for none.
 
     Buffers:
         sums: float64 [C, F]; outer: float64 [F, F], Σ x xᵀ over all classes; counts: int64 [C].
@@ -81,6 +83,7 @@ class LDA(StatisticsClassifier):
         priors: Priors = "counts",
         blocks: int | Sequence[int] = 1,
         balance: bool = False,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__(feature_dim)
         if shrinkage != "gcv" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
@@ -93,6 +96,7 @@ class LDA(StatisticsClassifier):
         if priors not in ("counts", "uniform"):
             raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
         self.shrinkage, self.priors, self.blocks, self.balance = shrinkage, priors, widths, balance
+        self.calibration = calibration
         self.require_memory()
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
@@ -157,16 +161,20 @@ class LDA(StatisticsClassifier):
     def _solve(self) -> tuple[Tensor, Tensor, list[float]]:
         covariance, means = self.covariance, self.means
         unit = self.scale_of(covariance)
-        parts, shrinkages = [], []
+        parts, centres, shrinkages = [], [], []
         for end, width in zip(accumulate(self.blocks), self.blocks, strict=True):
             part = slice(end - width, end)
             block = covariance[part, part]
             scale = float(block.diagonal().mean()) or unit
             chosen = self._choose(block, part, scale) if isinstance(self.shrinkage, str) else self.shrinkage
-            parts.append(means[:, part].contiguous() @ symmetric_inverse(shrink_(block, chosen, scale), scale))
+            shrunk, centre = shrink_(block, chosen, scale), means[:, part].contiguous()
+            if self.calibration is not None:
+                centre = self.calibration.calibrated(centre, self.counts, shrunk)
+            parts.append(centre @ symmetric_inverse(shrunk, scale))
+            centres.append(centre)
             shrinkages.append(chosen)
         weights = torch.cat(parts, dim=1)
-        bias = -(weights * self.means).sum(1) / 2
+        bias = -(weights * torch.cat(centres, dim=1)).sum(1) / 2
         if self.priors == "counts":
             shares = self.counts / self.counts.sum().clamp(min=1)
             bias = bias + shares.double().clamp(min=torch.finfo(torch.float64).tiny).log()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cil.classifiers.base import Array, StatisticsClassifier
 from cil.classifiers.drift import AffineMap
+from cil.classifiers.few_shots import Calibration
 from cil.errors import ConfigError
 from cil.utils.precision import exact, without_autocast
 
@@ -52,7 +53,7 @@ class NCM(StatisticsClassifier):
     Args:
         feature_dim: Feature width F.
         metric: ``cosine`` scores by the cosine of f and μ_c; ``euclidean`` orders classes by ‖f − μ_c‖.
-        teen: Calibration of the means of few samples; None for none. Needs ``cosine``.
+        teen: Calibration of the means of few samples; None for none. TEEN's needs ``cosine``.
         blocks: Widths F_k of the parts of the features, with sum F. With several, ``cosine`` scores by
             Σ_k w_k cos(f_k, μ_{c,k}): the cosine of whole features would let the part of the largest norm decide.
 
@@ -75,11 +76,11 @@ class NCM(StatisticsClassifier):
         self,
         feature_dim: int,
         metric: Metric = "cosine",
-        teen: Teen | None = None,
+        teen: Teen | Calibration | None = None,
         blocks: Sequence[int] | None = None,
     ) -> None:
         super().__init__(feature_dim)
-        if teen is not None and metric != "cosine":
+        if isinstance(teen, Teen) and metric != "cosine":
             raise ConfigError(f"NCM: calibrate teen compares class means by cosine; got metric {metric!r}")
         self.metric, self.teen, self.blocks = metric, teen, tuple(blocks or (feature_dim,))
         if min(self.blocks) < 1 or sum(self.blocks) != feature_dim:
@@ -109,16 +110,15 @@ class NCM(StatisticsClassifier):
         return self.sums / self.counts.clamp(min=1)[:, None]
 
     def _calibrated(self) -> Tensor:
-        assert self.teen is not None
-        return self.teen.calibrated(F.normalize(self.means, dim=1), self.counts)
+        if isinstance(self.teen, Teen):
+            return self.teen.calibrated(F.normalize(self.means, dim=1), self.counts)
+        return self.means if self.teen is None else self.teen.calibrated(self.means, self.counts)
 
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
         features = self.checked(features)
-        means = self.means.to(features.dtype)
+        means = (self.means if self.teen is None else self.cached("calibrated", self._calibrated)).to(features.dtype)
         if self.metric == "cosine":
-            if self.teen is not None:
-                means = self.cached("calibrated", self._calibrated).to(features.dtype)
             scores = self._by_block(features, means)
         else:  # −‖f − μ‖²/2 without the term that is the same for every class
             scores = features @ means.T - means.square().sum(1) / 2

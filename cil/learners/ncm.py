@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from cil.classifiers.few_shots import Calibration
 from cil.classifiers.ncm import NCM, Metric, Teen
 from cil.learner import Context
 from cil.learners.bases.on_features import ClassifierOnFeatures
@@ -23,14 +24,17 @@ class NCMLearner(ClassifierOnFeatures):
 
     class Config(ClassifierOnFeatures.Config):
         metric: Metric = Field("cosine", description="similarity of a feature and a class mean")
-        calibrate: Literal["none", "teen"] = Field(
-            "none", description="calibration of few-shot classes; teen: move their means towards similar base classes"
+        calibrate: Literal["none", "teen", "nearest"] = Field(
+            "none",
+            description="calibration of few-shot classes; teen: move their means towards similar base classes; "
+            "nearest: mean with the means of the nearest base classes",
         )
         shots: PositiveInt = Field(
             5,
-            description="largest number of images of a class that teen calibrates; classes with more are base classes",
+            description="largest number of images of a calibrated class; classes with more are base classes",
         )
         alpha: float = Field(0.5, ge=0, le=1, description="share of the base classes in a calibrated mean")
+        neighbours: PositiveInt = Field(1, description="number of base classes for nearest")
         tau: PositiveFloat = Field(16, description="sharpness of the weights of base classes in teen")
 
     name = "ncm"
@@ -42,7 +46,11 @@ class NCMLearner(ClassifierOnFeatures):
 
     def make_classifier(self) -> NCM:
         config = self.config
-        teen = Teen(config.shots, config.alpha, config.tau) if config.calibrate == "teen" else None
+        teen: Teen | Calibration | None = None
+        if config.calibrate == "teen":
+            teen = Teen(config.shots, config.alpha, config.tau)
+        elif config.calibrate == "nearest":
+            teen = Calibration("nearest", config.shots, config.neighbours)
         blocks = self.joined.scales.widths if self.joined is not None else None
         return NCM(self.width, config.metric, teen, blocks)
 

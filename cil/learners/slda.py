@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from cil.classifiers import LDA
+from cil.classifiers.few_shots import Calibration
 from cil.learner import Context
 from cil.learners.bases.first_session import AdaptOnce
 from cil.stream import Task
@@ -37,6 +38,15 @@ class SLDA(AdaptOnce):
             description="whether all classes weigh the same in the covariance, however many images they have; a "
             "class's images must all be in one task",
         )
+        calibrate: Literal["none", "nearest", "between"] = Field(
+            "none",
+            description="calibration of the means of few-shot classes; nearest: mean with those of the nearest base "
+            "classes; between: shrinkage to the mean of all base classes, by the covariance of their means",
+        )
+        shots: PositiveInt = Field(
+            5, description="largest number of images of a calibrated class; classes with more are base classes"
+        )
+        neighbours: PositiveInt = Field(2, description="number of base classes for nearest")
 
     name = "slda"
     summary = "linear discriminant analysis, one covariance for all classes"
@@ -46,7 +56,11 @@ class SLDA(AdaptOnce):
     classifier: LDA
 
     def make_classifier(self) -> LDA:
-        return LDA(self.width, self.config.shrinkage, priors=self.config.priors, balance=self.config.balance)
+        config = self.config
+        calibration = None
+        if config.calibrate != "none":
+            calibration = Calibration(config.calibrate, config.shots, config.neighbours)
+        return LDA(self.width, config.shrinkage, config.priors, balance=config.balance, calibration=calibration)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)
