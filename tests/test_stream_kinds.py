@@ -213,6 +213,31 @@ def test_official_index_files(tmp_path, image_set):
         Sampling(sessions=sessions).kept(labels, range(65), [range(55), range(55, 60), range(60, 65)], names)
 
 
+MINI = {
+    "n03544143": "0811 0906 0122 0185 1258",
+    "n03584254": "0818 0891 0145 0186 1254",
+    "n03676483": "0772 0864 0108 0164 1236",
+    "n03770439": "0738 0835 0111 0154 1238",
+    "n03773504": "0781 0880 0132 0177 1237",
+}
+"""data/index_list/mini_imagenet/session_2.txt of the same repository: five images each of the classes 60 to 64."""
+
+
+def test_official_index_files_of_paths(tmp_path):
+    """The second session of miniImageNet, among folders with these images and others."""
+    names = [f"n0{i:07d}" for i in range(60)] + list(MINI)
+    paths = [f"/data/mini/train/{name}/{name}0000{i}.jpg" for name in names for i in ("0001", "0002")]
+    official = [(name, f"{name}0000{i}.jpg") for name, numbers in MINI.items() for i in numbers.split()]
+    paths += [f"/data/mini/train/{name}/{file}" for name, file in reversed(official)]
+    labels = np.array([names.index(path.split("/")[-2]) for path in paths])
+    text = "\n".join(f"MINI-ImageNet/train/{name}/{file}" for name, file in official)
+    (tmp_path / "session_2.txt").write_text(text + "\n")
+    [session] = read_sessions(tmp_path, source(labels, names, paths.__getitem__))
+    assert [paths[i].split("/")[-2:] for i in session] == [list(one) for one in official]
+    kept = Sampling(sessions=(session,)).kept(labels, range(65), [range(60), range(60, 65)], names)
+    assert kept[labels[kept] >= 60].tolist() == sorted(session.tolist()) and (labels[kept] < 60).sum() == 120
+
+
 def test_index_files_with_paths_and_faults(tmp_path):
     described = [f"/data/cub/train/{name}/{i}.jpg" for i, name in enumerate(["a", "a", "b", "b"])]
     images = source(np.array([0, 0, 1, 1]), ["a", "b"], described.__getitem__)

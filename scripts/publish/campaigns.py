@@ -53,6 +53,10 @@ CAMPAIGNS = (
     Campaign(f"{TINY}_layers", (f"{TINY}/layers",)),
     Campaign(f"{TINY}_min", (f"{TINY}/min",)),
     Campaign(f"{TINY}_confidence", (f"{TINY}/confidence",)),
+    *(
+        Campaign(f"{TINY}_{name}", (f"{TINY}/{name}",))
+        for name in ("few_shots", "long_tail", "blurry", "online", "noisy")
+    ),
     Campaign(f"{TINY}_matrix", (f"{TINY}/matrix",), kind="matrix"),
     Campaign("cifar10_500", ("cifar10/frozen",)),
     Campaign("cifar10_50", ("cifar10/defaults", "cifar10/chosen"), kind="settings"),

@@ -51,8 +51,9 @@ def markdown(folder: Path) -> str:
 
 
 def ranked(runs: Sequence[dict]) -> str:
-    """The ranked table of runs of one protocol."""
-    return report.markdown(report.Comparison(1, report.rank(report.rows(runs))), report.select_columns(COLUMNS))
+    """The ranked table of runs of one protocol, with the columns that its kind of stream gives a meaning."""
+    compared = report.Comparison(1, report.rank(report.rows(runs)))
+    return report.markdown(compared, report.select_columns([*COLUMNS[:2], *compared.of_stream, *COLUMNS[2:]]))
 
 
 def differences(argument: Path) -> str:
