@@ -30,6 +30,9 @@ def first_order(config: Config) -> Config:
 class FirstTasks:
     """The training images of the first tasks; reading any other image raises :class:`StreamError`.
 
+    The other images of the same classes (and domains) can be read, too, where a stream leaves some out or shows them in
+    later tasks: features are computed class by class. None of them is learned or tested.
+
     Args:
         count: Number of tasks.
 
@@ -69,7 +72,10 @@ class FirstTasks:
             images = ImageSet(source, transforms, in_memory=in_memory, memory_bytes=memory, workers=workers)
             self._last = key, backbone, images
         _, backbone, images = self._last
-        return make_stream(config, images, images), backbone
+        stream = make_stream(config, images, images)
+        if stream.returns:
+            stream.test_only(self._shown(stream))
+        return stream, backbone
 
     def _open(self, config: Config, transforms: Transforms) -> tuple[ImageSource, bool]:
         """The training source, guarded against reads of later tasks, and whether its images fit in memory."""
@@ -133,10 +139,16 @@ class FirstTasks:
                 f"--first-tasks {self.count}: the stream has {len(stream)} tasks, and a choice on all of them says "
                 f"nothing about later tasks; allowed: 1 to {len(stream) - 1}"
             )
-        parts = [
-            part
-            for task in stream.tasks[: self.count]
-            for part in (task.train, task.validation, task.unlabelled)
-            if part
-        ]
-        return stream, np.sort(np.concatenate([part.source[1] for part in parts]))
+        return stream, np.flatnonzero(np.isin(_groups(source), _groups(source)[self._shown(stream)]))
+
+    def _shown(self, stream: Stream) -> np.ndarray:
+        """Positions of the images of the first tasks, sorted."""
+        first = stream.tasks[: self.count]
+        parts = [part for task in first for part in (task.train, task.validation, task.unlabelled) if part]
+        return np.sort(np.concatenate([part.source[1] for part in parts]))
+
+
+def _groups(source: ImageSource) -> np.ndarray:
+    """Number of the class and domain of each image, int64 [N]."""
+    domains = np.zeros(len(source), dtype=np.int64) if source.domains is None else source.domains
+    return source.labels + len(source.class_names) * domains

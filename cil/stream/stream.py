@@ -284,6 +284,10 @@ class Stream:
         """Positions of the images of the classes that first appear in each task, given all labels [N]."""
         return [np.flatnonzero(np.isin(labels, group)) for group in self.groups]
 
+    def test_only(self, positions: np.ndarray) -> None:
+        """Leave all other images out of the test; ``positions`` count in the image set that is tested."""
+        self._test.members = [np.intersect1d(members, positions) for members in self._test.members]
+
     @property
     def shows_again(self) -> bool:
         """Whether a task has classes of an earlier one."""
