@@ -8,14 +8,14 @@ disk or TensorBoard. The checks that every learner must pass are in :mod:`cil.te
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cil.backbone import Backbone, Backbones
+from cil.backbone import Backbone, Backbones, text_side
 from cil.classifiers.base import StatisticsClassifier, match_saved_shapes
 from cil.classifiers.joining import Joined
 from cil.config import Section
@@ -107,6 +107,14 @@ class Context:
         features = self.cache.get(viewer, images, indices).to(self.device)
         return viewer.join(features, labels) if isinstance(viewer, Learner) else features, labels
 
+    def texts(self, backbone: Backbone, texts: Sequence[str]) -> Tensor:
+        """Vectors of a group of texts, e.g. of all sentences about one class, float32 [n, d] on the device.
+
+        Raises:
+            BackboneError: The backbone has no text side.
+        """
+        return self.cache.texts(text_side(backbone), texts).to(self.device)
+
 
 class Learner(nn.Module, ABC):
     """A class-incremental learner on a frozen backbone.
@@ -130,6 +138,10 @@ class Learner(nn.Module, ABC):
     """True for exemplar methods and upper bounds: they may read images of old tasks, and results say so."""
     trains_backbone: ClassVar[bool] = False
     """True for a method that trains (copies of) the backbone's own weights."""
+    needs_text: ClassVar[bool] = False
+    """True for a method that compares images with texts; it needs a backbone with a text side."""
+    reads_names: ClassVar[bool] = False
+    """True for a method whose predictions depend on the names of the classes (of those seen, as all else)."""
     needs_new_classes: ClassVar[bool] = False
     """True for a method that is only defined for tasks of new classes (not for domain-incremental streams)."""
 

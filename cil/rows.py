@@ -196,6 +196,7 @@ class Header(TypedDict):
     stream: NotRequired[StreamFacts]  # where it is more than new classes or domains with all their images
     backbone: dict[str, Any]  # name, sha256 of the weights, feature_dim
     backbones: NotRequired[list[dict[str, Any]]]  # the same for each of several backbones, which backbone joins
+    text: NotRequired[dict[str, Any]]  # the backbone's text side, of a learner that uses it
     transform: dict[str, Any]
     data: dict[str, Any]  # for each split: sha256, images, skipped, a digest of each task's images, and folders
     code: NotRequired[dict[str, str]]  # for each source file of custom code: its sha256

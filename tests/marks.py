@@ -1,4 +1,4 @@
-"""Marks that several test files share."""
+"""Marks and lists that several test files share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+from cil.learners import registry
 
 
 def slow_beyond(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
@@ -15,3 +17,8 @@ def slow_beyond(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
         arguments = value if isinstance(value, tuple) else (value,)
         found.append(pytest.param(*arguments, marks=() if value in fast else pytest.mark.slow))
     return found
+
+
+def on_any_backbone() -> list[str]:
+    """Built-in learners that need no text side; the others are tested on vision-language backbones."""
+    return [name for name in registry.BUILTIN if not registry.resolve(name).needs_text]

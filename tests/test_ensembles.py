@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from marks import slow_beyond
+from marks import on_any_backbone, slow_beyond
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize
@@ -39,7 +39,6 @@ from cil.errors import BackboneError, DataError, RunError
 from cil.export import export, load
 from cil.features import FeatureCache
 from cil.learner import Learner
-from cil.learners import registry
 from cil.learners.bases.heads import held_out
 from cil.prediction import find_images, open_run, predict
 from cil.results import read_run
@@ -472,7 +471,7 @@ def test_a_random_member_costs_ridge_little_and_scaled_alike_even_if_it_is_large
     assert found[0] > 0.6 and found[1] > found[0] - 0.05
 
 
-@pytest.mark.parametrize("name", slow_beyond([n for n in registry.BUILTIN if "avalanche" not in n], registry.BUILTIN))
+@pytest.mark.parametrize("name", slow_beyond([n for n in on_any_backbone() if "avalanche" not in n], on_any_backbone()))
 def test_learners_that_need_one_backbone_are_refused_by_name(name):
     both = pair()
     if name in ON_FROZEN:

@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 import yaml
-from marks import slow_beyond
+from marks import on_any_backbone, slow_beyond
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import cil  # noqa: F401 - a fixture
@@ -176,7 +176,7 @@ def test_every_learner_can_be_exported(name, kind, run_of, tmp_path):
 
 
 def test_all_built_in_learners_are_here():
-    assert LEARNERS.keys() == registry.BUILTIN.keys()
+    assert LEARNERS.keys() == set(on_any_backbone())
 
 
 @pytest.mark.parametrize("tuner", slow_beyond(["lora"], ["lora", "vpt_deep"]))

@@ -35,6 +35,7 @@ OTHER_TUNERS = ("ssf", "vpt_shallow", "vpt_deep", "lora", "full")
         ("fecam", {}),
         ("slda", {}),
         ("layer_lda", {}),
+        ("zero_shot", {}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8, "init_ptm": True, "beta": 0.5}),
         ("slca", {"epochs": 5, "milestones": [4], "samples": 16, "fresh_norm": False}),
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from comparisons import header, rows
+from marks import on_any_backbone
 from test_cli import write
 from waiting import until
 
@@ -45,7 +46,7 @@ def finished(folder: Path, name: str, last: int, order: int = 1, label: str | No
 def test_default_configurations_hold_every_learner_as_it_is():
     for name in ("cifar10/defaults", "digits/defaults", "split_tiny_imagenet100/defaults"):
         entries = load_config(name).learners
-        assert {entry.name for entry in entries} == set(registry.BUILTIN)
+        assert {entry.name for entry in entries} == set(on_any_backbone())
         assert [entry.label for entry in entries if entry.parameters] == ["fecam_shrunk"]
 
 
@@ -83,7 +84,7 @@ NOT_RUN_YET = {
 
 def test_two_configurations_take_every_learner_through_the_same_streams():
     orders, records = (load_config(f"split_tiny_imagenet100/{name}") for name in ("orders", "records"))
-    assert {entry.name for entry in (*orders.learners, *records.learners)} == set(registry.BUILTIN) - NOT_RUN_YET
+    assert {entry.name for entry in (*orders.learners, *records.learners)} == set(on_any_backbone()) - NOT_RUN_YET
     own = {"name", "learners", "chosen_by"}
     assert orders.model_dump(exclude=own) == records.model_dump(exclude=own)
     defaults = load_config("split_tiny_imagenet100/defaults")

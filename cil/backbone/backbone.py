@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cil.backbone.text import TextSide
 from cil.backbone.vit import TunedForward, Tuner, keep_no_biases
+from cil.errors import BackboneError
 
 FROZEN = "frozen"
 """Version of the frozen backbone's features, the same for every learner."""
@@ -24,6 +26,8 @@ class Backbone(nn.Module):
         model: A timm model; its classifier head is ignored.
         name: Name with the tag of the weights, as results record it.
         data_config: timm's resolved data configuration.
+        text: The text side of a vision-language model.
+        facts: What is recorded beside name, weights and width, as plain values.
 
     Attributes:
         fingerprint: sha256 over the names, dtypes, shapes and bytes of all weights; equal weights have equal digests.
@@ -31,8 +35,18 @@ class Backbone(nn.Module):
         passes: Number of images sent through the model so far.
     """
 
-    def __init__(self, model: nn.Module, name: str, data_config: dict[str, Any]) -> None:
+    text: TextSide | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        data_config: dict[str, Any],
+        text: TextSide | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self.text, self.facts = text, dict(facts or {})
         self.tuned_forward = TunedForward(model.requires_grad_(False).eval())
         keep_no_biases(model)
         self.name, self.data_config = name, data_config
@@ -94,6 +108,20 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Stay in evaluation mode: the model is frozen, so dropout and stochastic depth stay off."""
         return super().train(False)
+
+
+def text_side(backbone: Backbone) -> TextSide:
+    """The text side of a backbone.
+
+    Raises:
+        BackboneError: The backbone has none.
+    """
+    if backbone.text is None:
+        raise BackboneError(
+            f"this learner compares images with class names, and {backbone.name} has no text tower; use a backbone "
+            "open_clip/<architecture>.<tag>, e.g. open_clip/ViT-B-16.laion400m_e32"
+        )
+    return backbone.text
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -75,6 +75,7 @@ class Backbones(Backbone):
 
     def __init__(self, members: Sequence[Backbone], combine: CombineConfig | None = None) -> None:
         nn.Module.__init__(self)
+        self.facts = {}
         self.members = nn.ModuleList(members)  # type: ignore[assignment]
         self.combine = combine or CombineConfig()
         self.sides = tuple(member.input_size[-1] for member in members)
@@ -159,5 +160,7 @@ def load_backbones(config: Config, device: str | torch.device = "cpu") -> Backbo
 
 
 def backbone_facts(backbone: Backbone) -> dict[str, Any]:
-    """What results record about a backbone: its name, the sha256 of its weights, and the width of its features."""
-    return {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim}
+    """What results record about a backbone: its name, the sha256 of its weights, the width of its features, and what
+    else was needed to build it."""
+    facts = {"name": backbone.name, "sha256": backbone.fingerprint, "feature_dim": backbone.feature_dim}
+    return {**facts, **backbone.facts}

@@ -14,18 +14,15 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.models import parse_model_name
 from torch import Tensor, nn
 
 from cil.backbone.backbone import Backbone
+from cil.backbone.clip import load_clip, timm_arguments
+from cil.backbone.clip_library import PREFIX
+from cil.backbone.hub import not_fetched
 from cil.backbone.weights import NUMPY, Copied, misfit, one_line, read_tensors, require_file, without_classifier
 from cil.config import BackboneConfig
 from cil.errors import BackboneError, nearest
@@ -51,19 +48,35 @@ REFUSED: dict[str, tuple[Any, str]] = {
 """Arguments of ``timm.create_model`` that are no options: the one value that changes nothing, and the reason."""
 
 
-def load_backbone(config: BackboneConfig | str = EMBEDDED, device: str | torch.device = "cpu") -> Backbone:
+def load_backbone(
+    config: BackboneConfig | str = EMBEDDED,
+    device: str | torch.device = "cpu",
+    recorded: Mapping[str, Any] | None = None,
+) -> Backbone:
     """Load the frozen backbone that a configuration names.
 
     Args:
         config: A timm name with its tag, ``hf-hub:<org>/<model>``, ``local-dir:<folder>``, the embedded default's name,
-            or the full configuration.
+            ``open_clip/<architecture>.<tag>``, or the full configuration.
         device: Device of the backbone.
+        recorded: What a run recorded about the backbone, see :func:`~cil.backbone.ensemble.backbone_facts`.
 
     Raises:
         BackboneError: The name is unknown, an option gives no usable model, or the weights are of another architecture,
             are a pickle or cannot be fetched.
     """
     config = BackboneConfig(name=config) if isinstance(config, str) else config
+    if config.name.startswith(PREFIX):
+        with isolated(0):
+            clip = load_clip(config, (recorded or {}).get("open_clip"))
+        return Backbone(
+            _with_attention(clip.model, config), clip.name, clip.data_config, clip.text, {"open_clip": clip.recipe}
+        ).to(device)
+    if config.features == "joint":
+        raise BackboneError(
+            f"backbone.features: joint is the space of images and texts, and {config.name} has no text side; use "
+            f"pooled, or a backbone {PREFIX}<architecture>.<tag>"
+        )
     for key, (neutral, reason) in REFUSED.items():
         if key in config.options and (neutral is None or config.options[key] != neutral):
             raise BackboneError(f"backbone.options.{key}: got {config.options[key]!r}; {reason}, so leave it out")
@@ -73,13 +86,8 @@ def load_backbone(config: BackboneConfig | str = EMBEDDED, device: str | torch.d
         model = _created(config)
         if fault := _unusable(model, config, config.options):
             raise _blamed(config, fault)
-    if config.attention == "explicit":
-        switched = [module for module in model.modules() if hasattr(module, "fused_attn")]
-        if not switched:
-            raise BackboneError(f"backbone.attention: {config.name} has no attention that timm can compute explicitly")
-        for module in switched:
-            setattr(module, "fused_attn", False)  # noqa: B010  # mypy takes a plain assignment for that of a tensor
-    return Backbone(model, _recorded_name(config, model), _data_config(model, config, config.options)).to(device)
+    data_config = _data_config(model, config, config.options)
+    return Backbone(_with_attention(model, config), _recorded_name(config, model), data_config).to(device)
 
 
 def fits(name: str) -> str:
@@ -107,11 +115,28 @@ def without_source(section: Mapping[str, Any], backbone: Backbone) -> dict[str, 
         backbone: The backbone that it names.
     """
     name, options = section["name"], section["options"]
+    if "open_clip" in backbone.facts:
+        return timm_arguments(backbone.facts["open_clip"]["model"])
     if ":" not in name:
         return {"name": name, "options": options}
     model: Any = backbone.model
     given = {key: value for key, value in model.pretrained_model_args.items() if key not in REFUSED}
     return {"name": model.pretrained_cfg["architecture"], "options": {**given, **options}}
+
+
+def _with_attention(model: nn.Module, config: BackboneConfig) -> nn.Module:
+    """The model with the implementation of attention that ``backbone.attention`` names.
+
+    Raises:
+        BackboneError: The model has no attention that can be computed in this way.
+    """
+    if config.attention == "explicit":
+        switched = [module for module in model.modules() if hasattr(module, "fused_attn")]
+        if not switched:
+            raise BackboneError(f"backbone.attention: {config.name} has no attention that timm can compute explicitly")
+        for module in switched:
+            setattr(module, "fused_attn", False)  # noqa: B010  # mypy takes a plain assignment for that of a tensor
+    return model
 
 
 def _require_known(config: BackboneConfig) -> None:
@@ -191,7 +216,7 @@ def _created(config: BackboneConfig) -> nn.Module:
             if numpy:
                 model.load_pretrained(str(path))  # type: ignore[operator]
     except Exception as error:  # hub, network, disk, weights and bad options all surface here, each with its own type
-        if fetching := _not_fetched(config, error):
+        if fetching := not_fetched(config, error):
             raise fetching from None
         if fault := _fault(config, config.options):
             raise _blamed(config, fault) from None
@@ -276,25 +301,3 @@ def _blamed(config: BackboneConfig, fault: str) -> BackboneError:
     names = alone if untrained and alone else list(given)
     shown = ", ".join(f"backbone.options.{key}: got {given[key]!r}" for key in names)
     return BackboneError(f"{shown}; with {'it' if len(names) == 1 else 'them'}, {config.name} is no backbone: {fault}")
-
-
-def _not_fetched(config: BackboneConfig, error: Exception) -> BackboneError | None:
-    """The error for a failed download; None for any other failure."""
-    source, _, hub = config.name.rpartition(":")
-    if source == "local-dir" or not isinstance(error, OSError | EntryNotFoundError):
-        return None
-    said = f"{type(error).__name__}: {one_line(error)}"
-    if isinstance(error, GatedRepoError):
-        hub = hub if source else getattr(timm.get_pretrained_cfg(hub), "hf_hub_id", None) or hub
-        return BackboneError(
-            f"backbone.name: the weights of {config.name} are under a licence: accept the licence at "
-            f"https://huggingface.co/{hub.split('@')[0]}, then log in with `hf auth login` or set HF_TOKEN"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return BackboneError(f"backbone.name: the Hub has no {hub}, or it is private ({said}); correct the name")
-    if isinstance(error, FileNotFoundError | EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return None  # a file that is not there, here or on the Hub
-    local = "backbone.name=local-dir:FOLDER" if source else "backbone.weights=FILE"
-    return BackboneError(
-        f"backbone.name: {config.name} could not be downloaded ({said}); without a network connection, set {local}"
-    )

@@ -147,8 +147,9 @@ def affine_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def final_norms(model: nn.Module) -> list[str]:
-    """Names of the norms after the last block; timm applies ``fc_norm`` after pooling."""
-    return [n for n in ("norm", "fc_norm") if not isinstance(getattr(model, n, nn.Identity()), nn.Identity)]
+    """Names of the norms after the last block; timm applies ``fc_norm`` after pooling, where a CLIP model may have its
+    projection."""
+    return [n for n in ("norm", "fc_norm") if not isinstance(getattr(model, n, nn.Identity()), nn.Identity | nn.Linear)]
 
 
 def last_blocks(model: nn.Module, count: int) -> tuple[str, ...]:

@@ -158,6 +158,7 @@ def backbones() -> Listing:
     rows: dict[str, Callable[[], Iterable[str]]] = {
         EMBEDDED: lambda: ["the embedded default: 2.7 M weights, 64×64 pixels, 192 features", every],
         "hf-hub:<org>/<model>": lambda: ["a timm model of a repository on the Hugging Face Hub", "as its architecture"],
+        "open_clip/<architecture>.<tag>": lambda: ["a vision-language model (pip install 'cil[clip]')", every],
         "local-dir:<folder>": lambda: ["a timm model of a folder: config.json and its weights", "as its architecture"],
     }
     rows |= {name: partial(cells, name) for name in timm.list_pretrained()}

@@ -19,15 +19,23 @@ class BackboneConfig(Section):
 
     name: str = Field(
         "vit_tiny_patch8_64.tinyimagenet100",
-        description="timm name with its tag, hf-hub:<org>/<model> or local-dir:<folder>; default: the model that ships "
-        "with cil",
+        description="timm name with its tag, hf-hub:<org>/<model>, local-dir:<folder> or "
+        "open_clip/<architecture>.<tag>; default: the model that ships with cil",
     )
     weights: Place | Literal["random"] | None = Field(
         None,
-        description="local file that timm reads: safetensors, torch, or npz for JAX; random: untrained, from seed 0; "
-        "default: pre-trained",
+        description="local file that timm reads: safetensors, torch, or npz for JAX; for open_clip/ also a folder; "
+        "random: untrained, from seed 0; default: pre-trained",
     )
-    options: dict[str, Any] = Field({}, description="further arguments of timm.create_model, e.g. img_size")
+    options: dict[str, Any] = Field(
+        {},
+        description="further arguments of timm.create_model, e.g. img_size; for open_clip/ keys of its architecture",
+    )
+    features: Literal["pooled", "joint"] = Field(
+        "pooled",
+        description="features of a vision-language model; pooled: of its image tower; joint: after the projection to "
+        "the space that images share with texts, which is narrower",
+    )
     attention: Literal["timm", "explicit"] = Field(
         "timm",
         description="implementation of attention; timm: as timm chooses, usually torch's fused attention; explicit: an "

@@ -19,7 +19,7 @@ from cil.config.plugins import load_object
 from cil.errors import PluginError
 
 log = logging.getLogger(__name__)
-PATHS = (("data", "root"), ("backbone", "weights"), ("hardware", "feature_store"))
+PATHS = (("data", "root"), ("data", "class_names"), ("backbone", "weights"), ("hardware", "feature_store"))
 """Keys of a configuration that may hold a path; so may ``weights`` of each of several backbones."""
 NO_PATHS = ("random", "off")
 """Values of these keys that are no paths."""

@@ -107,6 +107,10 @@ class DataConfig(Section):
     download: bool = Field(True, description="whether to download torchvision datasets that are not in root")
     image_key: str | None = Field(None, description="column of the images, for hfds; default: image")
     label_key: str | None = Field(None, description="column of the labels, for hfds; default: label")
+    class_names: Place | None = Field(
+        None,
+        description="YAML file with the words for each class (class folder: words), in place of the folders' names",
+    )
     on_error: Literal["raise", "skip"] = Field("raise", description="treatment of a file that is no readable image")
     max_pixels: PositiveInt = Field(
         MAX_PIXELS,

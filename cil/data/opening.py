@@ -3,30 +3,63 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from cil.config import DataConfig
+from cil.config.parsing import parse
 from cil.config.plugins import arguments, load_object
 from cil.data import libraries, sources
 from cil.data.classes import find_split
 from cil.data.folder import as_text
+from cil.data.source import checked_names
 from cil.data.sources import ImageSource
-from cil.errors import CilError, ConfigError, DataError, PluginError, nearest
+from cil.errors import CilError, ConfigError, DataError, PluginError, nearest, shortened
 
 
 def open_source(config: DataConfig, split: str) -> ImageSource:
-    """The source that a configuration names, for the split ``train`` or ``test``, with the limit on its images.
+    """The source that a configuration names, for the split ``train`` or ``test``, with the limit on its images and the
+    words for its classes.
 
     Raises:
         NoSplitError: A folder dataset does not have the split.
         DataError: The dataset is unknown, its path does not exist, a class is empty, or a package or the network is
             missing.
         PluginError: A custom dataset cannot be loaded, fails, or returns something else than a source.
-        ConfigError: ``data.options`` does not fit the arguments of a custom dataset.
+        ConfigError: ``data.options`` does not fit the arguments of a custom dataset, or ``data.class_names`` is no file
+            of names.
     """
     source = _named_source(config, split)
     source.max_pixels = config.max_pixels
+    if config.class_names is not None:
+        source.class_names = checked_names(_words(config.class_names, source.class_names))
     return source
+
+
+def _words(file: Path, names: Sequence[str]) -> list[str]:
+    """The words that a file has for each of several class names.
+
+    Raises:
+        ConfigError: The file cannot be read, is no mapping from names to words, or lacks a class.
+    """
+    try:
+        content = parse(file.read_text(encoding="utf-8"), f"data.class_names: {file}")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"data.class_names: {file} cannot be read as text in UTF-8 ({reason})") from None
+    known = {str(name): words for name, words in content.items()} if isinstance(content, dict) else {}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(
+            f"data.class_names: {file} has no words for {len(missing)} of {len(names)} classes, the first is "
+            f"{missing[0]!r}; add a line {missing[0]}: WORDS for each"
+        )
+    wrong = [name for name in names if not isinstance(known[name], str) or not known[name].strip()]
+    if wrong:
+        raise ConfigError(
+            f"data.class_names: {file}: the words for {wrong[0]!r} are {shortened(known[wrong[0]])}; expected a text"
+        )
+    return [known[name].strip() for name in names]
 
 
 def _named_source(config: DataConfig, split: str) -> ImageSource:

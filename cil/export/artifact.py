@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from cil.backbone import Backbone, Backbones, load_backbone
+from cil.backbone import Backbone, Backbones, end_in_projection, load_backbone
 from cil.config import BackboneConfig, CombineConfig, LearnerEntry
 from cil.config import code as custom
 from cil.config.renamed import current_learner_keys
@@ -221,7 +221,11 @@ def _backbone(recorded: Facts, config: dict[str, Any], tensors: dict[str, Tensor
     sections, configs, members = recorded.get("members", [recorded]), config.get("members", [config]), []
     for section, own, prefix in zip(sections, configs, prefixes(len(sections)), strict=True):
         model = load_backbone(BackboneConfig(**section["config"], weights="random")).model
-        model.load_state_dict({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
+        state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+        joint = state.get("fc_norm.weight")
+        if joint is not None and joint.ndim == 2:  # a norm has one dimension
+            end_in_projection(model, joint, state.get("fc_norm.bias"))
+        model.load_state_dict(state)
         members.append(Backbone(model, section["name"], own))
     return Backbones(members, CombineConfig(**recorded["combine"])) if "members" in recorded else members[0]
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from cil.backbone import Member
 from cil.features.digest import about_tuner, backbone_digest, is_frozen, seen_through, tuner_digest
+from cil.features.texts import encoded
 from cil.store import FeatureStore, Key
 
 if TYPE_CHECKING:
-    from cil.backbone import Backbone
+    from cil.backbone import Backbone, TextSide
     from cil.data.images import ImageSet
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -141,6 +142,10 @@ class FeatureCache:
             if self.accelerator.is_main_process:
                 self.passes_saved += len(new)
                 self.read += int(np.array(kept.from_store, dtype=bool)[kept.unit[new]].sum()) if len(new) else 0
+
+    def texts(self, side: TextSide, texts: Sequence[str]) -> Tensor:
+        """Vectors of texts in the joint space, float32 [n, d] on the CPU; see :func:`cil.features.texts.encoded`."""
+        return encoded(side, texts, self.accelerator, self._store)
 
     def _of(self, version: Hashable, view: View, images: ImageSet) -> _Kept:
         seen = seen_through(view)

@@ -59,6 +59,7 @@ BUILTIN = {
     "cofima": "cil.learners.cofima:CoFiMA",
     "duct": "cil.learners.duct:DUCT",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
+    "zero_shot": "cil.learners.zero_shot:ZeroShot",
 }
 """Place of every built-in learner's class, by name; lists and tables have this order."""
 

@@ -166,7 +166,7 @@ def _backbone(
     """The backbone of a run, or its several ones as one, with the weights and the names that the run recorded."""
     if config.backbones is None:
         return _single(folder, config.backbone, header["backbone"], device, weights)
-    gone = [k for k, one in enumerate(config.backbones) if isinstance(one.weights, Path) and not one.weights.is_file()]
+    gone = [k for k, one in enumerate(config.backbones) if isinstance(one.weights, Path) and not one.weights.exists()]
     if weights is not None and len(gone) != 1:
         raise RunError(
             f"{folder}: the run has {len(config.backbones)} backbones, and of {len(gone)} of them the weights are not "
@@ -186,12 +186,12 @@ def _single(
 ) -> Backbone:
     """One backbone of a run."""
     place = weights if weights is not None else config.weights
-    if isinstance(place, Path) and not place.expanduser().is_file():
+    if isinstance(place, Path) and not place.expanduser().exists():
         advice = "" if weights is not None else ", where the run had its backbone's weights"
         raise RunError(f"{folder}: no file {place}{advice}; give the place of the weights: --weights FILE")
     if weights is not None:
         config = config.model_copy(update={"weights": weights})
-    backbone = load_backbone(config, device)
+    backbone = load_backbone(config, device, recorded)
     if backbone.fingerprint != recorded["sha256"]:
         raise RunError(
             f"{folder}: the run used backbone weights with sha256 {recorded['sha256'][:12]}…, those in "

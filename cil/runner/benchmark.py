@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from cil import results
-from cil.backbone import Backbone, load_backbones
+from cil.backbone import Backbone, load_backbones, text_side
 from cil.config import Config
 from cil.config.parsing import to_yaml
 from cil.data.classes import NoSplitError
@@ -125,6 +125,8 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
             continue
         tried.add(plan.entry.title)
         try:
+            if plan.cls.needs_text:
+                text_side(backbone)
             learner = registry.instantiate(plan.cls, plan.parameters, backbone)
             if plan.config.pseudo is not None:
                 require_sums(learner)

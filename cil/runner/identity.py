@@ -187,7 +187,7 @@ def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
     on pixels, and index files and the treatment of broken images, which show in the fingerprints of the data. Keys
     added after the configuration was stored have their defaults."""
     config = {k: v for k, v in _completed(config).items() if k not in ("hardware", "name")}
-    no_matter = ("root", "download", "on_error", "max_pixels")
+    no_matter = ("root", "class_names", "download", "on_error", "max_pixels")  # names are compared task by task
     config["data"] = {k: v for k, v in config["data"].items() if k not in no_matter}
     # the digests of the tasks' images say which ones index files have chosen
     config["stream"] = {k: v for k, v in config["stream"].items() if k != "shots_files"}
@@ -199,7 +199,8 @@ def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(header: Mapping[str, Any]) -> dict[str, Any]:
-    return {**identity_settings(header["config"]), "backbone weights (sha256)": header["backbone"]["sha256"]}
+    settings = {**identity_settings(header["config"]), "backbone weights (sha256)": header["backbone"]["sha256"]}
+    return settings | ({"text side (sha256)": header["text"]["sha256"]} if "text" in header else {})
 
 
 def continued(header: Header, held: Mapping[str, Any] | None, keep: int) -> Header:

@@ -130,6 +130,15 @@ def header_of(
         "versions": versions(),
         "machine": hardware.facts(accelerator),
     }
+    if plan.cls.needs_text and backbone.text is not None:
+        side = backbone.text
+        header["text"] = {
+            "sha256": side.fingerprint,
+            "width": side.width,
+            "scale": side.scale,
+            "bias": side.bias,
+            "version": side.tower.version,
+        }
     if isinstance(backbone, Backbones):
         header["backbones"] = [backbone_facts(member) for member in backbone.members]
     return header

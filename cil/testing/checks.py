@@ -115,7 +115,16 @@ def check_columns(case: Case) -> None:
 
 
 def check_names_do_not_matter(case: Case) -> None:
-    """Other class names do not change the results."""
+    """Other class names do not change the results; for a learner that declares ``reads_names``, other names of later
+    classes do not."""
+    if case.cls.reads_names:
+        for stop in range(1, len(SIZES)):
+            seen = sum(SIZES[:stop])
+            renamed = case.run(names=(*NAMES[:seen], *reversed(NAMES[seen:])), stop_after=stop)
+            done = case.after(stop)
+            require(renamed.counts() == done.counts(), f"names of classes after stage {stop - 1} change its results")
+            _same_state(renamed.state(), done.state(), f"stage {stop - 1} with other names of later classes")
+        return
     renamed = case.run(names=tuple(reversed(NAMES)))
     require(renamed.counts() == case.finished.counts(), "other class names give other results")
 

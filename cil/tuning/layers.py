@@ -138,6 +138,8 @@ class Collector(Tuner):
         }
         found = [take[token]() for token in self.tokens]
         after_pooling = getattr(vit, "fc_norm", None) if self.norm else None
+        if isinstance(after_pooling, nn.Linear):  # the projection of joint features, which is no norm
+            return found
         return found if after_pooling is None else [after_pooling(part) for part in found]
 
 
