@@ -22,7 +22,8 @@ from cil.backbone.clip_library import Tower
 from cil.config import BackboneConfig, Config
 from cil.data.transforms import Transforms
 from cil.errors import BackboneError, CilError, ConfigError
-from cil.export import export, load
+from cil.export import FORMATS, export, load
+from cil.learners import registry
 from cil.learners.registry import build_learner
 from cil.learners.zero_shot import ZeroShot
 from cil.prediction import open_run
@@ -431,6 +432,29 @@ def test_joint_features_survive_export(settings, tmp_path):
     exported = load(export(folder, tmp_path / "exported"))
     assert exported.backbone.feature_dim == 24
     assert (exported(images(32))[0] - open_run(folder)(images(32))[0]).abs().max() < 1e-5
+
+
+LEARNERS = {
+    "zero_shot": {},
+    "clip_gda": {"space": "joint", "text_prior": 2.0, "published": True},
+}
+"""Every learner on texts, at a setting that trains little."""
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), slow_beyond([(n, "safetensors") for n in LEARNERS], [(n, f) for n in LEARNERS for f in FORMATS])
+)
+def test_learners_on_texts_give_their_logits_in_exported_models(settings, tmp_path, monkeypatch, name, form):
+    settings["learners"] = [{"name": name, **LEARNERS[name]}]
+    [folder] = run(Config(**settings), tmp_path / "results")
+    monkeypatch.setattr(Tower, "__init__", lambda *_: pytest.fail("the text tower was built"))
+    exported = load(export(folder, tmp_path / "exported", form))
+    expected = open_run(folder)(images(32))[0]
+    assert (exported(images(32))[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_every_learner_on_texts_is_exported():
+    assert LEARNERS.keys() == {name for name in registry.BUILTIN if registry.resolve(name).needs_text}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ OTHER_TUNERS = ("ssf", "vpt_shallow", "vpt_deep", "lora", "full")
         ("slda", {}),
         ("layer_lda", {}),
         ("zero_shot", {}),
+        ("clip_gda", {}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8, "init_ptm": True, "beta": 0.5}),
         ("slca", {"epochs": 5, "milestones": [4], "samples": 16, "fresh_norm": False}),
     ]
@@ -53,6 +54,7 @@ def test_common_checks(case, check):
         ("ranpac", {"projection": 100, "strength": "gcv"}),
         ("slda", {"shrinkage": "gcv"}),
         ("loranpac", {"projection": 100, "block": 7}),
+        ("clip_gda", {"space": "joint", "text_prior": 4, "weight": "first_task", "published": True}),
         ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8}),
     ]

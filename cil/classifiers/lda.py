@@ -20,7 +20,7 @@ from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, symmet
 from cil.utils.precision import exact, without_autocast
 
 Priors = Literal["counts", "uniform"]
-Shrinkage = float | Literal["gcv"]
+Shrinkage = float | Literal["gcv", "samples"]
 
 RATIOS = tuple(10.0 ** (exponent / 4) for exponent in range(-24, 13))
 """Candidates for s / (1 − s), from 10⁻⁶ to 10³."""
@@ -52,9 +52,12 @@ class LDA(StatisticsClassifier):
     three more matrices of this size, after every change of the statistics. Every part of the features (``blocks``) has
     its own s.
 
+    The shrinkage ``samples`` is F / (N − 1 + F) for N samples so far: the estimate of Kubokawa and Srivastava (2008)
+    that Wang et al. (ICLR 2024) use.
+
     Args:
         feature_dim: Feature width F.
-        shrinkage: Shrinkage s in [0, 1], or ``gcv``; with 1 the distances to the class means are Euclidean.
+        shrinkage: Shrinkage s in [0, 1], ``gcv`` or ``samples``; with 1 the distances to the class means are Euclidean.
         priors: Class priors π_c; ``counts``: the classes' shares of the samples, ``uniform``: equal for all classes
             with samples. Every sample has the same weight in Σ under both.
         blocks: Number of equal parts of the features, or the widths of the parts, with sum F. Σ is taken to be 0
@@ -86,8 +89,8 @@ class LDA(StatisticsClassifier):
         calibration: Calibration | None = None,
     ) -> None:
         super().__init__(feature_dim)
-        if shrinkage != "gcv" and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
-            raise ConfigError(f"LDA: shrinkage is {shrinkage!r}; it must be in [0, 1], or 'gcv'")
+        if shrinkage not in ("gcv", "samples") and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
+            raise ConfigError(f"LDA: shrinkage is {shrinkage!r}; it must be in [0, 1], 'gcv' or 'samples'")
         if isinstance(blocks, int) and (blocks < 1 or feature_dim % blocks):
             raise ConfigError(f"LDA: blocks is {blocks}; {feature_dim} features do not divide into equal parts")
         widths = (feature_dim // blocks,) * blocks if isinstance(blocks, int) else tuple(blocks)
@@ -158,15 +161,20 @@ class LDA(StatisticsClassifier):
         torch.sub(self.outer, within, out=within)
         return zero_constant_(within, self.outer).div_(self.totals.sum().clamp(min=1))
 
+    @property
+    def decision_means(self) -> Tensor:
+        """The class means in the decision rule, float64 [C, F]; a subclass may know more than the samples."""
+        return self.means
+
     def _solve(self) -> tuple[Tensor, Tensor, list[float]]:
-        covariance, means = self.covariance, self.means
+        covariance, means = self.covariance, self.decision_means
         unit = self.scale_of(covariance)
         parts, centres, shrinkages = [], [], []
         for end, width in zip(accumulate(self.blocks), self.blocks, strict=True):
             part = slice(end - width, end)
             block = covariance[part, part]
             scale = float(block.diagonal().mean()) or unit
-            chosen = self._choose(block, part, scale) if isinstance(self.shrinkage, str) else self.shrinkage
+            chosen = self._shrinkage_of(block, part, scale)
             shrunk, centre = shrink_(block, chosen, scale), means[:, part].contiguous()
             if self.calibration is not None:
                 centre = self.calibration.calibrated(centre, self.counts, shrunk)
@@ -181,6 +189,12 @@ class LDA(StatisticsClassifier):
         else:
             bias = bias - float((self.counts > 0).sum().clamp(min=1).double().log())
         return weights, bias, shrinkages
+
+    def _shrinkage_of(self, covariance: Tensor, part: slice, scale: float) -> float:
+        """The shrinkage of the features ``part`` with within-class covariance [F', F']."""
+        if self.shrinkage == "samples":
+            return len(covariance) / max(len(covariance), int(self.counts.sum()) - 1 + len(covariance))
+        return self._choose(covariance, part, scale) if isinstance(self.shrinkage, str) else self.shrinkage
 
     def _choose(self, covariance: Tensor, part: slice, scale: float) -> float:
         """The shrinkage with the smallest error for the features ``part`` with within-class covariance [F', F']."""

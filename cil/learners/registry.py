@@ -60,6 +60,7 @@ BUILTIN = {
     "duct": "cil.learners.duct:DUCT",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
     "zero_shot": "cil.learners.zero_shot:ZeroShot",
+    "clip_gda": "cil.learners.clip_gda:ClipGDA",
 }
 """Place of every built-in learner's class, by name; lists and tables have this order."""
 
