@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from cil.classifiers import LDA
+from cil.classifiers import LDA, Gaussians
 from cil.classifiers.fusion import folds, fusion_weights
+from cil.classifiers.gaussians import ShrunkGaussians
 from cil.classifiers.text import TextLDA
 from cil.errors import ConfigError
+from cil.learners.bases.old_vectors import WithOldClasses
+from cil.learners.rapf import RAPF, fused
 from cil.learners.registry import build_learner
 from cil.runner import run_stages
-from cil.testing.setting import accelerator, backbone, context, probe_images, stream
+from cil.stream import Task
+from cil.stream.stream import TaskData
+from cil.testing.setting import NAMES, accelerator, backbone, context, probe_images, stream
 
 
 def samples(classes=4, count=30, width=6, seed=0, spread=1.0):
@@ -157,7 +162,158 @@ def test_limits_of_the_text_prior():
         build_learner({"name": "clip_gda", "text_prior": 2}, backbone())
 
 
+def test_single_images_leave_the_decision_to_the_texts():
+    learner = build_learner("clip_gda", backbone())
+    images, positions = stream(learner.backbone, sizes=(8,)).tasks[0].train.source
+    first = np.array([positions[images.labels == c][0] for c in range(8)])
+    task = Task(0, tuple(range(8)), tuple(range(8)), NAMES, TaskData(images, first, np.arange(8)))
+    learner.begin(task, context())
+    learner.learn(task, context())
+    assert learner.weights.tolist() == [1, 0]
+    f = features_of(learner)
+    assert torch.equal(learner.logits(f), learner.text.logits(f))
+
+
 def test_one_image_per_class_is_enough_to_run():
     u, y, _ = samples(count=1)
     scores = TextLDA(6, lambda: u, 2).partial_fit(u, y).logits(u)
     assert bool(scores.isfinite().all()) and torch.equal(scores.argmax(1), y)
+
+
+# --- tip_adapter ------------------------------------------------------------------------------------------------------
+
+
+def test_without_keys_it_is_zero_shot():
+    learner, _ = learned("tip_adapter", alpha=0, beta=2)
+    assert torch.equal(learner.logits(features_of(learner)), learner.text.logits(features_of(learner)))
+
+
+def test_with_one_shot_it_is_the_papers_formula():
+    learner, tasks = learned("tip_adapter", alpha=1.5, beta=3, shots=1)
+    vit = backbone()
+    keys = []
+    for task in stream(vit).tasks:
+        f, y = context().features(learner, task.train)
+        first = [int((y == c).nonzero()[0]) for c in task.classes]
+        keys.append(F.normalize(learner.text.project(f[first]), dim=1))
+    f = features_of(learner)
+    near = F.normalize(learner.text.project(f), dim=1) @ torch.cat(keys).T
+    expected = learner.text.logits(f) + 1.5 * torch.exp(-3 * (1 - near))
+    assert (learner.logits(f) - expected).abs().max() < 1e-4 and len(tasks) == 3
+
+
+def test_small_and_large_sharpness():
+    """For β → 0 the keys' part is α (1 − β (1 − f · k)); for large α the nearest key decides."""
+    flat, _ = learned("tip_adapter", alpha=1000.0, beta=1e-3)
+    f = features_of(flat)
+    part = flat.logits(f).double() - flat.text.logits(f).double()
+    near = flat.keys.logits(flat.normalised(f)).double()
+    assert ((part / 1000 - 1) / 1e-3 + 1 - near).abs().max() < 1e-2
+    sharp, _ = learned("tip_adapter", alpha=1e9, beta=20, shots=1)
+    assert torch.equal(sharp.logits(f).argmax(1), sharp.keys.logits(sharp.normalised(f)).argmax(1))
+
+
+def test_keys_hold_the_first_images_and_are_chosen_on_others():
+    few, _ = learned("tip_adapter", shots=5)
+    assert few.keys.counts.tolist() == [5, 5, 5, 5, 5, 1, 5, 5]  # the checks' stream has a class of one image
+    again, _ = learned("tip_adapter", shots=5, stages=1)
+    assert torch.equal(few.chosen, again.chosen)  # by the first task alone
+    one, _ = learned("tip_adapter", shots=4)
+    assert one.chosen.tolist() == pytest.approx([1.17, 1.0])  # too few to hold some out
+
+
+# --- rapf -------------------------------------------------------------------------------------------------------------
+
+
+def test_limits_of_the_fusion():
+    generator = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(7, 7, generator=generator).double() for _ in range(2))
+    assert (fused(old, new, 1.0) - new).abs().max() < 1e-12
+    assert fused(old, old, 0.3) is old
+    u, s, vt = torch.linalg.svd(old)
+    before, after = s.diag() @ vt, u.T @ new
+    moved = (after - before).abs()
+    assert (u.T @ fused(old, new, 0.0) - before).abs().max() == pytest.approx(float(moved.max()))  # the largest stays
+    share = (moved / moved.max() + 0.2).clamp(max=1)
+    signs = torch.tensor([1.0, -1, 1, -1, -1, 1, 1]).double()
+    flipped = u * signs  # other signs of singular vectors are as good
+    there = flipped.T @ new * share + signs[:, None] * before * (1 - share)
+    assert (fused(old, new, 0.2) - flipped @ there).abs().max() < 1e-12
+
+
+def after_three_classes(pairs):
+    """The training data of a task of class 3: 40 images in steps of 16, with 5 vectors of two old classes each."""
+    x, y, _ = samples(count=40)
+    gaussians = Gaussians(6).partial_fit(x[y < 3], y[y < 3])
+    return WithOldClasses(x[y == 3].float(), y[y == 3], gaussians, pairs, amount=0.5, per_step=2, size=16)
+
+
+def test_steps_hold_the_vectors_of_old_classes_in_turn():
+    data = after_three_classes([(1, 3)])
+    steps = list(data.batches(99, generator=torch.Generator().manual_seed(0)))
+    assert data.sampled == 2 * 5 + 10 and sum(len(step[-1]) for step in steps) == len(data) == 40 + 3 * 20
+    turns = []
+    for _, rivals, weights, own in steps:
+        new, sampled, paired = own == 3, (own != 3) & (rivals < 0), rivals >= 0
+        assert own[paired].unique().tolist() == [1] and rivals[paired].unique().tolist() == [3] and sampled.sum() == 10
+        assert (
+            float(weights[rivals < 0].sum()) == pytest.approx(len(own)) == pytest.approx(float(weights[paired].sum()))
+        )
+        turns += own[sampled][::5].tolist()
+        assert bool(new.any())
+    assert sorted(turns) == [0, 0, 1, 1, 2, 2]  # each as often as the others
+    first, second = (list(data.batches(99, generator=torch.Generator().manual_seed(0), part=(r, 2))) for r in (0, 1))
+    for whole, one, two in zip(steps, first, second, strict=True):
+        assert torch.equal(whole[0][::2], one[0]) and torch.equal(whole[0][1::2], two[0])
+
+
+def test_without_similar_texts_there_is_no_hinge():
+    data = after_three_classes([])
+    assert all(bool((rivals < 0).all()) for _, rivals, _, _ in data.batches(99))
+    assert data.sampled == 10
+    learner, tasks = learned("rapf", stages=2, threshold=0.0, epochs=1, milestones=[1])
+    assert learner._hard_pairs(tasks.tasks[1]) == []
+    learner.config = learner.config.model_copy(update={"threshold": 10.0})
+    assert len(learner._hard_pairs(tasks.tasks[1])) == 4  # all old classes with the new one
+
+
+def test_the_loss_is_that_of_the_paper():
+    learner, _ = learned("rapf", stages=2, epochs=1, milestones=[1])
+    t, a = learner.text.prototypes, learner.map
+    e = torch.randn(6, len(a), generator=torch.Generator().manual_seed(0))
+    labels, rivals = torch.tensor([0, 4, 2, 1, 0, 3]), torch.tensor([-1, -1, -1, -1, 4, 4])
+    weights = torch.where(rivals < 0, 6 / 4, 6 / 2)
+    value, logits = learner._loss(e, rivals, weights, labels)
+    cosines = F.normalize(e @ a.T, dim=1) @ t.T
+    hinge = [max(0.0, float(cosines[i, 4] - cosines[i, labels[i]] + 0.1)) for i in (4, 5)]
+    expected = F.cross_entropy(100 * cosines[:4], labels[:4]) + sum(hinge) / 2
+    assert float(value) == pytest.approx(float(expected), rel=1e-5) and torch.allclose(logits, 100 * cosines)
+
+
+def test_an_identity_that_is_not_trained_is_zero_shot():
+    vit = backbone()
+    learner = build_learner({"name": "rapf", "init": "identity"}, vit)
+    task = stream(vit).tasks[0]
+    learner.begin(task, context())
+    super(RAPF, learner).learn(task, context())  # the names alone
+    f = vit(probe_images())
+    assert (learner.logits(f) - learner.text.logits(f)).abs().max() < 1e-4
+
+
+def test_statistics_of_old_classes_stay_bit_for_bit():
+    one, _ = learned("rapf", stages=1, epochs=1, milestones=[1])
+    two, _ = learned("rapf", stages=3, epochs=1, milestones=[1])
+    old = len(one.gaussians.counts)
+    assert torch.equal(one.gaussians.outers, two.gaussians.outers[:old]) and old == 4
+
+
+def test_shrunk_gaussians_draw_from_fecams_covariance():
+    x, y, _ = samples(count=60)
+    gaussians = ShrunkGaussians(6).partial_fit(x, y)
+    plain = np.cov(x[y == 2].numpy().T)
+    v1, v2 = plain.diagonal().mean(), plain[~np.eye(6, dtype=bool)].mean()
+    expected = plain + v1 * np.eye(6) + v2 * (1 - np.eye(6)) + 1e-4 * np.eye(6)
+    factor = gaussians.factor(2)
+    assert (factor @ factor.T - torch.from_numpy(expected)).abs().max() < 1e-12
+    drawn = gaussians.sample(torch.full((20000,), 2), torch.Generator().manual_seed(0)).double()
+    assert (drawn.T.cov() - torch.from_numpy(expected)).abs().max() < 0.03 * np.abs(expected).max()

@@ -148,3 +148,13 @@ class Gaussians(ClassMoments):
     def _forget(self, labels: Tensor | None = None) -> None:
         unit = self._solved.pop("unit", 1.0)
         super()._forget(labels if unit == 1 else None)
+
+
+class ShrunkGaussians(Gaussians):
+    """Gaussians whose covariances are Σ + v₁ I + v₂ (1 − I), v₁ the mean variance, v₂ the mean non-zero covariance."""
+
+    def own_or_pooled(self, c: int) -> Tensor:
+        covariance = super().own_or_pooled(c)
+        other = covariance - torch.diag(covariance.diagonal())
+        v1, v2 = covariance.diagonal().mean(), other.sum() / (other != 0).sum().clamp(min=1)
+        return covariance + v2 + (v1 - v2) * torch.eye(len(covariance)).to(covariance)

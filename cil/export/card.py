@@ -32,6 +32,8 @@ def licence(backbone: Backbone, weights: str | None) -> dict[str, str]:
         weights: ``backbone.weights`` of the configuration.
     """
     pretrained: Any = getattr(backbone.model, "pretrained_cfg", None) or {}
+    if "open_clip" in backbone.facts:  # timm's facts are those of other weights of the architecture
+        pretrained = {}
     name, known = "unknown", f"timm states none for the backbone's weights, {backbone.name}."
     if weights == "random":
         known = "the backbone is untrained."

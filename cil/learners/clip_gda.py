@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from cil.backbone import Backbone
 from cil.classifiers import LDA
 from cil.classifiers.fusion import folds, fusion_weights
 from cil.classifiers.text import TextLDA
@@ -31,8 +30,8 @@ class ClipGDA(NamesClasses):
 
     The weights (a, b) minimise the cross-entropy of the current task's images, held out in five folds: z and g are
     computed for each fold over all classes seen, g from the sums of old tasks and the other four folds. Old images are
-    not needed. If a class has fewer than five images, the weights stay as they are; at first a = 1 and b = ς. Keeps
-    F² numbers, and F + d + 1 per class. One forward pass per image.
+    not needed. If a class has fewer than five images, the weights stay as they are; at first a = 1 and b = ς, or 0 if
+    no class has two images. Keeps F² numbers, and F + d + 1 per class. One forward pass per image.
     """
 
     class Config(NamesClasses.Config):
@@ -61,14 +60,11 @@ class ClipGDA(NamesClasses):
     paper = "Wang et al., A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation, ICLR 2024, arXiv 2402.04087"
     weights: Tensor
 
-    def __init__(self, config: Config, backbone: Backbone) -> None:
-        super().__init__(config, backbone)
-        self.classifier = self._classifier(self.text.width if config.space == "joint" else backbone.feature_dim)
-        self.register_buffer("weights", torch.zeros(2, dtype=torch.float64))  # (a, b)
-
-    def _classifier(self, width: int) -> TextLDA:
+    def make_parts(self, joint: int) -> None:
+        width = joint if self.config.space == "joint" else self.backbone.feature_dim
         # a closure, because copies of a bound method copy the learner with its backbone
-        return TextLDA(width, lambda: self.text.prototypes, self.config.text_prior)
+        self.classifier = TextLDA(width, lambda: self.text.prototypes, self.config.text_prior)
+        self.register_buffer("weights", torch.zeros(2, dtype=torch.float64))  # (a, b)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
@@ -82,8 +78,9 @@ class ClipGDA(NamesClasses):
             self._weigh(features, labels, ctx)
         self.classifier.partial_fit(self.gaussian_features(features), labels)
         if not bool(self.weights.any()):
-            [shrinkage] = self.classifier.shrinkages
-            chosen = self.config.weight if isinstance(self.config.weight, float) else shrinkage
+            # single images say nothing of the variance, and so nothing of the size of g
+            usual = self.classifier.shrinkages[0] if bool((self.classifier.counts > 1).any()) else 0.0
+            chosen = self.config.weight if isinstance(self.config.weight, float) else usual
             self.weights = self.weights.new_tensor([1.0, chosen])
         ctx.log("weight_of_texts", float(self.weights[0]))
         ctx.log("weight_of_gaussians", float(self.weights[1]))
@@ -113,12 +110,6 @@ class ClipGDA(NamesClasses):
     def logits(self, features: Tensor) -> Tensor:
         a, b = self.weights.to(features.dtype)
         return a * self.text.logits(features) + b * self._gaussians(self.classifier, self.gaussian_features(features))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        width = len(state_dict[f"{prefix}classifier.outer"])
-        if width != self.classifier.feature_dim:  # an exported model has no text side that says the joint width
-            self.classifier = self._classifier(width).to(self.weights.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _factor(classifier: LDA) -> float:

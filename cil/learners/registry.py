@@ -61,6 +61,8 @@ BUILTIN = {
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
     "zero_shot": "cil.learners.zero_shot:ZeroShot",
     "clip_gda": "cil.learners.clip_gda:ClipGDA",
+    "tip_adapter": "cil.learners.tip_adapter:TipAdapter",
+    "rapf": "cil.learners.rapf:RAPF",
 }
 """Place of every built-in learner's class, by name; lists and tables have this order."""
 

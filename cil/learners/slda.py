@@ -17,18 +17,19 @@ class SLDA(AdaptOnce):
     """Deep SLDA (Hayes and Kanan, arXiv 1909.01520) in batch form.
 
     logit_c = fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c, with class means μ_c and one within-class covariance Σ of all classes,
-    shrunk to (1 − s) Σ + s · tr(Σ)/F · I; s is given, or chosen from the statistics (``gcv``). All statistics are sums
-    over images, so the order of tasks has no effect if nothing is trained (a ``tuner`` is trained on the first task, as
-    in APER). The paper's running covariance over a stream of single images approximates this Σ and depends on their
+    shrunk to (1 − s) Σ + s · tr(Σ)/F · I; s is given, or follows from the statistics (``gcv``, ``samples``). These are
+    sums over images, so the order of tasks has no effect if nothing is trained (a ``tuner`` is trained on the first
+    task, as in APER). The paper's running covariance over a stream of single images approximates Σ and depends on their
     order. Keeps F² numbers, and F + 1 per class. One forward pass per image. ``merge`` uses the same classifier, so
     SLDA is its baseline without training.
     """
 
     class Config(AdaptOnce.Config):
-        shrinkage: Literal["gcv"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        shrinkage: Literal["gcv", "samples"] | Annotated[float, Field(ge=0, le=1)] = Field(
             1e-4,
             description="shrinkage s in [0, 1] of the covariance; published: 10⁻⁴, larger for few images. gcv: chosen "
-            "by generalised cross-validation from the statistics of all tasks, for wide features",
+            "by generalised cross-validation from the statistics of all tasks, for wide features; samples: "
+            "F / (N − 1 + F) for N images so far",
         )
         priors: Literal["uniform", "counts"] = Field(
             "uniform", description="class priors π_c: equal, or the class frequencies so far"
@@ -64,5 +65,5 @@ class SLDA(AdaptOnce):
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)
-        if self.config.shrinkage == "gcv":
+        if isinstance(self.config.shrinkage, str):
             ctx.log("shrinkage", self.classifier.shrinkages[0])

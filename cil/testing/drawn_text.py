@@ -21,12 +21,13 @@ class DrawnTexts:
     Args:
         draw: Name → feature of the class's image without noise, float32 [F]; None for a name it does not know.
         projection: Orthogonal matrix [F, F] from features to the joint space.
+        fingerprint: What tells the drawings from others.
     """
 
-    fingerprint, version = "drawn texts", "1"
+    version = "1"
 
-    def __init__(self, draw: Callable[[str], Tensor | None], projection: Tensor) -> None:
-        self._draw, self._projection = draw, projection
+    def __init__(self, draw: Callable[[str], Tensor | None], projection: Tensor, fingerprint: str) -> None:
+        self._draw, self._projection, self.fingerprint = draw, projection, fingerprint
         width = len(projection)
         # texts and images of trained models lie in two cones: all texts share an offset
         self._gap = torch.from_numpy(np.random.RandomState(11).normal(size=width)).float()
@@ -45,8 +46,8 @@ class DrawnTexts:
         return vector + vector.norm() * (0.1 * self._gap + 0.02 * noise) / len(self._gap) ** 0.5
 
 
-def drawn_texts(width: int, draw: Callable[[str], Tensor | None]) -> TextSide:
+def drawn_texts(width: int, draw: Callable[[str], Tensor | None], fingerprint: str = "drawn texts") -> TextSide:
     """A text side for a backbone with features of a width, in which a text is the image of the class that it names."""
     rotation = np.linalg.qr(np.random.RandomState(7).normal(size=(width, width)))[0]
     projection = torch.from_numpy(rotation).float()
-    return TextSide(width, SCALE, 0.0, projection, None, lambda: DrawnTexts(draw, projection))
+    return TextSide(width, SCALE, 0.0, projection, None, lambda: DrawnTexts(draw, projection, fingerprint))

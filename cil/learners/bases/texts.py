@@ -49,6 +49,10 @@ class NamesClasses(Learner):
             if side is None
             else TextClassifier(side.width, side.scale, side.bias, side.projection, side.offset)
         )
+        self.make_parts(self.text.width)
+
+    def make_parts(self, joint: int) -> None:
+        """Build what depends on the width of the joint space; called again if a stored learner has another one."""
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
@@ -60,6 +64,13 @@ class NamesClasses(Learner):
         for label in task.classes:
             if not known[label]:
                 self.text.set(label, self.prototype(task.names[label], ctx))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        width = state_dict[f"{prefix}text.prototypes"].shape[1]
+        if width != self.text.width:  # an exported model has no text side that says the width of the joint space
+            self.make_parts(width)
+            self.to(self.text.prototypes.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def prototype(self, name: str, ctx: Context) -> Tensor:
         """The prototype [d] of a class, float32, of length 1."""
