@@ -36,7 +36,6 @@ OTHER_TUNERS = ("ssf", "vpt_shallow", "vpt_deep", "lora", "full")
         ("slda", {}),
         ("layer_lda", {}),
         ("zero_shot", {}),
-        ("rapf", {"epochs": 3, "milestones": [2], "lr": 0.01, "threshold": 1.3}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8, "init_ptm": True, "beta": 0.5}),
         ("slca", {"epochs": 5, "milestones": [4], "samples": 16, "fresh_norm": False}),
     ]
@@ -57,6 +56,7 @@ def test_common_checks(case, check):
         ("clip_gda", {}),
         ("tip_adapter", {}),
         ("tip_adapter", {"shots": None, "alpha": 2, "beta": 5}),
+        ("rapf", {"epochs": 3, "milestones": [2], "lr": 0.01, "threshold": 1.3}),
         ("rapf", {"epochs": 2, "milestones": [1], "init": "identity", "shrink": True, "bias": 0.2}),
         ("clip_gda", {"space": "joint", "text_prior": 4, "weight": "first_task", "published": True}),
         ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),
