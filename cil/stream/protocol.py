@@ -242,7 +242,8 @@ class ClassDomainIncremental:
             pairs.sort(key=lambda pair: pair[1])  # stable
         elif self.pairs == "shuffled":
             pairs = [pairs[i] for i in np.random.RandomState(self.seed).permutation(len(pairs)).tolist()]
-        order, new = [], {}  # labels count in order of appearance
+        order: list[int] = []  # labels count in order of appearance
+        new: dict[int, tuple[int, ...]] = {}
         for g, _ in pairs:
             if g not in new:
                 new[g] = tuple(range(len(order), len(order) + len(once.classes[g])))
