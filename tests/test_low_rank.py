@@ -7,10 +7,12 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from test_untrained import READ, make
 
 from cil.errors import BackboneError
 from cil.learners.bases.subspaces import grown, new_directions
 from cil.learners.inflora import InfLoRA
+from cil.learners.registry import build_learner
 from cil.merging.statistics import input_grams
 from cil.testing import Case, parametrize_learner
 from cil.testing.setting import backbone, context, probe_images, stream
@@ -86,6 +88,14 @@ def test_only_chosen_layers_are_observed():
     [name] = chosen = ["blocks.1.attn.qkv.weight"]
     found = input_grams(vit.model, [probe_images()], layers=chosen)
     assert set(found) == {name} and torch.equal(found[name], every[name])
+
+
+@pytest.mark.parametrize("learner", [{"name": "inflora"}, {"name": "loda", "rank": 4}, {"name": "e2_lora"}])
+def test_a_backbone_whose_inputs_cannot_be_seen_is_refused_before_any_training(learner):
+    beit = make(*READ["BEiT"])
+    with pytest.raises(BackboneError, match=r"^2 of the \d layers .* are read, not called, by this Beit; the first"):
+        build_learner(learner, beit)
+    assert beit.passes == 0
 
 
 # --- subspaces

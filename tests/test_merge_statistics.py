@@ -105,6 +105,8 @@ def test_grams_are_means_of_outer_products():
         gram = got[f"{name}.weight"]
         assert gram.shape == (1, *expected.shape) and torch.equal(gram, gram.mT)
         assert np.abs(gram[0].numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+        covariance = input_grams(model, x.split(3), layers=[f"{name}.weight"], centred=True)[f"{name}.weight"][0]
+        assert np.abs(covariance.numpy() - np.cov(rows.T, bias=True)).max() < 1e-5 * np.abs(expected).max()
     blocks = input_grams(model, [x], block=40)["blocks.1.mlp.fc2.weight"]  # 96 inputs: 3 blocks of 32
     assert blocks.shape == (3, 32, 32)
     whole = got["blocks.1.mlp.fc2.weight"][0]

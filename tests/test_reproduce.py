@@ -67,6 +67,7 @@ NOT_RUN_YET = {
     "cds",
     "inflora",
     "loda",
+    "e2_lora",
     "acil",
     "air",
     "ds_al",

@@ -136,14 +136,27 @@ def affine_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     names = ["patch_embed.proj"]
     biases: dict[str, tuple[str, ...]] = {}
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        linear = [name for name, layer in block.mlp.named_modules() if isinstance(layer, nn.Linear)]
-        fused = block.attn.qkv is not None
-        projections = ["attn.qkv"] if fused else ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
-        inside = ["norm1", *projections, "attn.proj", "norm2", *(f"mlp.{name}" for name in linear)]
+        projections, linear = _linear_layers(block)
+        inside = ["norm1", *projections, "attn.proj", "norm2", *linear]
         names += [f"blocks.{i}.{name}" for name in inside]
-        if fused and getattr(block.attn, "q_bias", None) is not None:
+        if len(projections) == 1 and getattr(block.attn, "q_bias", None) is not None:
             biases[f"blocks.{i}.attn.qkv"] = tuple(f"blocks.{i}.attn.{part}_bias" for part in "qkv")
     return {name: biases.get(name, (f"{name}.bias",)) for name in names + final_norms(model)}
+
+
+def widening_layers(model: nn.Module, i: int) -> list[str]:
+    """Names of block i's weights that read normalised tokens: those of queries, keys and values, and the MLP's first.
+
+    A gated MLP has two of these, and the attention one or three.
+    """
+    projections, linear = _linear_layers(model.blocks[i])  # type: ignore[index]
+    return [f"blocks.{i}.{name}.weight" for name in [*projections, *linear[:-1]]]
+
+
+def _linear_layers(block: Any) -> tuple[list[str], list[str]]:
+    """Names in a block of the layers that compute queries, keys and values, and of the MLP's linear layers in order."""
+    projections = ["attn.qkv"] if block.attn.qkv is not None else ["attn.q_proj", "attn.k_proj", "attn.v_proj"]
+    return projections, [f"mlp.{name}" for name, layer in block.mlp.named_modules() if isinstance(layer, nn.Linear)]
 
 
 def final_norms(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cil.backbone import Backbone
 from cil.classifiers import LinearHead
 from cil.learner import Context
-from cil.learners.bases.low_rank import LowRankUpdates
+from cil.learners.bases.low_rank import LowRankUpdates, require_called
 from cil.learners.bases.new_classes import task_head
 from cil.learners.bases.subspaces import grown, new_directions
 from cil.stream import Task
@@ -51,6 +51,7 @@ class InfLoRA(LowRankUpdates):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.tuner = LowRankBank(backbone, config.rank, "kv")
+        require_called(backbone, self.tuner.inputs)
         self.head = LinearHead(backbone.feature_dim)
         blocks, _, width = self.tuner.down.shape
         self.register_buffer("known", torch.zeros(blocks, width, width))  # P of each block

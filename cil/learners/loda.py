@@ -12,7 +12,7 @@ from torch import Tensor
 from cil.backbone import Backbone
 from cil.classifiers import CosineHead
 from cil.learner import Context
-from cil.learners.bases.low_rank import LowRankUpdates
+from cil.learners.bases.low_rank import LowRankUpdates, require_called
 from cil.learners.bases.new_classes import task_head
 from cil.learners.bases.subspaces import compromise, isolated_directions, shared_directions
 from cil.stream import Task
@@ -56,6 +56,7 @@ class LoDA(LowRankUpdates):
         super().__init__(config, backbone)
         scales = [config.shared_scale] * config.rank + [config.isolated_scale] * config.rank
         self.tuner = LowRankBank(backbone, 2 * config.rank, "qkv", scales)
+        require_called(backbone, self.tuner.inputs)
         self.head = CosineHead(backbone.feature_dim, config.scale)
         self.head.sigma.requires_grad_(False)  # it stays at s
         blocks, _, width = self.tuner.down.shape

@@ -131,6 +131,7 @@ def input_grams(
     block: int | None = None,
     layers: Container[str] | None = None,
     forward: Callable[[Tensor], Any] | None = None,
+    centred: bool = False,
 ) -> dict[str, Tensor]:
     """Compute G = XᵀX / N of the inputs X [N, in] of every ``nn.Linear`` of a model; each token of an image is a row.
 
@@ -145,6 +146,7 @@ def input_grams(
             :class:`cil.merging.RegMean` uses them; None: no limit.
         layers: Names of the weights whose layers are observed; None: all.
         forward: Function that is called with the images; by default the model itself.
+        centred: Whether the mean of X is subtracted from its rows, so that G is their covariance.
 
     Returns:
         Gram matrices by name of the layer's weight, float64 [k, in/k, in/k], k = 1 unless in blocks; exactly symmetric.
@@ -153,6 +155,7 @@ def input_grams(
         DataError: There is no image, or an input is not finite.
     """
     sums: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -162,6 +165,8 @@ def input_grams(
             x = x.reshape(-1, k, x.shape[-1] // k).transpose(0, 1)  # [k, N, in/k]
             product = (x.mT @ x).double()
             sums[name] = sums.get(name, 0) + (product + product.mT) / 2
+            if centred:
+                means[name] = means.get(name, 0) + x.double().sum(1)
             rows[name] = rows.get(name, 0) + x.shape[1]
 
         return hook
@@ -183,7 +188,11 @@ def input_grams(
     for name, value in sums.items():
         if not bool(torch.isfinite(value).all()):
             raise DataError(f"input_grams: inputs of {name} are NaN or infinite")
-    return {name: value / rows[name] for name, value in sums.items()}
+    grams = {name: value / rows[name] for name, value in sums.items()}
+    for name, total in means.items():
+        mean = total / rows[name]  # [k, in/k]
+        grams[name] -= mean[:, :, None] * mean[:, None]
+    return grams
 
 
 @contextmanager

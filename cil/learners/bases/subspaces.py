@@ -1,4 +1,4 @@
-"""Subspaces of a layer's inputs, from their second moments: those of old tasks, and what a new task adds to them."""
+"""Subspaces of a layer's inputs, from their second moments, and of its outputs: of old tasks, and of a new one."""
 
 from __future__ import annotations
 
@@ -94,3 +94,45 @@ def compromise(directions: Tensor, gram: Tensor, past: Tensor, weight: float) ->
     a = directions.double()
     new, old = (torch.einsum("rd,de,re->r", a, moment.double(), a).clamp(min=0) for moment in (gram, past))
     return torch.where(new + old > 0, weight * new / (old + weight * new), 1.0)
+
+
+@exact()
+def output_directions(update: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Principal directions of what an update adds to a layer's outputs, ΔW x: E²-LoRA's U, without an arbitrary column.
+
+    They are the left singular vectors of ΔW L with L Lᵀ = Cov(x), and lie in the range of ΔW.
+
+    Args:
+        update: ΔW, [R, D].
+        covariance: Cov(x) of the layer's inputs, [D, D].
+
+    Returns:
+        Orthonormal columns in order of falling energy, float64 [R, n], n ≤ D: those whose energy (squared singular
+        value) is not rounding error; and the share of the energy that comes before each of them, float64 [n].
+    """
+    values, vectors = torch.linalg.eigh(covariance.double())
+    left, found, _ = torch.linalg.svd(update.double() @ (vectors * values.clamp(min=0).sqrt()), full_matrices=False)
+    energy = found.square()
+    energy = energy[energy > RESOLUTION * energy[:1]]
+    return left[:, : len(energy)], (energy.cumsum(0) - energy) / energy.sum()
+
+
+def within_budget(before: Tensor, budget: int) -> Tensor:
+    """Which directions stay: those with less than a share θ of their task's energy before them, at most ``budget``.
+
+    θ is the largest of 0.99999, 0.99998, … that leaves ``budget`` directions or fewer. With more tasks than that, the
+    first directions of the first tasks stay.
+
+    Args:
+        before: Share of its task's energy before each direction, tasks in order, float64 [k].
+        budget: Largest number of directions, ≥ 0.
+
+    Returns:
+        bool [k].
+    """
+    shares = torch.arange(99_999, -1, -1, dtype=torch.float64, device=before.device) / 100_000
+    fits = torch.searchsorted(before.sort().values, shares, right=True) <= budget
+    if bool(fits.any()):
+        return before <= shares[fits][0]
+    first = before == 0
+    return first & (first.cumsum(0) <= budget)
