@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_untrained import READ, make
 from cil.errors import BackboneError
 from cil.learners.bases.subspaces import grown, new_directions
 from cil.learners.inflora import InfLoRA
+from cil.learners.loda import LoDA
 from cil.learners.registry import build_learner
 from cil.merging.statistics import input_grams
 from cil.testing import Case, parametrize_learner
@@ -23,6 +25,12 @@ LEARNS = {"rank": 4, "epochs": 8, "train_batch_size": 16, "lr": 0.01, "energy": 
 
 @parametrize_learner([("inflora", LEARNS)])
 def test_common_checks(case, check):
+    check(case)
+
+
+@pytest.mark.slow
+@parametrize_learner([("inflora", {**LEARNS, "alignment_epochs": 2, "samples": 32})])
+def test_common_checks_with_alignment(case, check):
     check(case)
 
 
@@ -197,3 +205,36 @@ def test_the_energy_rises_by_a_step_per_task_up_to_one():
     assert seen == pytest.approx([0.7, 0.9, 1.0])
     # 48, 12 and 25 images: one epoch, and a pass before and one after it
     assert [row["costs"]["train_passes"] for row in rows] == [48 * 3, 12 * 3, 25 * 3]
+
+
+# --- the alignment of InfLoRA and LoDA
+
+
+@pytest.mark.parametrize("cls", [InfLoRA, LoDA])
+def test_alignment_is_an_option_that_changes_the_predicting_copy_alone(cls):
+    quick = {"rank": 4, "epochs": 1, "train_batch_size": 16, "samples": 16}
+    plain, one = (Case(cls, {**quick, "alignment_epochs": n}).run(stop_after=2).learner for n in (0, 2))
+    assert not any(name.startswith(("aligned", "gaussians")) for name in plain.state_dict()), "as stored before"
+    for name, value in plain.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, one.state_dict()[name]), name
+    assert not torch.equal(one.aligned.weight, one.head.weight)
+    with torch.no_grad():
+        features = one.features(probe_images())
+        torch.testing.assert_close(one.logits(features), one.aligned(features))
+        torch.testing.assert_close(plain.logits(features), one.head(features))
+
+
+def test_alignment_moves_rows_that_were_never_compared_to_where_the_gaussians_are():
+    """Two tasks' rows with a bias that hides the first task, which rows trained apart can have."""
+    learner = Case(InfLoRA, {**LEARNS, "alignment_epochs": 20, "alignment_lr": 0.1}).learner()
+    labels = torch.arange(5).repeat_interleave(40)
+    centres = draw(5, 48, seed=1).float() * 3
+    learner.gaussians.partial_fit(centres[labels] + draw(200, 48, seed=2).float(), labels)
+    learner.task_of = torch.tensor([0, 0, 0, 0, 1])
+    learner.head.grow(5)
+    learner.head.weight.data, learner.head.bias.data = 0.02 * centres, torch.tensor([0.0, 0, 0, 0, 30])
+    learner.aligned = copy.deepcopy(learner.head)
+    assert learner.logits(centres).argmax(1).tolist() == [4] * 5
+    learner.align(context(1))
+    assert learner.logits(centres).argmax(1).tolist() == list(range(5))

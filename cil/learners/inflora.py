@@ -9,11 +9,12 @@ from torch import Tensor
 from cil.backbone import Backbone
 from cil.classifiers import LinearHead
 from cil.learner import Context
+from cil.learners.bases.aligned_copy import OptionalAlignment
 from cil.learners.bases.low_rank import LowRankUpdates, require_called
 from cil.learners.bases.new_classes import task_head
 from cil.learners.bases.subspaces import grown, new_directions
 from cil.stream import Task
-from cil.training import Optimizer, ParamGroup, Per, Recipe, Schedule, fit, local_cross_entropy
+from cil.training import Optimizer, ParamGroup, Per, Schedule, fit, local_cross_entropy
 from cil.tuning import LowRankBank
 
 
@@ -25,10 +26,11 @@ class InfLoRA(LowRankUpdates):
     the leading left singular vectors of (I − P) C, divided by √3. So B_t A_t x = 0 for x in the range of P. B_t starts
     at zero and is trained with the task's new head rows by CE over the task's own classes; then B_t A_t is added to the
     weights. At the end of the task P grows by the fewest left singular vectors of (I − P) C, C measured again, with
-    ‖P C‖² ≥ ε_t ‖C‖². Keeps the updated weights, P and the head. One pass per image at test, for any number of tasks.
+    ‖P C‖² ≥ ε_t ‖C‖². With ``alignment_epochs`` a copy of the head is aligned as in SLCA (InfLoRA+CA).
+    Keeps the updated weights, P and the head. One pass per image at test, for any number of tasks.
     """
 
-    class Config(Recipe):
+    class Config(OptionalAlignment):
         rank: PositiveInt = Field(10, description="rank r of a task's update, at most the backbone's width")
         epochs: int = Field(20, gt=0, description="epochs per task")
         train_batch_size: int = Field(128, gt=0, description="images per optimiser step")
@@ -53,6 +55,8 @@ class InfLoRA(LowRankUpdates):
         self.tuner = LowRankBank(backbone, config.rank, "kv")
         require_called(backbone, self.tuner.inputs)
         self.head = LinearHead(backbone.feature_dim)
+        if config.alignment_epochs:
+            self.keep_copy()
         blocks, _, width = self.tuner.down.shape
         self.register_buffer("known", torch.zeros(blocks, width, width))  # P of each block
 
@@ -64,6 +68,8 @@ class InfLoRA(LowRankUpdates):
         fit(loss, [ParamGroup([self.tuner.up]), ParamGroup(rows.parameters())], task.train, config, ctx)
         self.head.extend(rows)
         self.tuner.fold()
+        if config.alignment_epochs:
+            self.finish(self.head, task, ctx)
         self.remember(self.grams(task, ctx), min(1.0, config.energy + config.energy_step * task.index))
         ctx.log("known_share", float(self.known.diagonal(dim1=1, dim2=2).mean()))
 
@@ -72,4 +78,4 @@ class InfLoRA(LowRankUpdates):
         self.known = torch.stack([grown(known, gram, energy) for known, gram in zip(self.known, grams, strict=True)])
 
     def logits(self, features: Tensor) -> Tensor:
-        return self.head(features)
+        return self.predictor(features)

@@ -12,11 +12,12 @@ from torch import Tensor
 from cil.backbone import Backbone
 from cil.classifiers import CosineHead
 from cil.learner import Context
+from cil.learners.bases.aligned_copy import OptionalAlignment
 from cil.learners.bases.low_rank import LowRankUpdates, require_called
 from cil.learners.bases.new_classes import task_head
 from cil.learners.bases.subspaces import compromise, isolated_directions, shared_directions
 from cil.stream import Task
-from cil.training import Loss, ParamGroup, Recipe, cosface, fit
+from cil.training import Loss, ParamGroup, cosface, fit
 from cil.tuning import LowRankBank
 
 
@@ -29,10 +30,11 @@ class LoDA(LowRankUpdates):
     the second task on only B is trained; the first task has no A_P and trains A_S, too. Loss: CosFace over the task's
     own rows, by a look-ahead (:meth:`ahead`). Afterwards column i of B_S is multiplied by γ e_C / (e_P + γ e_C), where
     e_P and e_C are a P aᵀ and a C aᵀ of row a of A_S, C measured again; the updates are added to the weights, and P
-    gets C, and C once more with these weights. Keeps the updated weights, P and the head. One pass per image at test.
+    gets C, and C once more with these weights. ``alignment_epochs`` as in InfLoRA. Keeps the updated weights, P and the
+    head. One pass per image at test.
     """
 
-    class Config(Recipe):
+    class Config(OptionalAlignment):
         rank: PositiveInt = Field(32, description="rank r of each of the two updates, at most half the width")
         epochs: int = Field(20, gt=0, description="epochs per task")
         train_batch_size: int = Field(48, gt=0, description="images per optimiser step")
@@ -59,6 +61,8 @@ class LoDA(LowRankUpdates):
         require_called(backbone, self.tuner.inputs)
         self.head = CosineHead(backbone.feature_dim, config.scale)
         self.head.sigma.requires_grad_(False)  # it stays at s
+        if config.alignment_epochs:
+            self.keep_copy(ridge=1e-3)
         blocks, _, width = self.tuner.down.shape
         self.register_buffer("past", torch.zeros(blocks, width, width))  # P of each block
 
@@ -83,6 +87,8 @@ class LoDA(LowRankUpdates):
         self.past += gram
         if config.counts == 2:
             self.past += self.grams(task, ctx)
+        if config.alignment_epochs:
+            self.finish(self.head, task, ctx)
 
     def choose(self, grams: Tensor, first: bool) -> None:
         """Give the tuner A_S and A_P for a task's C [L, D, D]; the first task has A_S alone, and trains it."""
@@ -143,4 +149,4 @@ class LoDA(LowRankUpdates):
             up[:, : len(directions)] *= compromise(directions, gram, past, self.config.compromise).to(up)
 
     def logits(self, features: Tensor) -> Tensor:
-        return self.head.logits(features)
+        return self.predictor.logits(features)

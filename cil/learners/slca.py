@@ -6,17 +6,17 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers import Gaussians, LinearHead
+from cil.classifiers import LinearHead
 from cil.learner import Context
-from cil.learners.bases.alignment import AlignedRecipe, align, mean_scales, normalized_cross_entropy
-from cil.learners.bases.new_classes import TaskOfClass, task_head
+from cil.learners.bases.aligned_copy import AlignedCopy, AlignedCopyRecipe
+from cil.learners.bases.new_classes import task_head
 from cil.learners.bases.sequential import SequentialTuning
 from cil.stream import Task
 from cil.training import ParamGroup, Schedule, fit, local_cross_entropy
 from cil.tuning import WeightTuner
 
 
-class SLCA(TaskOfClass, SequentialTuning):
+class SLCA(AlignedCopy, SequentialTuning):
     """SLCA: slow learner with classifier alignment (Zhang et al., arXiv 2303.05118).
 
     Stage 1: L = CE over the task's own classes. All backbone weights are trained further, with a learning rate 100
@@ -26,7 +26,7 @@ class SLCA(TaskOfClass, SequentialTuning):
     The copy is used for prediction, the original for the next task. One forward pass per image at test.
     """
 
-    class Config(AlignedRecipe):
+    class Config(AlignedCopyRecipe):
         epochs: int = Field(20, gt=0, description="epochs per task")
         train_batch_size: int = Field(128, gt=0, description="images per optimiser step")
         weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
@@ -35,7 +35,6 @@ class SLCA(TaskOfClass, SequentialTuning):
         backbone_lr_factor: float = Field(
             0.01, gt=0, description="factor on the learning rate for the backbone's weights"
         )
-        temperature: float = Field(0.1, gt=0, description="temperature τ > 0 of the logit normalisation")
         fresh_norm: bool = Field(
             False, description="whether to start from a reset final norm layer, as the authors' code does"
         )
@@ -54,19 +53,11 @@ class SLCA(TaskOfClass, SequentialTuning):
         if config.fresh_norm:
             self.tuner.refresh_final_norm(backbone)
         self.head = LinearHead(backbone.feature_dim)
-        self.aligned = LinearHead(backbone.feature_dim)
-        self.gaussians = Gaussians(backbone.feature_dim)
+        self.keep_copy()
 
     def learn(self, task: Task, ctx: Context) -> None:
         self.head.extend(self.train_rows(task, ctx))
         self.finish(self.head, task, ctx)
-
-    def finish(self, head: LinearHead, task: Task, ctx: Context) -> None:
-        """Estimate the new classes' Gaussians with the backbone as it is, and align a copy of ``head``."""
-        self.gaussians.partial_fit(*ctx.features(self, task.train))
-        self.aligned = LinearHead(self.backbone.feature_dim).to(ctx.device).extend(head)
-        if task.index and self.config.alignment_epochs:
-            self.align(ctx)
 
     def train_rows(self, task: Task, ctx: Context) -> LinearHead:
         """Stage 1: train backbone and new rows, with the task's own classes in the softmax; returns the rows."""
@@ -79,17 +70,6 @@ class SLCA(TaskOfClass, SequentialTuning):
         ]
         fit(loss, slow_and_fast, task.train, self.config, ctx)
         return rows
-
-    def align(self, ctx: Context) -> None:
-        """Stage 2: minimise CE(z / (n τ), y) on vectors from N(s_c μ_c, Σ_c), with smaller s_c for older classes."""
-        temperature = self.config.temperature
-
-        def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
-            logits = self.aligned(features)
-            return normalized_cross_entropy(logits, labels, self.task_of, temperature, reduction), logits
-
-        scales = mean_scales(self.task_of)
-        align(loss, ParamGroup(self.aligned.parameters()), self.gaussians, scales, self.config, ctx)
 
     def logits(self, features: Tensor) -> Tensor:
         return self.aligned.logits(features)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cil.backbone import Backbone
+from cil.classifiers.heads import Head
 from cil.errors import BackboneError
 from cil.learner import Context
-from cil.learners.bases.new_classes import TaskOfClass
+from cil.learners.bases.aligned_copy import AlignedCopy
 from cil.learners.bases.sequential import SequentialTuning
 from cil.merging.statistics import input_grams
 from cil.stream import Task
@@ -18,10 +19,15 @@ from cil.tuning import LowRankBank
 from cil.tuning.peft_tree import uncalled
 
 
-class LowRankUpdates(TaskOfClass, SequentialTuning):
-    """A learner whose tuner is a :class:`~cil.tuning.LowRankBank`."""
+class LowRankUpdates(AlignedCopy, SequentialTuning):
+    """A learner whose tuner is a :class:`~cil.tuning.LowRankBank`, with an alignment if it is configured."""
 
     tuner: LowRankBank
+
+    @property
+    def predictor(self) -> Head:
+        """The head that predicts: the aligned copy, or ``head`` itself without alignment."""
+        return self.aligned if self.config.alignment_epochs else self.head
 
     def grams(self, task: Task, ctx: Context) -> Tensor:
         """C = mean x xᵀ of each block's inputs over the task's images, under the test transform, float64 [L, D, D]."""
