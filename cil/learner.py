@@ -150,6 +150,14 @@ class Learner(nn.Module, ABC):
 
     backbone: Backbone
 
+    @classmethod
+    def uses_texts(cls, parameters: Any) -> bool:
+        """Whether the learner compares images with texts under these hyper-parameters, an instance of :class:`Config`.
+
+        An override is for a learner to which texts are an option.
+        """
+        return cls.needs_text
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a subclass that states its features outside :meth:`views`.
 

@@ -443,17 +443,22 @@ LEARNERS = {
     "rapf": {"epochs": 1, "milestones": [1]},
 }
 """Every learner on texts, at a setting that trains little."""
+OPTIONS = {
+    "slda": {"text": {"space": "joint", "prior": 2.0}},
+    "ranpac": {"projection": 40, "text": {"templates": "bad"}},
+}
+"""Learners to which texts are an option."""
 
 
 @pytest.mark.parametrize(
     ("name", "form"),
     slow_beyond(
         [(n, "safetensors") for n in ("zero_shot", "clip_gda")],
-        [*((n, "safetensors") for n in LEARNERS), ("clip_gda", "onnx"), ("rapf", "torch.export")],
+        [*((n, "safetensors") for n in (*LEARNERS, *OPTIONS)), ("clip_gda", "onnx"), ("rapf", "torch.export")],
     ),
 )
 def test_learners_on_texts_give_their_logits_in_exported_models(settings, tmp_path, monkeypatch, name, form):
-    settings["learners"] = [{"name": name, **LEARNERS[name]}]
+    settings["learners"] = [{"name": name, **(LEARNERS | OPTIONS)[name]}]
     [folder] = run(Config(**settings), tmp_path / "results")
     monkeypatch.setattr(Tower, "__init__", lambda *_: pytest.fail("the text tower was built"))
     exported = load(export(folder, tmp_path / "exported", form))

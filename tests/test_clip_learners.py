@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from cil.classifiers import LDA, Gaussians
 from cil.classifiers.fusion import folds, fusion_weights
 from cil.classifiers.gaussians import ShrunkGaussians
-from cil.classifiers.text import TextLDA
+from cil.classifiers.text_prior import TextLDA
 from cil.errors import ConfigError
 from cil.learners.bases.old_vectors import WithOldClasses
 from cil.learners.rapf import RAPF, fused

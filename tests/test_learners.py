@@ -52,6 +52,8 @@ def test_common_checks(case, check):
         ("joint", {"trains": "head", "lr": 0.05, "epochs": 10}),
         ("ranpac", {"projection": 100, "strength": "gcv"}),
         ("slda", {"shrinkage": "gcv"}),
+        ("slda", {"text": {}}),
+        ("ranpac", {"projection": 100, "text": {"space": "joint", "prior": 4, "weight": "first_task"}}),
         ("loranpac", {"projection": 100, "block": 7}),
         ("clip_gda", {}),
         ("tip_adapter", {}),

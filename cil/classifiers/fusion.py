@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -42,7 +42,9 @@ def fusion_weights(first: Tensor, second: Tensor, labels: Tensor) -> tuple[float
     """
     scores = np.stack([one.detach().cpu().double().numpy() for one in (first, second)])
     scores -= scores.mean(2, keepdims=True)  # only differences between classes matter
-    units = scores.std((1, 2)) + np.finfo(float).tiny
+    units = scores.std((1, 2))
+    says_something = units > 0
+    units[~says_something] = 1
     scores /= units[:, None, None]
     rows, truth = np.arange(len(labels)), labels.cpu().numpy()
 
@@ -53,5 +55,25 @@ def fusion_weights(first: Tensor, second: Tensor, labels: Tensor) -> tuple[float
 
     precise = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
     found = minimize(loss, np.ones(2), jac=True, bounds=[(0, None)] * 2, method="L-BFGS-B", options=precise)
-    a, b = found.x / units
+    a, b = np.where(says_something, found.x / units, 0)
     return float(a), float(b)
+
+
+def held_out_weights(
+    first: Tensor, second: Callable[[Tensor, Tensor], Tensor], labels: Tensor, generator: torch.Generator
+) -> tuple[float, float] | None:
+    """:func:`fusion_weights` of a task's images, each scored by a model that does not know it.
+
+    Args:
+        first: Class scores [N, C] that no image of the task has changed.
+        second: (positions fitted, positions held out) → scores of the latter, by a model that knows the former.
+        labels: int64 [N].
+        generator: Source of the split.
+
+    Returns:
+        a and b; None if there is one class only, or a class of fewer than five images.
+    """
+    if first.shape[1] < 2:
+        return None
+    found = [(first[out], second(fitted, out), labels[out]) for fitted, out in folds(labels, generator)]
+    return fusion_weights(*(torch.cat(parts) for parts in zip(*found, strict=True))) if found else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class RandomFeatures(StatisticsClassifier):
         ConfigError: An argument is out of range.
     """
 
-    per_class = ("targets", "counts")
+    per_class: ClassVar[tuple[str, ...]] = ("targets", "counts")
     projection: Tensor | None
     targets: Tensor
 
@@ -82,9 +82,9 @@ class RandomFeatures(StatisticsClassifier):
         """Compute H [N, M] of features [N, F], in their dtype."""
         return features if self.projection is None else (features @ self.projection.to(features.dtype)).relu_()
 
-    def nearest_mean(self) -> Tensor:
-        """Class sums of H at length 1, float64 [M, C]: weights for classes of one sample each.
+    def nearest_mean(self, targets: Tensor | None = None) -> Tensor:
+        """Class sums of H (default: ``targets``) at length 1, float64 [M, C]: weights for classes of one sample each.
 
         Regression would interpolate the samples, and classes whose features are short would win.
         """
-        return F.normalize(self.targets, dim=1).T
+        return F.normalize(self.targets if targets is None else targets, dim=1).T

@@ -213,10 +213,15 @@ class Ridge(RandomFeatures):
         """W, float64 [M, C], with columns of norm 1 for the decision ``cosine``."""
         return self.cached("weights", self._solve)
 
+    def solved_sums(self) -> tuple[Tensor, Tensor]:
+        """G and Qᵀ of the regression; a subclass may know more than the samples."""
+        return self.gram, self.targets
+
     def _solve(self) -> Tensor:
+        gram, targets = self.solved_sums()
         if not bool((self.counts > 1).any()):
-            return self.nearest_mean()
-        weights = ridge_solve(self.gram, self.targets.T, float(self.strength_))
+            return self.nearest_mean(targets)
+        weights = ridge_solve(gram, targets.T, float(self.strength_))
         return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
 
     def _errors(

@@ -1,15 +1,12 @@
-"""Class prototypes made of texts: compared with images by cosine, and as prior knowledge of class means."""
+"""Class prototypes made of texts, compared with images by cosine."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cil.classifiers.base import match_saved_shapes
-from cil.classifiers.lda import LDA
 from cil.utils.precision import without_autocast
 
 
@@ -90,34 +87,3 @@ class TextClassifier(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         match_saved_shapes(self, state_dict, prefix, rows_only=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class TextLDA(LDA):
-    """LDA with uniform class priors whose class means have texts as prior knowledge.
-
-    The prior is worth κ images per class at m_c = x̄ + γ (t_c − t̄), with x̄ the mean of all images, t̄ that of the
-    prototypes of seen classes, and γ = Σ_c n_c ⟨μ_c − x̄, t_c − t̄⟩ / Σ_c n_c ‖t_c − t̄‖²: one number, from sums, that
-    fits the spread of texts to that of images. A class mean is (n_c μ_c + κ m_c) / (n_c + κ); Σ is that of the images.
-    κ = 0 is LDA, κ → ∞ compares with texts alone, and the prior fades as images come.
-
-    Args:
-        feature_dim: Width d of the joint space.
-        texts: The prototypes so far, [C, d].
-        prior: κ ≥ 0.
-    """
-
-    def __init__(self, feature_dim: int, texts: Callable[[], Tensor], prior: float) -> None:
-        super().__init__(feature_dim, "samples", priors="uniform")
-        self._texts, self.prior = texts, prior
-
-    @property
-    def decision_means(self) -> Tensor:
-        means, seen = self.means, self.counts > 0
-        counts = self.counts.double()[:, None]
-        if not self.prior or int(seen.sum()) < 2:  # the spread of one text is unknown
-            return means
-        texts = self._texts()[: self.num_classes].to(means)
-        centre = self.sums.sum(0) / counts.sum()
-        apart = torch.where(seen[:, None], texts - texts[seen].mean(0), 0.0)
-        fitted = (counts * (means - centre) * apart).sum() / (counts * apart.square()).sum().clamp(min=1e-12)
-        return (counts * means + self.prior * (centre + fitted * apart)) / (counts + self.prior)

@@ -33,6 +33,7 @@ class ACIL(RanPAC):
             description="ridge strength γ > 0 for a projection whose entries have the variance 1/(3F), as the authors' "
             "have, or how it is chosen, as in RanPAC",
         )
+        text: None = Field(None, description="always null: texts are an option of ranpac")
 
     name = "acil"
     summary = "recursive ridge regression on random features, with a fixed strength"

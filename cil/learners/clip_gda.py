@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from cil.classifiers import LDA
-from cil.classifiers.fusion import folds, fusion_weights
-from cil.classifiers.text import TextLDA
+from cil.classifiers.fusion import held_out_weights
+from cil.classifiers.text_prior import TextLDA
 from cil.learner import Context
 from cil.learners.bases.texts import NamesClasses
 from cil.stream import Task
@@ -87,14 +87,15 @@ class ClipGDA(NamesClasses):
 
     def _weigh(self, features: Tensor, labels: Tensor, ctx: Context) -> None:
         """Fit the weights to the task's images, each scored by statistics without it."""
-        found = []
-        u, z = self.gaussian_features(features), self.text.logits(features)
-        for fitted, held_out in folds(labels, ctx.generator):
+        u = self.gaussian_features(features)
+
+        def gaussians(fitted: Tensor, held_out: Tensor) -> Tensor:
             without = deepcopy(self.classifier).partial_fit(u[fitted], labels[fitted])
-            found.append((z[held_out], self._gaussians(without, u[held_out]), labels[held_out]))
-        if found:
-            first, second, truth = (torch.cat(parts) for parts in zip(*found, strict=True))
-            self.weights = self.weights.new_tensor(fusion_weights(first, second, truth))
+            return self._gaussians(without, u[held_out])
+
+        found = held_out_weights(self.text.logits(features), gaussians, labels, ctx.generator)
+        if found is not None:
+            self.weights = self.weights.new_tensor(found)
 
     def gaussian_features(self, features: Tensor) -> Tensor:
         """Features [B, F] as the Gaussians get them, of length 1."""

@@ -8,13 +8,14 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from cil.classifiers import Ridge
 from cil.classifiers.ridge import Choice
+from cil.classifiers.text_prior import TextRidge
 from cil.learner import Context
-from cil.learners.bases.first_session import AdaptOnce
+from cil.learners.bases.beside_texts import OptionalTexts
 from cil.stream import Task
 from cil.tuning import TunerConfig
 
 
-class RanPAC(AdaptOnce):
+class RanPAC(OptionalTexts):
     """RanPAC (McDonnell et al., arXiv 2307.02251).
 
     Phase 1 (with a ``tuner``) trains the tuner on the first task, as in APER, and uses its features only. Then
@@ -24,7 +25,7 @@ class RanPAC(AdaptOnce):
     Q. One forward pass per image.
     """
 
-    class Config(AdaptOnce.Config):
+    class Config(OptionalTexts.Config):
         tuner: TunerConfig | None = Field(None, description="tuner trained on the first task; null: no phase 1")
         projection: PositiveInt | None = Field(10_000, description="width M of the random projection; null: none")
         strength: Choice | PositiveFloat = Field(
@@ -51,7 +52,13 @@ class RanPAC(AdaptOnce):
 
     def make_classifier(self) -> Ridge:
         config = self.config
-        return Ridge(self.width, config.projection, config.strength, config.decision, config.balance)
+        more = config.projection, config.strength, config.decision, config.balance
+        if config.text is None or not config.text.prior:
+            return Ridge(self.width, *more)
+        return TextRidge(self.width, lambda: self.text.prototypes, config.text.prior, *more)
+
+    def usual_weight(self) -> float:
+        return float(self.text.scale)  # a ridge score, near 1 for the class and 0 for others, weighs as a cosine
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)

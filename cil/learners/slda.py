@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from cil.classifiers import LDA
 from cil.classifiers.few_shots import Calibration
+from cil.classifiers.text_prior import TextLDA
 from cil.learner import Context
-from cil.learners.bases.first_session import AdaptOnce
+from cil.learners.bases.beside_texts import OptionalTexts
 from cil.stream import Task
 
 
-class SLDA(AdaptOnce):
+class SLDA(OptionalTexts):
     """Deep SLDA (Hayes and Kanan, arXiv 1909.01520) in batch form.
 
     logit_c = fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c, with class means μ_c and one within-class covariance Σ of all classes,
@@ -24,7 +25,7 @@ class SLDA(AdaptOnce):
     SLDA is its baseline without training.
     """
 
-    class Config(AdaptOnce.Config):
+    class Config(OptionalTexts.Config):
         shrinkage: Literal["gcv", "samples"] | Annotated[float, Field(ge=0, le=1)] = Field(
             1e-4,
             description="shrinkage s in [0, 1] of the covariance; published: 10⁻⁴, larger for few images. gcv: chosen "
@@ -61,7 +62,18 @@ class SLDA(AdaptOnce):
         calibration = None
         if config.calibrate != "none":
             calibration = Calibration(config.calibrate, config.shots, config.neighbours)
-        return LDA(self.width, config.shrinkage, config.priors, balance=config.balance, calibration=calibration)
+        more: dict[str, Any] = {
+            "shrinkage": config.shrinkage,
+            "priors": config.priors,
+            "balance": config.balance,
+            "calibration": calibration,
+        }
+        if config.text is None or not config.text.prior:
+            return LDA(self.width, **more)
+        return TextLDA(self.width, lambda: self.text.prototypes, config.text.prior, **more)
+
+    def usual_weight(self) -> float:
+        return self.width / (self.width + int(self.classifier.counts.sum()) - 1)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)

@@ -125,7 +125,7 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
             continue
         tried.add(plan.entry.title)
         try:
-            if plan.cls.needs_text:
+            if plan.cls.uses_texts(plan.parameters):
                 text_side(backbone)
             learner = registry.instantiate(plan.cls, plan.parameters, backbone)
             if plan.config.pseudo is not None:

@@ -130,7 +130,7 @@ def header_of(
         "versions": versions(),
         "machine": hardware.facts(accelerator),
     }
-    if plan.cls.needs_text and backbone.text is not None:
+    if plan.cls.uses_texts(plan.parameters) and backbone.text is not None:
         side = backbone.text
         header["text"] = {
             "sha256": side.fingerprint,

@@ -115,9 +115,9 @@ def check_columns(case: Case) -> None:
 
 
 def check_names_do_not_matter(case: Case) -> None:
-    """Other class names do not change the results; for a learner that declares ``reads_names``, other names of later
-    classes do not."""
-    if case.cls.reads_names:
+    """Other class names do not change the results; for a learner that reads names, other names of later classes
+    do not."""
+    if case.cls.reads_names or case.cls.uses_texts(case.config):
         for stop in range(1, len(SIZES)):
             seen = sum(SIZES[:stop])
             renamed = case.run(names=(*NAMES[:seen], *reversed(NAMES[seen:])), stop_after=stop)

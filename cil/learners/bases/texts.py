@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -13,6 +14,30 @@ from cil.classifiers.text import TextClassifier
 from cil.learner import Context, Learner, LearnerConfig
 from cil.prompts import TEMPLATES, Descriptors, Form, Templates, described, sentences
 from cil.stream import Task
+
+
+class Wording(Protocol):
+    """How a class is put into sentences."""
+
+    @property
+    def templates(self) -> Sequence[str]: ...
+
+    @property
+    def phrases(self) -> Form: ...
+
+
+def text_classifier(backbone: Backbone) -> TextClassifier:
+    """The text scores of a backbone, without a class yet; those of a stored learner if there is no text side."""
+    side = backbone.text
+    if side is None:
+        return TextClassifier(backbone.feature_dim)
+    return TextClassifier(side.width, side.scale, side.bias, side.projection, side.offset)
+
+
+def name_prototype(name: str, wording: Wording, backbone: Backbone, ctx: Context) -> Tensor:
+    """n(mean_k n(encode(template_k(name)))), the prototype [d] of a class, float32."""
+    vectors = ctx.texts(backbone, sentences(name, wording.templates, wording.phrases))
+    return F.normalize(F.normalize(vectors, dim=1).mean(0), dim=0)
 
 
 class NamesClasses(Learner):
@@ -43,12 +68,7 @@ class NamesClasses(Learner):
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        side = backbone.text
-        self.text = (
-            TextClassifier(backbone.feature_dim)
-            if side is None
-            else TextClassifier(side.width, side.scale, side.bias, side.projection, side.offset)
-        )
+        self.text = text_classifier(backbone)
         self.make_parts(self.text.width)
 
     def make_parts(self, joint: int) -> None:
@@ -74,8 +94,7 @@ class NamesClasses(Learner):
 
     def prototype(self, name: str, ctx: Context) -> Tensor:
         """The prototype [d] of a class, float32, of length 1."""
-        vectors = ctx.texts(self.backbone, sentences(name, self.config.templates, self.config.phrases))
-        return F.normalize(F.normalize(vectors, dim=1).mean(0), dim=0)
+        return name_prototype(name, self.config, self.backbone, ctx)
 
 
 class DescribesClasses(NamesClasses):
