@@ -46,6 +46,7 @@ class SLCA(AlignedCopy, SequentialTuning):
     trains_backbone = True
 
     tuner: WeightTuner
+    head: LinearHead
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
