@@ -3,8 +3,8 @@
     python -m scripts.publish.slim            # all finished runs below results/reference and results/tutorial
     python -m scripts.publish.slim --check    # only list those that are not in this form
 
-This leaves out the matrices and curves, which ``cil.results.read_run`` rebuilds from the rows, and all but the last
-value that a stage logged under each name. ``config.yaml`` repeats ``config`` of ``metrics.json`` and is not committed.
+This leaves out the matrices and curves, which ``cil.results.read_run`` rebuilds from the rows, all but the last value
+that a stage logged under each name, and the list of wrong labels, which follow from ``stream.noise`` and ``stream.seed``. ``config.yaml`` repeats ``config`` of ``metrics.json`` and is not committed.
 Everything else stays: configuration, class order, versions, hashes, summary, and each stage's counts, costs and
 histograms. Paths in the configuration become relative to the checkout. ``reproduce`` calls this for every run that it
 publishes; unfinished runs and other folders are not touched.
@@ -43,6 +43,8 @@ def slim(run: dict[str, Any]) -> dict[str, Any]:
             raise RunError(f"{key} of {run['learner']} does not follow from the rows of its stages")
     config = with_paths(run["config"], _from_checkout)
     changed = {"stages": rows, "config": config}
+    if "stream" in run:
+        changed["stream"] = {key: value for key, value in run["stream"].items() if key != "relabelled"}
     return {key: changed.get(key, value) for key, value in run.items() if key not in results.DERIVED}
 
 
