@@ -4,10 +4,11 @@
     python -m scripts.publish.slim --check    # only list those that are not in this form
 
 This leaves out the matrices and curves, which ``cil.results.read_run`` rebuilds from the rows, all but the last value
-that a stage logged under each name, and the list of wrong labels, which follow from ``stream.noise`` and ``stream.seed``. ``config.yaml`` repeats ``config`` of ``metrics.json`` and is not committed.
-Everything else stays: configuration, class order, versions, hashes, summary, and each stage's counts, costs and
-histograms. Paths in the configuration become relative to the checkout. ``reproduce`` calls this for every run that it
-publishes; unfinished runs and other folders are not touched.
+that a stage logged under each name, and the list of wrong labels, which follow from ``stream.noise`` and
+``stream.seed``. ``config.yaml`` repeats ``config`` of ``metrics.json`` and is not committed. Everything else stays:
+configuration, class order, versions, hashes, summary, and each stage's counts, costs and histograms. Paths in the
+configuration become relative to the checkout. ``reproduce`` calls this for every run that it publishes; unfinished runs
+and other folders are not touched.
 """
 
 from __future__ import annotations
