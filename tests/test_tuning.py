@@ -489,6 +489,42 @@ def test_lora_is_an_update_of_the_weights(variant):
     assert torch.equal(backbone(IMAGES, tuner), backbone(IMAGES))
 
 
+@pytest.mark.parametrize("factors", ["up", "shared"])
+def test_lora_with_a_fixed_factor_is_its_own_linearisation(factors, tmp_path):
+    """L-LoRA, the first-order expansion of every layer in A and B around their initial values, by torch's jvp."""
+    backbone = make()
+    tuner = PeftTuner(backbone, "lora", rank=3, alpha=6, targets=["fc1"], factors=factors)
+    layer = tuner.model(backbone.model).get_submodule("blocks.0.mlp.fc1")
+    x, a = draw(5, layer.in_features, seed=3), layer.lora_A["default"].weight
+    assert [key.split(".")[2] for key, _ in tuner.named_parameters()] == ["lora_B"] * DEPTH
+    before = a.clone()
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        (backbone(IMAGES, tuner) - draw(1, seed=4)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(a, before) and bool(layer.lora_B["default"].weight.any())
+    b, base = layer.lora_B["default"].weight.detach(), layer.get_base_layer()
+
+    def product(left, right):
+        return base(x) + 2 * x @ right.T @ left.T
+
+    _, change = torch.func.jvp(product, (torch.zeros_like(b), a), (b, draw(*a.shape, seed=5)))  # whatever A did
+    torch.testing.assert_close(layer(x), base(x) + change)
+    tuner.save(tmp_path)
+    loaded = PeftTuner(backbone, "lora", rank=3, alpha=6, targets=["fc1"], factors=factors)
+    loaded.load(tmp_path)
+    torch.testing.assert_close(backbone(IMAGES, loaded), backbone(IMAGES, tuner))
+    one, two = (PeftTuner(backbone, "lora", rank=3, targets=["fc1"], factors=factors) for _ in range(2))
+    for seed, each in enumerate((one, two)):
+        each.reset(torch.Generator().manual_seed(seed))
+        perturbed(each, std=0.3)
+    key = "layers.blocks/0/mlp/fc1.lora_{}.default.weight"
+    (a1, b1), (a2, b2) = ([dict(each.state_dict())[key.format(part)] for part in "AB"] for each in (one, two))
+    assert torch.equal(a1, a2) == (factors == "shared")
+    mean = (one.delta()["blocks.0.mlp.fc1.weight"] + two.delta()["blocks.0.mlp.fc1.weight"]) / 2
+    assert torch.allclose(mean, (b1 + b2) / 2 @ a1, atol=1e-5) == (factors == "shared")
+
+
 @pytest.mark.parametrize("kind", PEFT)
 def test_active_and_trainable_are_set_apart(kind):
     backbone = make()
@@ -634,6 +670,8 @@ def gives(config):
         (gives({"name": "lora", "options": {"modules_to_save": ["norm"]}}), BackboneError, "edits the frozen"),
         (gives({"name": "oft", "block_size": 7}), BackboneError, "PEFT refuses: Invalid `oft_block_size`"),
         (lambda: PeftTuner(make(), "lorra"), BackboneError, "did you mean 'lora'"),
+        (lambda: PeftTuner(make(), "lora", factors="down"), BackboneError, "factors is 'down'; give one of both, up"),
+        (lambda: PeftTuner(make(), "oft", factors="up"), BackboneError, "for kinds other than lora and dora both"),
         (lambda: PeftTuner(make(), "ia3", rank=3), BackboneError, "ia3 has no rank, got 3"),
         (lambda: PeftTuner(make(), "oft", dropout=0.1), BackboneError, "oft has no dropout, got 0.1"),
         (lambda: PeftTuner(make(), name="task.0"), BackboneError, "'task.0' is taken, empty or has a dot"),

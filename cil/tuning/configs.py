@@ -17,6 +17,7 @@ from cil.config.plugins import CustomObject, as_custom
 from cil.config.reading import validated
 from cil.tuning.adapter import Activation, Adapter, Form
 from cil.tuning.lora_kv import KeyValueLora
+from cil.tuning.peft_config import Factors
 from cil.tuning.prefix import Init, Prefix
 from cil.tuning.prompts import VisualPrompts
 from cil.tuning.ssf import SSF
@@ -135,6 +136,9 @@ class LoraConfig(_Peft):
     rank: PositiveInt = Field(8, description="rank of the update")
     alpha: float = Field(8, gt=0, description="numerator of the update's scale, alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability on the update's input, in training")
+    factors: Factors = Field(
+        "both", description="trained factors; both; up: B alone, A stays as drawn; shared: as up, one A for all tasks"
+    )
 
 
 class DoraConfig(LoraConfig):

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from cil.backbone import Backbone
 from cil.backbone.vit import Tuner
 from cil.errors import BackboneError, nearest
 from cil.tuning.frozen import Frozen, shared_tree, tie_buffers
-from cil.tuning.peft_config import Kind, make_config, require_targets
+from cil.tuning.peft_config import Factors, Kind, make_config, require_targets
 from cil.tuning.peft_tree import adapter_modules, inject, layers_of, uncalled
 
 KEYS = "base_model.model."
@@ -58,6 +58,10 @@ class PeftTuner(Tuner):
         alpha: ``lora``, ``dora``: α (default r, so the update is not scaled).
         dropout: Dropout probability in [0, 1) on the update's input; ``lora`` and ``dora`` only. Dropout is active only
             in training mode and draws from the global random state: isolate the training step.
+        factors: ``lora``, ``dora``: what is trained, see :data:`cil.tuning.peft_config.Factors`. B A x is linear in B,
+            so with A fixed LoRA is its own linearisation, L-LoRA (Tang et al., arXiv 2310.04742), and with one A for
+            all tasks the mean of their B is the mean of their updates. A fixed A is a buffer. ``shared`` draws it from
+            seed 0 and keeps it when the tuner is reset. It usually needs a higher learning rate.
         targets: Layers, by the ends of their names (``["qkv", "mlp.fc1"]``) or by one regular expression for whole
             names. The default is ``["qkv"]``, for ``ia3`` ``["qkv", "fc2"]``.
         options: Further arguments of PEFT's configuration of this kind, e.g. ``{"use_rslora": True}``.
@@ -70,6 +74,7 @@ class PeftTuner(Tuner):
     """
 
     rides_blocks = False
+    factors: Factors = "both"
 
     def __init__(
         self,
@@ -82,9 +87,17 @@ class PeftTuner(Tuner):
         targets: list[str] | str | None = None,
         options: Mapping[str, Any] | None = None,
         name: str = "default",
+        factors: Factors = "both",
     ) -> None:
         super().__init__()
         self.kind = kind
+        if factors not in get_args(Factors) or (factors != "both" and kind not in ("lora", "dora")):
+            raise BackboneError(
+                f"{kind}: factors is {factors!r}; give one of {', '.join(get_args(Factors))}, and for kinds other than "
+                "lora and dora both"
+            )
+        if factors != "both":  # as an attribute the default would change the digests of stored features
+            self.factors = factors
         targets = targets or (["qkv", "fc2"] if kind == "ia3" else ["qkv"])
         require_targets(backbone.model, targets)
         self._config = make_config(kind, rank, alpha, dropout, targets, dict(options or {}))
@@ -165,7 +178,8 @@ class PeftTuner(Tuner):
             values = dict(adapter_modules(tree).named_parameters())
             with torch.no_grad():
                 for key, value in self._of(name):
-                    value.copy_(values[key.removeprefix("layers.")])
+                    if self.factors != "shared" or not _is_down(key):
+                        value.copy_(values[key.removeprefix("layers.")])
 
     @torch.no_grad()
     def delta(self, name: str = "default") -> dict[str, Tensor]:
@@ -254,6 +268,8 @@ class PeftTuner(Tuner):
         if name in known or not name or "." in name:
             raise BackboneError(f"adapter name {name!r} is taken, empty or has a dot; there are {', '.join(known)}")
         inject(self._tree[0], copy.deepcopy(config), name, generator)
+        if self.factors != "both":
+            _fix_down(self._tree[0], name)
         self.layers = adapter_modules(self._tree[0])
         self.train(self.training)  # a new dropout starts in training mode
         for _, layer in layers_of(self._tree[0]):
@@ -292,9 +308,10 @@ class PeftTuner(Tuner):
                 )
         return chosen
 
-    def _of(self, name: str) -> list[tuple[str, nn.Parameter]]:
-        """Parameters of one adapter: layers.<layer>.<part>.<adapter>[…]."""
-        return [(key, value) for key, value in self.named_parameters() if key.split(".")[3] == name]
+    def _of(self, name: str) -> list[tuple[str, Tensor]]:
+        """Parameters of one adapter, and A if it is fixed: layers.<layer>.<part>.<adapter>[…]."""
+        fixed = ((key, value) for key, value in self.named_buffers() if self.factors != "both" and _is_down(key))
+        return [(key, value) for key, value in chain(self.named_parameters(), fixed) if key.split(".")[3] == name]
 
     def _apply_settings(self) -> None:
         from peft.functional import set_requires_grad
@@ -312,3 +329,18 @@ class PeftTuner(Tuner):
                 f"PEFT did not set active {self._active} and trainable {self._trainable} at {wrong[:3]}: "
                 "please report this with the version of peft"
             )
+
+
+def _is_down(key: str) -> bool:
+    """Whether a name, layers.<layer>.<part>.<adapter>[…], is that of a factor A."""
+    return key.split(".")[2] == "lora_A"
+
+
+def _fix_down(tree: nn.Module, name: str) -> None:
+    """Make the factors A of an adapter buffers, which no optimiser trains."""
+    for _, layer in layers_of(tree):
+        if name in layer.lora_A:
+            down = layer.lora_A[name]
+            value = down.weight.detach()
+            del down.weight
+            down.register_buffer("weight", value)

@@ -12,6 +12,8 @@ from torch import nn
 from cil.errors import BackboneError, nearest
 
 Kind = Literal["lora", "dora", "ia3", "oft", "osf"]
+Factors = Literal["both", "up", "shared"]
+"""Factors of ΔW = (α/r) B A that LoRA trains: both, or B alone, with A as drawn, or as drawn once for every tuner."""
 
 
 def require_targets(model: nn.Module, targets: Iterable[str] | str) -> None:
