@@ -314,16 +314,7 @@ def test_other_mistakes(cil, place, states):  # noqa: F811
             state,
             t0,
         ],
-        "holds a LoRA adapter": [
-            "merge",
-            "--rule",
-            "opcm",
-            "--base",
-            place / "base.safetensors",
-            "--out",
-            out,
-            place / "lora",
-        ],
+        "holds a LoRA adapter": ["merge", "--rule", "opcm", "--base", place / "lora", "--out", out, t0],
         "pickles are never loaded": ["merge", "--rule", "opcm", "--base", place / "base.pth", "--out", out, t0],
         "neither model.safetensors nor": ["merge", "--rule", "opcm", "--base", place, "--out", out, t0],
         "is not a regular expression": arguments(place, out, rule="opcm", exclude="("),
@@ -333,6 +324,114 @@ def test_other_mistakes(cil, place, states):  # noqa: F811
         assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, (message, ended)
         assert message in ended.stderr, (message, ended.stderr)
         assert not out.exists() and not leftovers(place)
+
+
+# --- LoRA adapters as tasks
+
+
+@pytest.fixture
+def adapters(place):
+    """Two adapters in PEFT's folders, on the base, with a rank and an α of their own in one layer; and their models."""
+    from peft import LoraConfig, get_peft_model
+
+    folders, models = [], []
+    for seed, rslora in ((1, False), (2, True)):
+        with isolated(seed):
+            base = timm.create_model("vit_tiny_patch16_224", **TINY)
+            base.load_state_dict(load_file(place / "base.safetensors"))
+            patterns = {"rank_pattern": {"blocks.1.mlp.fc1": 3}, "alpha_pattern": {"blocks.1.mlp.fc1": 5}}
+            config = LoraConfig(
+                r=2,
+                lora_alpha=4,
+                target_modules=["qkv", "fc1"],
+                use_rslora=rslora,
+                modules_to_save=["head"],
+                **patterns,
+            )
+            tuned = get_peft_model(base, config)
+            for name, value in tuned.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(value, std=0.1)
+            folders.append(place / f"lora{seed}")
+            tuned.save_pretrained(folders[-1])
+            models.append(tuned.merge_and_unload().state_dict())
+    return folders, models
+
+
+def test_adapters_are_merged_as_the_models_that_peft_makes_of_them(place, adapters, states):
+    folders, models = adapters
+    state = place / "state.safetensors"
+    for task, out in zip(folders, ("one", "two"), strict=True):
+        merge_files("iso_cts", place / "base.safetensors", [task], place / f"{out}.safetensors", state=state)
+    expected = build_rule("iso_cts").start(states[0]).add(models[0]).add(models[1])
+    merged = load_file(place / "two.safetensors")
+    for name, value in expected.merged().items():
+        if not name.startswith("head"):
+            torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(merged["blocks.1.mlp.fc1.weight"], states[0]["blocks.1.mlp.fc1.weight"])
+    kept = load_file(state)
+    ranks = {len(value) for name, value in kept.items() if name.startswith("right_")}
+    assert ranks == {2, 3} and not any(name.startswith("whole_") for name in kept)
+    again = merge_files("iso_cts", place / "base.safetensors", folders[1:], place / "again.safetensors", state=state)
+    assert int(again.count) == 2  # the adapter is known by its update
+    mixed = merge_files(
+        "average", place / "base.safetensors", [folders[0], place / "t1.safetensors"], place / "mixed.safetensors"
+    )
+    both = build_rule("average").start(states[0]).add(models[0] | {"head.weight": states[0]["head.weight"]})
+    both.add(states[1][1])
+    assert int(mixed.count) == 2
+    got = load_file(place / "mixed.safetensors")
+    assert all(torch.allclose(got[n], v, atol=1e-6) for n, v in both.merged().items() if not n.startswith("head"))
+
+
+def test_adapters_in_a_model_of_another_class(place, adapters, states):
+    """Transformers calls ``vit.…`` in a model with a head what is ``…`` in the model alone, and the other way round."""
+    (folder, _), (model, _) = adapters
+    for prefix in ("vit.", ""):
+        save_file({f"{prefix}{n}": v for n, v in states[0].items()}, place / f"base{prefix or '.'}safetensors")
+        factors = load_file(folder / "adapter_model.safetensors")
+        other = "" if prefix else "inner."
+        renamed = {
+            n.replace("base_model.model.blocks", f"base_model.model.{other}blocks"): v for n, v in factors.items()
+        }
+        save_file(renamed, folder / "adapter_model.safetensors")
+        out = place / f"out{prefix or '.'}safetensors"
+        merge_files("average", place / f"base{prefix or '.'}safetensors", [folder], out)
+        got, name = load_file(out), "blocks.0.attn.qkv.weight"
+        torch.testing.assert_close(got[f"{prefix}{name}"], model[name])
+        save_file(factors, folder / "adapter_model.safetensors")
+
+
+def test_adapters_that_cannot_be_merged_as_they_are(place, adapters):
+    (folder, _), _ = adapters
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    right, factors = json.loads(config.read_text()), load_file(weights)
+    prefix = "base_model.model.blocks.0.attn.qkv"
+    layer = {name: value for name, value in factors.items() if name.startswith(prefix)}
+    bad = {
+        "rescales weights (DoRA)": (right | {"use_dora": True}, factors),
+        "is an adapter of kind IA3; only LORA": (right | {"peft_type": "IA3"}, factors),
+        "trained biases (bias: all)": (right | {"bias": "all"}, factors),
+        "cannot be read (KeyError": ({}, factors),
+        "norm.weight is no factor of": (right, factors | {"base_model.model.norm.weight": torch.ones(12)}),
+        "has one of its two factors": (right, {n: v for n, v in factors.items() if "lora_B" not in n}),
+        "of factors with 2 and 1 directions": (
+            right,
+            layer | {f"{prefix}.lora_B.weight": torch.ones(36, 1)},
+        ),
+        "adapts blocks.7.attn.qkv, which is not among the merged weights": (
+            right,
+            {name.replace("blocks.0", "blocks.7"): value for name, value in layer.items()},
+        ),
+        "lora1: blocks.0.attn.qkv.weight holds NaN": (right, {name: value * math.nan for name, value in layer.items()}),
+    }
+    for message, (settings, tensors) in bad.items():
+        config.write_text(json.dumps(settings))
+        save_file(tensors, weights)
+        with pytest.raises(CilError) as error:
+            merge_files("average", place / "base.safetensors", [folder], place / "out.safetensors")
+        assert message in str(error.value), (message, str(error.value))
+        assert not (place / "out.safetensors").exists() and not leftovers(place)
 
 
 def test_a_full_disk_is_one_line(cil, place, monkeypatch):  # noqa: F811

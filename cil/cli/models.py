@@ -32,7 +32,10 @@ Code = Annotated[
 def merge(
     tasks: Annotated[
         list[Path],
-        typer.Argument(help="Checkpoints fine-tuned from the base, in order (safetensors).", callback=expanded),
+        typer.Argument(
+            help="Checkpoints fine-tuned from the base, in order: safetensors, or folders with LoRA adapters of PEFT.",
+            callback=expanded,
+        ),
     ],
     base: Annotated[
         Path,

@@ -218,13 +218,13 @@ class Rule(nn.Module, ABC):
             BackboneError: A name is not merged, or a shape or value does not fit; nothing is added then.
             DataError: Statistics are missing or do not fit, as in :meth:`add`.
         """
-        entries = {entry.name: entry for entry in self.layout.entries}
+        entries, where = {entry.name: entry for entry in self.layout.entries}, source(update, "update")
         for name, value in update.items():
             if name not in entries:
-                raise BackboneError(f"update: {name} is not among the merged tensors{nearest(name, entries)}")
+                raise BackboneError(f"{where}: {name} is not among the merged tensors{nearest(name, entries)}")
             if tuple(value.shape) != entries[name].shape or not value.is_floating_point():
                 raise BackboneError(
-                    f"update: {name} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}; expected "
+                    f"{where}: {name} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}; expected "
                     f"floating point numbers {list(entries[name].shape)}"
                 )
 
@@ -233,7 +233,7 @@ class Rule(nn.Module, ABC):
                 return self._wide(update[entry.name])
             return torch.zeros(entry.shape, dtype=self.layout.dtype, device=self.count.device)
 
-        return self._add(tau, "update", stats, track)
+        return self._add(tau, where, stats, track)
 
     def merged(self, finalisers: Sequence[Finaliser] = ()) -> dict[str, Tensor]:
         """Return the merged model, θ_0 + Δ, under all names of the pre-trained state dict and in its dtypes.

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from cil.errors import BackboneError, ConfigError, RunError
+from cil.merging.adapters import AdapterUpdates, is_adapter
 from cil.merging.base import Rule, Track
 from cil.merging.configs import CustomRule, RuleSection, build_rule, rule_config
 from cil.merging.files import INDEX, Checkpoint, TensorWriter, as_bytes
-from cil.merging.layout import HEADS, Entry, check_names, layout
+from cil.merging.layout import HEADS, Entry, Layout, check_names, layout
 from cil.merging.statistics import Statistics
 from cil.merging.store import State, StateSpec, slot_name
 from cil.utils.files import flush, reporting
@@ -53,7 +54,7 @@ def merge_files(
     Args:
         rule: A rule's name, or its configuration.
         base: The pre-trained checkpoint: safetensors file, index or folder.
-        tasks: Checkpoints fine-tuned from it, in order.
+        tasks: Checkpoints fine-tuned from it, in order; also folders with LoRA adapters of PEFT, as they are.
         out: Path of the result: one file if it ends in ``.safetensors``, else a folder, sharded as the base is, with
             the base's configuration files. Tensors that are not merged are the base's.
         state: File of the rule's state. If it exists, merging continues from it; it is replaced before ``out`` appears.
@@ -78,7 +79,9 @@ def merge_files(
         raise ConfigError(f"{state}: the state's name must end in .safetensors")
     if not tasks:
         raise ConfigError("merge: no task given; name at least one fine-tuned checkpoint")
-    pretrained, finetuned = Checkpoint(expand(base)), [Checkpoint(expand(task)) for task in tasks]
+    pretrained = Checkpoint(expand(base))
+    plan = layout(pretrained, exclude=exclude)
+    finetuned = [_opened(expand(task), plan) for task in tasks]
     merger, name = build_rule(config), config.cls if isinstance(config, CustomRule) else config.name
     if stats and not merger.needs:
         raise ConfigError(f"merge: {name} uses no statistics; leave --stats out")
@@ -89,9 +92,9 @@ def merge_files(
         )
     statistics: list[Statistics | None] = [Statistics.load(expand(file)) for file in stats]
     statistics = statistics or [None] * len(tasks)
-    plan = layout(pretrained, exclude=exclude)
     for task in finetuned:  # this is cheap, and a mistake in the last task must not appear after an hour's work
-        check_names(task, pretrained, plan)
+        if isinstance(task, Checkpoint):
+            check_names(task, pretrained, plan)
     about = {"format": FORMAT, "rule": config.model_dump_json(), "exclude": json.dumps(list(exclude))}
     names = [entry.name for entry in plan.entries]
     about["base"] = _digest(pretrained, names, track, "reading the base")
@@ -103,7 +106,8 @@ def merge_files(
         digests = [""] * len(tasks)
         if state is not None:
             for i, task in enumerate(finetuned):
-                own = [plan.held(entry, task) or entry.name for entry in plan.entries]  # a tied tensor has two names
+                held = (plan.held(entry, task) for entry in plan.entries)  # a tied tensor has two names
+                own = [name for name in held if name is not None]  # an adapter has only the weights that it changes
                 digests[i] = _digest(task, own, track, f"reading {task.path.name}")
             if state.exists():
                 store.open(state)
@@ -112,7 +116,8 @@ def merge_files(
             log.warning("%s: already the last task of %s, so it is not merged again", task.path, state)
         for task, digest, task_statistics in list(zip(finetuned, digests, statistics, strict=True))[known:]:
             store.tasks.append(digest)
-            merger.add(task, task_statistics, track)
+            add = merger.add if isinstance(task, Checkpoint) else merger.add_update
+            add(task, task_statistics, track)
         written = _write(merger, pretrained, partial, out, track)
         if state is not None:  # before the result: if that is there, its tasks are in the state, also after a crash
             store.current.replace(state)
@@ -120,6 +125,10 @@ def merge_files(
         written.rename(out)
         flush(out.parent)
     return merger
+
+
+def _opened(path: Path, plan: Layout) -> Checkpoint | AdapterUpdates:
+    return AdapterUpdates(path, plan) if is_adapter(path) else Checkpoint(path)
 
 
 def _repeated(merged: Sequence[str], tasks: Sequence[str]) -> int:
@@ -245,7 +254,7 @@ def _write(merger: Rule, pretrained: Checkpoint, scratch: Path, out: Path, track
     return result
 
 
-def _digest(checkpoint: Checkpoint, names: Sequence[str], track: Track | None, title: str) -> str:
+def _digest(checkpoint: Checkpoint | AdapterUpdates, names: Sequence[str], track: Track | None, title: str) -> str:
     """Compute a sha256 over name, dtype, shape and bytes of the tensors that are merged."""
     digest = hashlib.sha256()
     items: Iterable[str] = track(names, title, len(names)) if track else names
