@@ -75,6 +75,8 @@ LEARNERS = {
     "cofima": {"epochs": 1, "milestones": [1], "samples": 8, "alignment_epochs": 1, "statistics": 8},
     "duct": {"epochs": 1, "head_epochs": 1},
     "merge_oracle": {"epochs": 1},
+    "smile": {"epochs": 1},
+    "routed": {"epochs": 1, "router": "smile"},
     "slda": {},
     "layer_lda": {},
     "l2_sp": {"epochs": 1},

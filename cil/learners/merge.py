@@ -16,14 +16,12 @@ from cil.classifiers.drift import AffineMap, ridge_map, translation
 from cil.features import View
 from cil.learner import Context, Learner
 from cil.learners.bases.merged_space import mergeable, some_images
-from cil.learners.bases.new_classes import task_head
-from cil.merging import RuleConfig, build_rule
+from cil.learners.bases.task_training import TaskRecipe, train_tuner
+from cil.merging import ExpertBank, Rule, RuleConfig, build_rule
 from cil.merging.configs import OPCMConfig
 from cil.merging.statistics import Statistics, diagonal_fisher, input_grams
 from cil.stream import Task
-from cil.training import Optimizer, ParamGroup, Recipe, fit, local_cross_entropy
-from cil.tuning import Tuner, TunerConfig
-from cil.tuning.configs import LoraConfig
+from cil.tuning import Tuner
 from cil.tuning.frozen import replaced_tree
 
 
@@ -43,25 +41,13 @@ class Merge(Learner):
     training. ``trained: first`` is adaptation on the first task only.
     """
 
-    class Config(Recipe):
+    class Config(TaskRecipe):
         rule: RuleConfig = Field(OPCMConfig(), description="rule that merges the tasks' updates")
-        tuner: TunerConfig = Field(
-            LoraConfig(rank=16, alpha=16, targets=["qkv", "attn.proj", "fc1", "fc2"]),
-            description="tuner trained per task; its weight update is merged, or its own parameters if it has none",
-        )
         start: Literal["pretrained", "merged"] = Field(
             "pretrained", description="weights at which each task starts: pre-trained (θ_0) or merged (θ^(t−1))"
         )
         trained: Literal["all", "first"] = Field(
             "all", description="tasks that are trained and merged; first: later tasks only update the classifier"
-        )
-        optimizer: Optimizer = Field("adamw", description="optimiser: SGD with momentum, Adam or AdamW")
-        lr: float = Field(1e-3, gt=0, description="peak learning rate")
-        head_lr_factor: float = Field(
-            10.0, gt=0, description="factor on the learning rate for the head a task is trained with"
-        )
-        head_scale: float = Field(
-            16.0, gt=0, description="initial scale σ > 0 of the cosine logits of the head a task is trained with"
         )
         prototypes: Literal["stale", "translate", "linear"] = Field(
             "linear", description="correction of old classes' statistics: none, a translation, or a ridge regression"
@@ -103,9 +89,13 @@ class Merge(Learner):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.models = mergeable(config.tuner, backbone)
-        self.rule = self.models.start(build_rule(config.rule))
+        self.rule = self.models.start(self.make_rule())
         self.classifier = self.make_classifier()
         self._merged_tuner: tuple[Tuner, ...] = ()  # a tuple keeps the tuner out of the state
+
+    def make_rule(self) -> Rule:
+        """The rule, not started."""
+        return build_rule(self.config.rule)
 
     def make_classifier(self) -> Classifier:
         """The classifier on :meth:`features`, without statistics."""
@@ -144,17 +134,7 @@ class Merge(Learner):
 
     def train_task(self, task: Task, ctx: Context) -> tuple[Tuner, CosineHead]:
         """Train θ_t from :meth:`start`, with the task's own classes in the softmax; returns tuner and head."""
-        tuner = self.models.tuner(self.start(), ctx.generator)
-        head = task_head(CosineHead(self.backbone.feature_dim, self.config.head_scale), task, ctx)
-        loss = local_cross_entropy(lambda images: head(self.backbone(images, tuner)), self.config, task.classes[0])
-        fit(
-            loss,
-            [ParamGroup(tuner.parameters()), ParamGroup(head.parameters(), lr_factor=self.config.head_lr_factor)],
-            task.train,
-            self.config,
-            ctx,
-        )
-        return tuner, head
+        return train_tuner(self.models, self.start(), self.backbone, self.config, task, ctx)
 
     def start(self) -> Mapping[str, Tensor]:
         """The weights at which the next task starts, by name."""
@@ -169,6 +149,8 @@ class Merge(Learner):
         update = self.update(tuner)
         ctx.log("task_vector_norm", math.hypot(*[float(delta.norm()) for delta in update.values()]))
         self.fold(update, self.measure(update, head, task, ctx))
+        if isinstance(self.rule, ExpertBank):
+            ctx.log("bank_bytes", self.rule.bytes)
         if isinstance(self.classifier, CosineHead):
             self.classifier.extend(head)
 

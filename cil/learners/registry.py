@@ -60,6 +60,8 @@ BUILTIN = {
     "cofima": "cil.learners.cofima:CoFiMA",
     "duct": "cil.learners.duct:DUCT",
     "merge_oracle": "cil.learners.merge_oracle:MergeOracle",
+    "smile": "cil.learners.smile:Smile",
+    "routed": "cil.learners.routed:Routed",
     "zero_shot": "cil.learners.zero_shot:ZeroShot",
     "clip_gda": "cil.learners.clip_gda:ClipGDA",
     "tip_adapter": "cil.learners.tip_adapter:TipAdapter",

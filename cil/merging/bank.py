@@ -154,6 +154,23 @@ class ExpertBank(Rule):
         self.require(task)
         return {entry.name: self._vector(entry, self._store.get(entry), task) for entry in self.layout.entries}
 
+    def products(self, task: int) -> dict[str, tuple[Tensor, ...]]:
+        """Return what is kept of a task by name, as it is kept: two factors L [m, r] and R [r, n], or one tensor.
+
+        Tensors that the task did not change are left out.
+
+        Raises:
+            ConfigError: There is no such task.
+        """
+        self.require(task)
+        found = {}
+        for entry in self.layout.entries:
+            state = self._store.get(entry)
+            kept = tuple(state[slot] for slot in (f"left_{task}", f"right_{task}", f"whole_{task}") if slot in state)
+            if kept:
+                found[entry.name] = kept
+        return found
+
     @exact()
     def factors(self, entry: Entry, task: int) -> tuple[Tensor, Tensor]:
         """Return L [m, r] and R [r, n] with L R = Δ_t of a linear weight, in the computing dtype; r may be 0."""

@@ -10,7 +10,7 @@ from cil.tuning.low_rank_bank import LowRankBank
 from cil.tuning.prefix import ExternalPrefix, Prefix
 from cil.tuning.prompts import PooledPrompts, VisualPrompts
 from cil.tuning.ssf import SSF
-from cil.tuning.weights import ExternalWeights, WeightTuner, bitfit, full, layernorm, partial
+from cil.tuning.weights import AddedWeights, ExternalWeights, WeightTuner, bitfit, full, layernorm, partial
 
 if TYPE_CHECKING:
     from cil.tuning.peft import PeftTuner
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SSF",
     "Adapter",
+    "AddedWeights",
     "ExternalPrefix",
     "ExternalWeights",
     "KeyValueLora",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cil.backbone import Backbone
 from cil.backbone.vit import Tuner, final_norms, last_blocks
 from cil.errors import BackboneError
+from cil.utils.precision import without_autocast
 
 
 class ExternalWeights(Tuner):
@@ -26,6 +27,33 @@ class ExternalWeights(Tuner):
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.replaced
+
+
+class AddedWeights(Tuner):
+    """The backbone's weights plus updates, which stay products of factors until a forward pass needs them.
+
+    Args:
+        frozen: The backbone's weights by name, kept by reference.
+        updates: For each changed weight, tensors whose product is its update: two factors [m, r] and [r, n], or one
+            tensor of the weight's shape.
+    """
+
+    rides_blocks = False  # it only replaces weights, so it fits any timm model
+
+    def __init__(self, frozen: Mapping[str, Tensor], updates: Mapping[str, tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.frozen, self.updates = frozen, dict(updates)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return {name: self.frozen[name].detach() + update for name, update in self.products().items()}
+
+    @without_autocast()
+    def products(self) -> dict[str, Tensor]:
+        """The updates as matrices, by name."""
+        return {
+            name: parts[0].float() if len(parts) == 1 else parts[0].float() @ parts[1].float()
+            for name, parts in self.updates.items()
+        }
 
 
 class WeightTuner(Tuner):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from cil.errors import ConfigError
 from cil.learner import Context
 from cil.merging import HEADS, Rule
 from cil.stream import Task
-from cil.tuning import ExternalWeights, Tuner, TunerConfig, build_tuner
+from cil.tuning import AddedWeights, ExternalWeights, Tuner, TunerConfig, build_tuner
 from cil.tuning.frozen import replaced_tree
+
+R = TypeVar("R", bound=Rule)
 
 
 class Mergeable(ABC):
@@ -31,7 +33,7 @@ class Mergeable(ABC):
     names: tuple[str, ...]
     exclude: ClassVar[Sequence[str]] = HEADS
 
-    def start(self, rule: Rule) -> Rule:
+    def start(self, rule: R) -> R:
         """Start a rule at θ_0.
 
         Raises:
@@ -86,6 +88,8 @@ class Weights(Mergeable):
         return tuner if theta is self.initial or tuner.weights() else OnOtherWeights(tuner, backbone.model)
 
     def update(self, tuner: Tuner, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if isinstance(tuner, AddedWeights):
+            return tuner.products()
         delta: Any = getattr(tuner, "delta", None)
         if delta is not None:
             return {name: theta[name] - self.initial[name] + change for name, change in delta().items()}
@@ -133,7 +137,7 @@ class Parameters(Mergeable, nn.Module):
     def draw(self, generator: torch.Generator) -> None:
         self.drawn.reset(generator)
 
-    def start(self, rule: Rule) -> Rule:
+    def start(self, rule: R) -> R:
         if rule.needs is not None:
             raise ConfigError(
                 f"merge: tuner {self.config.name} adds modules to the network, and {type(rule).__name__} needs "
