@@ -21,7 +21,7 @@ from test_cli import cil  # noqa: F401 - a fixture
 from waiting import until
 
 from cil.errors import CilError
-from cil.merging import build_rule
+from cil.merging import HEADS, build_rule
 from cil.merging.configs import RULES
 from cil.merging.files import Checkpoint, TensorWriter
 from cil.merging.on_disk import merge_files
@@ -206,6 +206,33 @@ def test_a_transformers_model_goes_through(tmp_path):
     assert all(torch.equal(merged[k], v) for k, v in rule.merged().items())
     assert torch.equal(merged["classifier.weight"], base["classifier.weight"])
     assert sum(entry.linear for entry in rule.layout.entries) == 12  # query, key, value, two dense and one more, twice
+
+
+@pytest.mark.parametrize("headed", ["task", "base"])
+def test_a_transformers_model_alone_and_inside_one_with_a_head(tmp_path, headed):
+    """What is ``…`` in a ViTModel, as base checkpoints are saved, is ``vit.…`` in a ViTForImageClassification."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+    config = ViTConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=16
+    )
+    with isolated(0):
+        alone, classifier = ViTModel(config, add_pooling_layer=headed == "task"), ViTForImageClassification(config)
+    base, task = (alone, classifier) if headed == "task" else (classifier, alone)
+    base.save_pretrained(tmp_path / "base")
+    task.save_pretrained(tmp_path / "task")
+    if headed == "task":  # it has no pooler
+        with pytest.raises(CilError, match=r"pooler\.dense\.\w+ is missing .* leave tensors out with exclude"):
+            merge_files("average", tmp_path / "base", [tmp_path / "task"], tmp_path / "merged")
+    exclude = (*HEADS, r"^pooler\.")
+    merge_files("average", tmp_path / "base", [tmp_path / "task"], tmp_path / "merged", exclude=exclude)
+    merged, changed = type(base).from_pretrained(tmp_path / "merged").state_dict(), 0
+    for name, value in base.state_dict().items():
+        bare = name.removeprefix("vit.")
+        theirs = task.state_dict().get(f"vit.{bare}" if headed == "task" else bare)
+        torch.testing.assert_close(merged[name], value if theirs is None else theirs)
+        changed += theirs is not None and not torch.equal(theirs, value)
+    assert changed > 5
 
 
 def test_bfloat16_and_other_dtypes_keep_theirs(tmp_path):
@@ -415,9 +442,16 @@ def test_adapters_that_cannot_be_merged_as_they_are(place, adapters):
         "cannot be read (KeyError": ({}, factors),
         "norm.weight is no factor of": (right, factors | {"base_model.model.norm.weight": torch.ones(12)}),
         "has one of its two factors": (right, {n: v for n, v in factors.items() if "lora_B" not in n}),
-        "of factors with 2 and 1 directions": (
+        "update are A [2, 12] and B [36, 1]; the base has blocks.0.attn.qkv.weight [36, 12]; only linear layers": (
             right,
             layer | {f"{prefix}.lora_B.weight": torch.ones(36, 1)},
+        ),
+        "update are A [2, 3, 4, 4] and B [12, 2, 1, 1]; the base has patch_embed.proj.weight": (
+            right,
+            {
+                "base_model.model.patch_embed.proj.lora_A.weight": torch.ones(2, 3, 4, 4),
+                "base_model.model.patch_embed.proj.lora_B.weight": torch.ones(12, 2, 1, 1),
+            },
         ),
         "adapts blocks.7.attn.qkv, which is not among the merged weights": (
             right,

@@ -71,14 +71,14 @@ class AdapterUpdates(Mapping[str, Tensor]):
             if len(keys) != 2:
                 raise BackboneError(f"{path}: {layer} has one of its two factors; save the adapter again")
             name = _in_base(layer, entries, path)
-            (r, n), (m, inner) = (self.checkpoint.shape_and_dtype(keys[part])[0] for part in "AB")
-            shape = (n, m) if self._transposed else (m, n)
-            if r != inner or shape != entries[name].shape:
+            a, b = (self.checkpoint.shape_and_dtype(keys[part])[0] for part in "AB")
+            shape = (*a[1:], *b[:1]) if self._transposed else (*b[:1], *a[1:])
+            if len(b) != 2 or a[:1] != b[1:] or shape != entries[name].shape:
                 raise BackboneError(
-                    f"{path}: the update of {layer} is {list(shape)}, of factors with {r} and {inner} directions; the "
-                    f"base has {name} {list(entries[name].shape)}; the adapter belongs to another model"
+                    f"{path}: the factors of {layer}'s update are A {list(a)} and B {list(b)}; the base has {name} "
+                    f"{list(entries[name].shape)}; only linear layers of the base itself can have updates"
                 )
-            self._parts[name], self._shapes[name] = (keys["A"], keys["B"], _scale(config, layer, r)), shape
+            self._parts[name], self._shapes[name] = (keys["A"], keys["B"], _scale(config, layer, a[0])), shape
 
     def __getitem__(self, name: str) -> Tensor:
         a, b, scale = self._parts[name]

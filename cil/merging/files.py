@@ -55,7 +55,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.path = Path(path)
         self.files: dict[Path, list[str]] = {}
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._where: dict[str, Path] = {}
+        self._where: dict[str, tuple[Path, str]] = {}  # file, and the tensor's name in it
         for file, expected in _files(self.path).items():
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -63,7 +63,7 @@ class Checkpoint(Mapping[str, Tensor]):
                     for name in names:
                         part = opened.get_slice(name)
                         self._shapes[name] = (tuple(part.get_shape()), _dtype(file, name, part.get_dtype()))
-                        self._where[name] = file
+                        self._where[name] = file, name
                     self.files[file] = names
                     self.metadata: dict[str, str] = dict(opened.metadata() or {})
             except FileNotFoundError:
@@ -80,8 +80,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         # reopened for every tensor: pages of a file that stays mapped count as memory of this process
-        with safe_open(self._where[name], framework="pt") as opened:
-            return opened.get_tensor(name).clone()
+        file, stored = self._where[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(stored).clone()
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes  # the inherited one reads the tensor
@@ -91,6 +92,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names, stored name → new name; :attr:`files` keeps the stored ones."""
+        self._shapes = {names.get(name, name): shape for name, shape in self._shapes.items()}
+        self._where = {names.get(name, name): where for name, where in self._where.items()}
 
     def below(self, prefix: str) -> Mapping[str, Tensor]:
         """Return the tensors whose names start with ``prefix``, by their names without it."""

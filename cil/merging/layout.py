@@ -134,6 +134,26 @@ def source(tensors: Mapping[str, Tensor], default: str) -> str:
     return str(getattr(tensors, "path", default))
 
 
+def base_names(finetuned: Iterable[str], pretrained: Iterable[str], plan: Layout) -> dict[str, str]:
+    """Map a fine-tuned model's names to the base's, where they differ in leading parts alone.
+
+    Transformers names a model's tensors ``vit.…`` inside a model with a head, and ``…`` in the model by itself, as base
+    checkpoints are often saved.
+
+    Returns:
+        The names that change. It is empty if a merged tensor has its own name, or if no leading parts fit.
+    """
+    names, entries, known = set(finetuned), [entry.name for entry in plan.entries], set(pretrained)
+    if names & set(entries):
+        return {}
+    first = entries[0]
+    added = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+    dropped = {first[:i] for i, letter in enumerate(first, start=1) if letter == "." and first[i:] in names}
+    changes = [{n: n.removeprefix(part) for n in names if n.startswith(part)} for part in added]
+    changes += [{n: part + n for n in names if part + n in known} for part in dropped]
+    return max(changes, key=lambda change: len(set(change.values()) & set(entries)), default={})
+
+
 def check_names(finetuned: Mapping[str, Tensor], pretrained: Mapping[str, Tensor], plan: Layout) -> None:
     """Refuse a fine-tuned state dict whose names or shapes are not those of the pre-trained one.
 

@@ -22,7 +22,7 @@ from cil.merging.adapters import AdapterUpdates, is_adapter
 from cil.merging.base import Rule, Track
 from cil.merging.configs import CustomRule, RuleSection, build_rule, rule_config
 from cil.merging.files import INDEX, Checkpoint, TensorWriter, as_bytes
-from cil.merging.layout import HEADS, Entry, Layout, check_names, layout
+from cil.merging.layout import HEADS, Entry, Layout, base_names, check_names, layout
 from cil.merging.statistics import Statistics
 from cil.merging.store import State, StateSpec, slot_name
 from cil.utils.files import flush, reporting
@@ -81,7 +81,7 @@ def merge_files(
         raise ConfigError("merge: no task given; name at least one fine-tuned checkpoint")
     pretrained = Checkpoint(expand(base))
     plan = layout(pretrained, exclude=exclude)
-    finetuned = [_opened(expand(task), plan) for task in tasks]
+    finetuned = [_opened(expand(task), pretrained, plan) for task in tasks]
     merger, name = build_rule(config), config.cls if isinstance(config, CustomRule) else config.name
     if stats and not merger.needs:
         raise ConfigError(f"merge: {name} uses no statistics; leave --stats out")
@@ -127,8 +127,13 @@ def merge_files(
     return merger
 
 
-def _opened(path: Path, plan: Layout) -> Checkpoint | AdapterUpdates:
-    return AdapterUpdates(path, plan) if is_adapter(path) else Checkpoint(path)
+def _opened(path: Path, pretrained: Checkpoint, plan: Layout) -> Checkpoint | AdapterUpdates:
+    """A task, under the base's names."""
+    if is_adapter(path):
+        return AdapterUpdates(path, plan)
+    checkpoint = Checkpoint(path)
+    checkpoint.rename(base_names(checkpoint, pretrained, plan))
+    return checkpoint
 
 
 def _repeated(merged: Sequence[str], tasks: Sequence[str]) -> int:
