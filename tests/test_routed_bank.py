@@ -133,7 +133,7 @@ def test_layers_that_are_read_and_not_called_are_refused():
 # --- the learners
 
 
-@pytest.fixture(scope="module", params=slow_beyond(["entropy"], ["frozen_lda", "entropy", "gates"]))
+@pytest.fixture(scope="module", params=slow_beyond(["entropy"], ["frozen_lda", "entropy", "gates", "smile"]))
 def learned(request):
     return Case(Routed, {**QUICK, "router": request.param}).run()
 
@@ -162,11 +162,19 @@ def test_classes_are_measured_through_their_own_expert_and_images_through_the_ch
         sums = torch.stack([p[:, list(task.classes)].sum(1) for task in tasks], 1)
         q = by_expert.double().softmax(2)
         scores = {"frozen_lda": sums, "entropy": (q * q.clamp(min=1e-300).log()).sum(2)}
-        if learner.config.router in scores:
-            expected = scores[learner.config.router].argmax(1)
-            assert torch.equal(routed, expected)
-            torch.testing.assert_close(of_tasks(frozen, learner.task_of, 3), sums)
-            torch.testing.assert_close(certainty(by_expert), scores["entropy"])
+        torch.testing.assert_close(of_tasks(frozen, learner.task_of, 3), sums)
+        torch.testing.assert_close(certainty(by_expert), scores["entropy"])
+        gates, measured = Gates(vit.feature_dim, config.directions), []
+        for task in tasks:
+            source, indices = task.train.source
+            pixels = torch.cat([p for p, _ in source.batches(indices, indices, 64)])
+            gates.fit(vit(pixels))
+            watch = InputEnergies(vit, experts_of(learner.bank), config.directions)
+            own = watch.energies(vit, pixels)[:, task.index]
+            e = watch.energies(vit, images)[:, task.index]
+            measured.append((e - own.mean()) / (float(own.std(correction=0)) or 1.0))
+        scores |= {"gates": gates(vit(images)), "smile": torch.stack(measured, 1)}
+        assert torch.equal(routed, scores[config.router].argmax(1)) and len(set(routed.tolist())) > 1
         for t in range(3):
             tasks_given = torch.full((len(images),), t)
             got = {}

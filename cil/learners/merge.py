@@ -184,10 +184,14 @@ class Merge(Learner):
             return translation(before, after)
         return ridge_map(before, after, self.config.map_shrinkage)
 
+    def make_tuner(self) -> Tuner:
+        """A tuner at θ^(t)."""
+        return self.models.tuner_at(self.rule.merged())
+
     def merged(self, images: Tensor) -> Tensor:
         """φ_{θ^(t)}(x), [B, F]."""
         if not self._merged_tuner:
-            self._merged_tuner = (self.models.tuner_at(self.rule.merged()),)
+            self._merged_tuner = (self.make_tuner(),)
         return self.backbone(images, *self._merged_tuner)
 
     def views(self) -> Mapping[Hashable, View]:

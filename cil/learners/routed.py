@@ -15,8 +15,8 @@ from cil.classifiers import LDA
 from cil.features import View
 from cil.learner import Context, RoutedLearner
 from cil.learners.bases.adapter_bank import select_adapter
-from cil.learners.bases.banked import BankedRecipe, experts_of, require_weights
-from cil.learners.bases.merged_space import mergeable
+from cil.learners.bases.banked import BankedRecipe, experts_of
+from cil.learners.bases.merged_space import mergeable, require_weights
 from cil.learners.bases.new_classes import TaskOfClass
 from cil.learners.bases.routers import Gates, OwnScale, certainty, of_tasks
 from cil.learners.bases.some_views import SomeViews
@@ -69,7 +69,7 @@ class Routed(TaskOfClass, RoutedLearner):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.models = mergeable(config.tuner, backbone)
-        require_weights(self.name, self.models)
+        require_weights(self.name, self.models, "a bank keeps updates of weights")
         self.bank = self.models.start(ExpertBank(config.max_rank, config.dtype))
         self.frozen = LDA(backbone.feature_dim, config.shrinkage, priors="uniform")
         self.classifier = LDA(backbone.feature_dim, config.shrinkage, priors="uniform")
@@ -83,6 +83,7 @@ class Routed(TaskOfClass, RoutedLearner):
         super().begin(task, ctx)
         if task.index == 0:
             self.models.draw(ctx.generator)
+            self._experts, self._energies = [], ()
         self.frozen.grow(len(task.seen))
         self.classifier.grow(len(task.seen))
 
@@ -118,7 +119,7 @@ class Routed(TaskOfClass, RoutedLearner):
 
     def views(self) -> Mapping[Hashable, View]:
         # the count is the value of a tensor, which a program must not read while it is exported
-        tasks = len(self._experts) if torch.compiler.is_exporting() else int(self.bank.count)
+        tasks = self.stages if torch.compiler.is_exporting() else int(self.bank.count)
         found: dict[Hashable, View] = {FROZEN: self.backbone}
         found |= {("expert", t): self.expert(t) for t in range(tasks)}
         return found | ({("energies", tasks): self.energies} if self.own_scale is not None and tasks else {})

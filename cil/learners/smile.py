@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.learners.bases.banked import BankedRecipe, experts_of, require_weights
+from cil.learners.bases.banked import BankedRecipe, experts_of
+from cil.learners.bases.merged_space import require_weights
 from cil.learners.merge import Merge
 from cil.merging import ExpertBank
-from cil.merging.statistics import Statistics
 from cil.tuning.token_experts import TokenExperts
 
 
@@ -44,18 +42,10 @@ class Smile(Merge):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        require_weights(self.name, self.models)
-        self._experts: tuple[TokenExperts, ...] = ()  # a tuple keeps the tuner out of the state
+        require_weights(self.name, self.models, "a bank keeps updates of weights")
 
     def make_rule(self) -> ExpertBank:
         return ExpertBank(self.config.max_rank, self.config.dtype)
 
-    def fold(self, update: Mapping[str, Tensor], stats: Statistics | None) -> None:
-        super().fold(update, stats)
-        self._experts = ()
-
-    def merged(self, images: Tensor) -> Tensor:
-        if not self._experts:
-            experts = experts_of(self.rule) if int(self.rule.count) else {}
-            self._experts = (TokenExperts(self.backbone, experts, self.config.directions, self.config.top),)
-        return self.backbone(images, *self._experts)
+    def make_tuner(self) -> TokenExperts:
+        return TokenExperts(self.backbone, experts_of(self.rule), self.config.directions, self.config.top)

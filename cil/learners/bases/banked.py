@@ -6,8 +6,6 @@ import torch
 from pydantic import Field, PositiveInt
 from torch.nn.functional import pad
 
-from cil.errors import ConfigError
-from cil.learners.bases.merged_space import Mergeable, Weights
 from cil.learners.bases.task_training import TaskRecipe
 from cil.merging import ExpertBank
 from cil.merging.bank import StoredDtype
@@ -22,19 +20,6 @@ class BankedRecipe(TaskRecipe):
     dtype: StoredDtype | None = Field(None, description="dtype in which updates are kept; null: float32")
 
 
-def require_weights(name: str, models: Mergeable) -> None:
-    """Refuse tuners that are no updates of the backbone's weights.
-
-    Raises:
-        ConfigError: The tuner has parameters of its own.
-    """
-    if not isinstance(models, Weights):
-        raise ConfigError(
-            f"{name}: tuner {models.config.name} adds modules to the network, and a bank keeps updates of weights; "
-            "choose a tuner of weights such as lora or full"
-        )
-
-
 @exact()
 def experts_of(bank: ExpertBank) -> dict[str, Experts]:
     """The linear layers that tasks changed, by name, with the factors of all T tasks."""
@@ -42,7 +27,7 @@ def experts_of(bank: ExpertBank) -> dict[str, Experts]:
     found = {}
     for entry in (entry for entry in bank.layout.entries if entry.linear):
         pairs = [bank.factors(entry, task) for task in range(int(bank.count))]
-        rank = max(len(right) for _, right in pairs)
+        rank = max((len(right) for _, right in pairs), default=0)
         if not rank or not entry.name.endswith(".weight"):
             continue
         layer = entry.name.removesuffix(".weight")

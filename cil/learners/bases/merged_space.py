@@ -169,6 +169,25 @@ def mergeable(config: TunerConfig, backbone: Backbone) -> Mergeable:
     return Weights(config, backbone) if updates else Parameters(config, backbone)
 
 
+def require_weights(name: str, models: Mergeable, why: str) -> Weights:
+    """Return the space if it is that of the backbone's weights.
+
+    Args:
+        name: The learner's name, for the message.
+        models: The space of its tuner.
+        why: The need for weights, a main clause for the message.
+
+    Raises:
+        ConfigError: The tuner has parameters of its own.
+    """
+    if not isinstance(models, Weights):
+        raise ConfigError(
+            f"{name}: tuner {models.config.name} adds modules to the network, and {why}; choose a tuner of weights "
+            "such as lora or full"
+        )
+    return models
+
+
 def some_images(backbone: Backbone, task: Task, count: int, ctx: Context) -> Iterator[Tensor]:
     """Batches of ``count`` random training images of a task, counted as forward passes."""
     left = count
