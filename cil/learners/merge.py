@@ -15,10 +15,11 @@ from cil.classifiers import LDA, NCM, Classifier, CosineHead, Ridge
 from cil.classifiers.drift import AffineMap, ridge_map, translation
 from cil.features import View
 from cil.learner import Context, Learner
-from cil.learners.bases.merged_space import mergeable, some_images
-from cil.learners.bases.task_training import TaskRecipe, train_tuner
+from cil.learners.bases.coefficients import CoefficientRecipe, scaled_update
+from cil.learners.bases.merged_space import mergeable, require_weights, some_images
+from cil.learners.bases.task_training import train_tuner
 from cil.merging import ExpertBank, Rule, RuleConfig, build_rule
-from cil.merging.configs import OPCMConfig
+from cil.merging.configs import OPCMConfig, TaskArithmeticConfig
 from cil.merging.statistics import Statistics, diagonal_fisher, input_grams
 from cil.stream import Task
 from cil.tuning import Tuner
@@ -41,7 +42,7 @@ class Merge(Learner):
     training. ``trained: first`` is adaptation on the first task only.
     """
 
-    class Config(TaskRecipe):
+    class Config(CoefficientRecipe):
         rule: RuleConfig = Field(OPCMConfig(), description="rule that merges the tasks' updates")
         start: Literal["pretrained", "merged"] = Field(
             "pretrained", description="weights at which each task starts: pre-trained (θ_0) or merged (θ^(t−1))"
@@ -78,6 +79,12 @@ class Merge(Learner):
                 raise ValueError(
                     "projection: statistics after its ReLU cannot be corrected by a map; set prototypes: stale"
                 )
+            added = TaskArithmeticConfig(scale=1.0)
+            if self.coefficients == "layers" and (self.rule != added or self.start != "pretrained"):
+                raise ValueError(
+                    "coefficients: layers scales updates that are added to θ_0; set "
+                    "rule: {name: task_arithmetic, scale: 1.0} and start: pretrained"
+                )
             return self
 
     name = "merge"
@@ -89,6 +96,8 @@ class Merge(Learner):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.models = mergeable(config.tuner, backbone)
+        if config.coefficients == "layers":
+            require_weights(self.name, self.models, "coefficients: layers scales updates of weights")
         self.rule = self.models.start(self.make_rule())
         self.classifier = self.make_classifier()
         self._merged_tuner: tuple[Tuner, ...] = ()  # a tuple keeps the tuner out of the state
@@ -148,6 +157,8 @@ class Merge(Learner):
         """Merge a task: measure the statistics that the rule needs, compute θ^(t), append the head if it is used."""
         update = self.update(tuner)
         ctx.log("task_vector_norm", math.hypot(*[float(delta.norm()) for delta in update.values()]))
+        if self.config.coefficients == "layers":
+            update = scaled_update(self.models, update, self.rule.merged(), self.backbone, head, self.config, task, ctx)
         self.fold(update, self.measure(update, head, task, ctx))
         if isinstance(self.rule, ExpertBank):
             ctx.log("bank_bytes", self.rule.bytes)

@@ -14,7 +14,8 @@ from typing import ClassVar, Literal
 
 from cil.errors import ConfigError
 
-_BLOCK = re.compile(r"^(.*?)\b(blocks|layers?|resblocks|h)\.(\d+)\.")
+BLOCK = re.compile(r"^(.*?)\b(blocks|layers?|resblocks|h)\.(\d+)\.")
+"""The start of the names of a block's tensors: the tower's name, the list's, and the block's number."""
 
 
 class Finaliser(ABC):
@@ -97,7 +98,7 @@ class LiNeS(Finaliser):
     def factors(self, norms: Mapping[str, float], mean_norm: float, count: int) -> dict[str, float]:
         alpha = 1 / max(1, count) if isinstance(self.alpha, str) else self.alpha
         beta = 1 - alpha if self.beta is None else self.beta
-        matches = {name: match for name in norms if (match := _BLOCK.match(name))}
+        matches = {name: match for name in norms if (match := BLOCK.match(name))}
         if not matches:
             raise ConfigError("LiNeS: no tensor belongs to a numbered block (blocks.<l>., layers.<l>., …); drop LiNeS")
         last: dict[str, int] = {}

@@ -42,8 +42,13 @@ class TaskRecipe(Recipe):
         "taken; empty: one fine-tuning",
     )
     held_out: float = Field(
-        0.2, gt=0, lt=1, description="share of each class's training images by which a soup is chosen"
+        0.2, gt=0, lt=1, description="share of each class's training images that choose a soup or fit coefficients"
     )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a share of a task's images is not trained on."""
+        return bool(self.soup)
 
 
 def train_tuner(
@@ -57,10 +62,10 @@ def train_tuner(
         The tuner, and the head, whose column 0 is the first of the task's classes.
     """
     empty = CosineHead(backbone.feature_dim, recipe.head_scale)
-    if not recipe.soup:
+    train, rest = held_out(task.train, recipe.held_out) if recipe.holds_out else (task.train, None)
+    if not recipe.soup or rest is None:
         tuner = models.tuner(theta, ctx.generator)
-        return tuner, _fine_tune(tuner, task_head(empty, task, ctx), backbone, recipe, task, task.train, ctx)
-    train, rest = held_out(task.train, recipe.held_out)
+        return tuner, _fine_tune(tuner, task_head(empty, task, ctx), backbone, recipe, task, train, ctx)
     start, members = task_head(empty, task, ctx), []
     for factor in recipe.soup if len(rest) else recipe.soup[:1]:  # without held-out images nothing can be chosen
         tuner, changed = models.tuner(theta, ctx.generator), recipe.model_copy(update={"lr": factor * recipe.lr})
