@@ -85,7 +85,9 @@ class Descriptors(Section):
     classes that were seen is ever handed out.
     """
 
-    file: Place = Field(description="YAML or JSON file with a list of texts for each class")
+    file: Place = Field(
+        description="YAML or JSON file with a list of texts for each class, or for each pair of classes"
+    )
     sha256: str | None = Field(None, description="SHA-256 of the file; default: that of the file as it is")
 
     @model_validator(mode="before")
@@ -106,6 +108,26 @@ class Descriptors(Section):
             ConfigError: The file is missing, has changed since the settings were made, is no such file, or lacks a
                 class.
         """
+        known = self._content()
+        return [self._texts(_entry(known, name), f"the class {name!r}") for name in names]
+
+    def contrasts(self, pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+        """The texts that tell the first class of each pair from the second, from ``class: {other: [text, …]}``.
+
+        Args:
+            pairs: Names of classes that were seen.
+
+        Raises:
+            ConfigError: As in :meth:`of`.
+        """
+        known, found = self._content(), []
+        for name, other in pairs:
+            about = _entry(known, name)
+            texts = _entry(about, other) if isinstance(about, dict) else None
+            found.append(self._texts(texts, f"the class {name!r} against {other!r}"))
+        return found
+
+    def _content(self) -> dict[str, Any]:
         if _digest(self.file) != self.sha256:
             raise ConfigError(
                 f"descriptors: {self.file} has changed since the run began; restore it, or start a new run"
@@ -115,17 +137,18 @@ class Descriptors(Section):
             content = json.loads(text) if self.file.suffix == ".json" else parse(text, str(self.file))
         except ValueError as error:
             raise ConfigError(f"descriptors: {self.file}: {' '.join(str(error).split())}") from None
-        known = {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
-        found = []
-        for name in names:
-            texts = known.get(name, known.get(phrase(name)))
-            if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one for one in texts):
-                what = "has no entry for" if texts is None else "has no list of texts for"
-                raise ConfigError(
-                    f"descriptors: {self.file} {what} the class {name!r}; add a list with one text or more"
-                )
-            found.append(texts)
-        return found
+        return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+    def _texts(self, texts: Any, what: str) -> list[str]:
+        if isinstance(texts, list) and texts and all(isinstance(one, str) and one for one in texts):
+            return texts
+        lacks = "has no entry for" if texts is None else "has no list of texts for"
+        raise ConfigError(f"descriptors: {self.file} {lacks} {what}; add a list with one text or more")
+
+
+def _entry(entries: dict[str, Any], name: str) -> Any:
+    """The entry of a class, under its name or its words; None if there is none."""
+    return entries.get(name, entries.get(phrase(name)))
 
 
 def _digest(file: Path) -> str:

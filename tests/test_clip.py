@@ -441,6 +441,7 @@ LEARNERS = {
     "clip_gda": {"space": "joint", "text_prior": 2.0, "published": True},
     "tip_adapter": {},
     "rapf": {"epochs": 1, "milestones": [1]},
+    "engine": {"epochs": 1},
 }
 """Every learner on texts, at a setting that trains little."""
 OPTIONS = {

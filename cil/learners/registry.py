@@ -66,6 +66,7 @@ BUILTIN = {
     "clip_gda": "cil.learners.clip_gda:ClipGDA",
     "tip_adapter": "cil.learners.tip_adapter:TipAdapter",
     "rapf": "cil.learners.rapf:RAPF",
+    "engine": "cil.learners.engine:Engine",
 }
 """Place of every built-in learner's class, by name; lists and tables have this order."""
 
