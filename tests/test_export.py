@@ -82,6 +82,7 @@ LEARNERS = {
     "l2_sp": {"epochs": 1},
     "loda": {"epochs": 1, "rank": 2},
     "inflora": {"epochs": 1, "rank": 2},
+    "sd_lora": {"epochs": 1, "rank": 2},
     "e2_lora": {"epochs": 1, "schedule": "constant", "milestones": [], "samples": 8, "alignment_epochs": 1},
     "avalanche": {"epochs": 1},
     "avalanche_replay": {"epochs": 1},

@@ -67,6 +67,7 @@ NOT_RUN_YET = {
     "cds",
     "inflora",
     "loda",
+    "sd_lora",
     "e2_lora",
     "acil",
     "air",

@@ -144,6 +144,16 @@ def affine_layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: biases.get(name, (f"{name}.bias",)) for name in names + final_norms(model)}
 
 
+def query_value_rows(model: Any, i: int) -> list[tuple[str, int]]:
+    """Where block i's weights compute queries, and where values: (name of the weight, first such row), twice.
+
+    Raises:
+        BackboneError: See :func:`key_value_rows`.
+    """
+    *_, (name, first) = key_value_rows(model, i).items()
+    return [(name, 0), (name, 2 * first)] if first else [(f"blocks.{i}.attn.q_proj.weight", 0), (name, 0)]
+
+
 def widening_layers(model: nn.Module, i: int) -> list[str]:
     """Names of block i's weights that read normalised tokens: those of queries, keys and values, and the MLP's first.
 

@@ -51,6 +51,7 @@ BUILTIN = {
     "l2_sp": "cil.learners.l2_sp:L2SP",
     "loda": "cil.learners.loda:LoDA",
     "inflora": "cil.learners.inflora:InfLoRA",
+    "sd_lora": "cil.learners.sd_lora:SDLoRA",
     "e2_lora": "cil.learners.e2_lora:E2LoRA",
     "avalanche": "cil.avalanche.learner:AvalancheLearner",
     "avalanche_replay": "cil.avalanche.learner:AvalancheReplay",
