@@ -131,11 +131,17 @@ class Case:
         return self.after(len(SIZES))
 
     def after(self, stages: int) -> Finished:
-        """A run of the first ``stages`` stages, shared by the checks that only read it."""
+        """A run of the first ``stages`` stages, shared by the checks that only read it.
+
+        Once there is a complete run, the learner after an earlier stage is loaded from what that run stored.
+        """
         if stages not in self._after:
-            self._folders[stages] = Path(tempfile.mkdtemp(prefix="cil-check-"))
-            weakref.finalize(self, shutil.rmtree, self._folders[stages], ignore_errors=True)
-            self._after[stages] = self.run(folder=self._folders[stages], stop_after=stages)
+            place = Path(tempfile.mkdtemp(prefix="cil-check-"))
+            weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            if (complete := self._folders.get(len(SIZES))) is not None:
+                RunFolder(shutil.copytree(complete, place, dirs_exist_ok=True)).keep_first(stages)
+            self._after[stages] = self.run(folder=place, stop_after=stages)
+            self._folders[stages] = place
         return self._after[stages]
 
     def folder(self, stages: int) -> Path:
