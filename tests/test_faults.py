@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fresh import Started, command
 from test_cli import cil, write  # noqa: F401 - a fixture
 from test_runner import stable
 from waiting import until
@@ -20,10 +19,9 @@ from cil.config.reading import load_config
 from cil.runner import run
 from cil.runner.checkpoint import RunFolder
 
-ROOT = Path(__file__).parents[1]
 LEARNERS = [{"name": "finetune", "epochs": 4, "train_batch_size": 128}]
 RUN = "order1993-seed0"
-LINK = "import os, signal, sys\nimport cil.runner.checkpoint as c\nfrom cil.cli import main\n"
+LINK = "import os, signal\nimport cil.runner.checkpoint as c\n"
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 
 # Another process that holds a folder until its input ends.
@@ -91,18 +89,8 @@ Finetune.train_on = patched
 }
 
 
-def start(config, cwd, patch="", **options):
-    code = LINK + patch + f"sys.argv = ['cil', 'run', {str(config)!r}]\nmain()"
-    # the checkout, as in this process: an installed package has other versions to record
-    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def finish(process, timeout=240):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
+def start(config, cwd, patch=""):
+    return Started(LINK + patch + command("run", str(config)), cwd)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +113,7 @@ def compare(place: Path, whole: Path):
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_started_again_ends_the_same_to_the_bit(cil, tmp_path, uninterrupted, moment):  # noqa: F811
     config = write(tmp_path / "c.yaml", learners=LEARNERS)
-    code, _, err = finish(start(config, tmp_path, MOMENTS[moment]))
+    code, _, err = start(config, tmp_path, MOMENTS[moment]).finish()
     assert code == -signal.SIGKILL, f"the process was to be killed {moment}, but ended with {code}: {err}"
     assert not results.read_run(tmp_path / "results" / "t" / "finetune" / RUN)["complete"]
     ended = cil("run", config, cwd=tmp_path)
@@ -144,7 +132,7 @@ def test_killed_from_outside_again_and_again(cil, tmp_path, uninterrupted):  # n
         until(lambda there=there, process=process: there.exists() or process.poll() is not None, 200, f"no {there}")
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL, "the run ended before it could be killed"
+        assert process.finish()[0] == -signal.SIGKILL, "the run ended before it could be killed"
     ended = cil("run", config, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     compare(tmp_path, uninterrupted)
@@ -163,10 +151,12 @@ def test_a_folder_in_use_is_refused(cil, tmp_path):  # noqa: F811
     assert cil("run", config).returncode == 0
 
 
-def _small_files():
-    """No file of this process may grow beyond 300 kB: what a full disk does, without filling one."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+SMALL_FILES = """
+import resource
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+"""
+"""No file of the process may grow beyond 300 kB: what a full disk does, without filling one."""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
@@ -178,7 +168,7 @@ def test_a_full_disk_leaves_earlier_stages_loadable(cil, tmp_path, monkeypatch):
         "        if task.index == 2: self.register_buffer('big', torch.zeros(200_000))\n"
     )
     config = write(tmp_path / "c.yaml", learners=[{"class": "grows.py:Grows"}])
-    code, out, err = finish(start(config, tmp_path, preexec_fn=_small_files))
+    code, out, err = start(config, tmp_path, SMALL_FILES).finish()
     folder = tmp_path / "results" / "t" / "Grows" / RUN
     assert code == 2 and "the disk is full. Finished stages are kept" in err, (code, out, err)
     assert len(err.strip().splitlines()) == 1
@@ -195,12 +185,11 @@ def test_a_full_disk_leaves_earlier_stages_loadable(cil, tmp_path, monkeypatch):
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     config = write(tmp_path / "c.yaml", learners=[{**LEARNERS[0], "epochs": 10}])
-    # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
-    process = start(config, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start(config, tmp_path)
     folder = tmp_path / "results" / "t" / "finetune" / RUN
     until(lambda: (folder / "stage-00").exists() or process.poll() is not None, 200, "no stage is finished")
     process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
+    code, out, err = process.finish()
     assert code == 130, (code, err)
     assert "same command to resume" in out and "Traceback" not in err
     assert RunFolder(folder).finished() >= 1 and not results.read_run(folder)["complete"]
