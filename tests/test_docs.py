@@ -48,6 +48,7 @@ REPLACED = {
 """Pattern → what stands in its place."""
 
 FEW_DIGITS = "data.dataset=digits data.root=null data.train=null data.test=null stream.increment=5 'orders=[1993]'"
+SMALL = "precision=fp32 backbone.weights=random 'backbone.options={depth: 2}'"
 EMBEDDED = "backbone.name=vit_tiny_patch8_64.tinyimagenet100 transform.resize=null"
 SHORTENED = {
     r"^cil run quickstart$": "'orders=[1993]'",
@@ -61,13 +62,17 @@ SHORTENED = {
     r"^cil run split_tiny_imagenet100/": FEW_DIGITS,
     r"^cil run split_tiny_imagenet100/frozen": "learners.ranpac.projection=64 learners.loranpac.projection=64 "
     "learners.layer_lda.layers=last",
+    r"^cil run split_tiny_imagenet100/bounds": "learners.finetune.epochs=1 learners.joint_probe.epochs=1 "
+    f"learners.joint.epochs=1 {SMALL}",
+    r"^cil run split_tiny_imagenet100/layers": SMALL,
+    r"^cil run split_tiny_imagenet100/confidence": f"learners.ranpac_2000.projection=64 {SMALL}",
     r"^cil run split_tiny_imagenet100/one_default": "learners.layer_lda.layers=last 'orders=[1993]'",
     r"^cil run split_tiny_imagenet100/orders": "'learners=[fecam]'",
     r"^cil run split_tiny_imagenet100/defaults": "'learners=[ncm, fecam]'",
     r"^cil run split_tiny_imagenet100/long ": "'learners=[ncm, fecam]'",
     r"^cil run split_tiny_imagenet100/long_chosen": "'learners=[{name: slda, label: slda_chosen, shrinkage: 0.01}]'",
     r"^cil run split_tiny_imagenet100/records": "'learners=[ncm, {name: loranpac, projection: 64}]'",
-    r"^cil run split_tiny_imagenet100/matrix": "'learners=[{name: merge, label: lora_opcm_ncm, epochs: 1}]'",
+    r"^cil run split_tiny_imagenet100/matrix": f"'learners=[{{name: merge, label: lora_opcm_ncm, epochs: 1}}]' {SMALL}",
     r"^cil run split_tiny_imagenet100/few_shots": "stream.initial_classes=0 stream.shots=2 'learners=[ncm]'",
     r"^cil run split_tiny_imagenet100/long_tail": "'learners=[ncm]'",
     r"^cil run split_tiny_imagenet100/(blurry|online)": "stream.increment=null stream.tasks=2 'learners=[ncm]'",
@@ -88,7 +93,8 @@ SHORTENED = {
     r"^python -m \S+\.study_backbones": f"{FEW_DIGITS} --variants --per-class 3 --projection 9 --work w --out b.json",
     r"^python -m \S+\.departures": f"{FEW_DIGITS} --methods coda_prompt --orders 1993 --variants ours --out d.json",
     r"^python -m \S+studies\.families": "--only 'deit_tiny_patch*'",
-    r"^python -m \S+\.ablate_merging": f"{FEW_DIGITS} learners.merge.epochs=1 --orders 1993 --rules average opcm",
+    r"^python -m \S+\.ablate_merging": f"{FEW_DIGITS} {SMALL} learners.merge.epochs=1 --orders 1993 "
+    "--rules average opcm",
 }
 """Pattern → arguments that are added; every pattern that matches counts."""
 
