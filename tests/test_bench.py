@@ -102,6 +102,22 @@ def test_flatness_by_hand(script):
     assert script("bench.growth").flatness(rows) == {"learn": 8.5 / 1.5, "learn_and_solve": 9.5 / 2.5}
 
 
+@pytest.mark.slow
+def test_steps(script, tmp_path, monkeypatch):
+    out, bench = tmp_path / "steps.json", importlib.import_module("scripts.bench.steps")
+    monkeypatch.setattr(bench, "in_own_process", lambda name, given: bench.measure(name, given.model, given.images))
+    for name in ("linear_probe", "ssiat"):
+        script("bench.steps", "--learners", name, "--model", "vit_tiny_patch16_224", "--out", out).main()
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["machine"]["processor"] and list(found["learners"]) == ["linear_probe", "ssiat"]
+    probe, ssiat = found["learners"].values()
+    assert [row["trained"] for row in probe["tasks"]] == [2 * 193, 4 * 193]
+    assert ssiat["settings"]["first_epochs"] == 1 and [row["passes"] for row in ssiat["tasks"]] == [2, 3]
+    covariances = 2 * (192**2 + 192 + 1) * 8  # of two classes, in float64
+    assert ssiat["grows_mib"] * 2**20 == pytest.approx(covariances + 2 * 192 * 4 + 16)
+    assert all(row["peak_mib"] > 0 < row["seconds_step"] < row["seconds"] for row in ssiat["tasks"])
+
+
 def test_a_long_stream(script, tmp_path, picture_folder):
     root = picture_folder(train=4, test=2)
     size = ["--classes", 1, "--per-class", 3, "--tested", 1, "--projection", 16]

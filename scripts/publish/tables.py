@@ -12,6 +12,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     ablation      FOLDER/LABEL        accuracies from ablate_merging.py
     throughput    FILE                measurements of bench/throughput.py
     growth        FILE                measurements of bench/growth.py
+    one_step      FILE                measurements of bench/steps.py
     backbones     FILE                scores from study_backbones.py
     families      FILE                what works with each family, from studies/families.py
     leads         ROOT:LABEL:FOLDER,… one learner against the best other one of every stream
@@ -36,7 +37,7 @@ from cil import report, results
 from cil.errors import CilError
 from cil.report.row import pair_of
 from scripts import ROOT
-from scripts.publish import campaigns, families, leads, stage_costs, values
+from scripts.publish import campaigns, families, leads, one_step, stage_costs, values
 from scripts.publish.published import published
 
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -257,6 +258,7 @@ def render(page: Path) -> str:
         "matrix": matrix,
         "throughput": throughput,
         "growth": growth,
+        "one_step": one_step.table,
         "stages": stage_costs.table,
         "backbones": backbones,
         "families": families.table,
