@@ -80,6 +80,8 @@ NOT_RUN_YET = {
     "acmap",
     "cofima",
     "duct",
+    "smile",
+    "routed",
 }
 """Learners of which there are no runs on these streams."""
 

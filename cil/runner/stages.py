@@ -178,6 +178,7 @@ def resume(session: Session, folder: RunFolder | None) -> list[StageRow]:
         for task in past:
             task.close()
     folder.load_learner(learner, past, session.context)
+    learner.eval()  # as after a stage: there may be none left to learn
     if session.confidence is not None:
         folder.load_module(session.confidence, len(past) - 1, CONFIDENCE)
     session.unchanged_since = dict(zip(learner.views(), rows[-1]["unchanged_since"], strict=True))
