@@ -11,7 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from test_processes import launch
+from fresh import command as code
+from fresh import together as started
+from test_processes import command, launch
 from torch.distributed import TCPStore
 
 from cil import cli
@@ -133,15 +135,23 @@ WHEN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("when", WHEN)
 def test_a_broken_image_is_named_by_whoever_reads_it(tmp_path, picture_folder, when):
+    """By processes of a launcher while they train, where it has something to say, too; else by processes like those."""
     split, name, number, more = WHEN[when]
     root = picture_folder(("a", "b", "c", "d"), train=4, test=4, root=tmp_path / "set")
     break_image(root / split / name / f"{number}.png")
-    learner = "{name: aper, epochs: 1, train_batch_size: 2}" if "training" in when else "ncm"
+    training = "training" in when
+    learner = "{name: aper, epochs: 1, train_batch_size: 2}" if training else "ncm"
     changes = ["data.dataset=folder", f"data.root={root}", "data.per_class=null", "stream.sizes=null"]
     changes += ["stream.increment=2", "stream.validation=0", "stream.test_on=test", "orders=[natural]"]
-    changes += [f"learners=[{learner}]", "hardware.feature_store=off"]
-    done = launch(tmp_path, 2, *changes, *more, "inference_batch_size=2")
-    assert done.returncode != 0
-    assert done.stderr.count(f"{number}.png: not a readable image") == 1, done.stderr
-    assert "closed by peer" not in done.stderr and done.stderr.count("exitcode  : 2") == 2
-    assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
+    changes += [f"learners=[{learner}]", "hardware.feature_store=off", *more, "inference_batch_size=2"]
+    if training:
+        done = launch(tmp_path, 2, *changes)
+        assert done.returncode != 0 and done.stderr.count("exitcode  : 2") == 2
+        assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
+        said = done.stderr
+    else:
+        ended = started(code(*command(tmp_path, ()), *changes), 2, tmp_path)
+        said = "".join(err for _, _, err in ended)
+        assert [status for status, _, _ in ended] == [2, 2] and "Traceback" not in said, said
+    assert said.count(f"{number}.png: not a readable image") == 1, said
+    assert "closed by peer" not in said

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh import command as code
+from fresh import together
 from safetensors.torch import load_file
 from test_cli import cil  # noqa: F401 - a fixture
 
@@ -147,8 +149,9 @@ def test_two_processes_give_what_one_gives(cil, tmp_path):  # noqa: F811
     """One learner that trains nothing and one that trains; the one process is this one."""
     places, chosen = {1: tmp_path / "one", 2: tmp_path / "two"}, ("ncm", "aper")
     assert cil(*command(places[1], chosen)).returncode == 0
-    done = launch(places[2], 2, learners=chosen)
-    assert done.returncode == 0, done.stderr[-3000:]
+    places[2].mkdir()
+    for status, _, err in together(code(*command(places[2], chosen)), 2, places[2]):
+        assert status == 0, err[-3000:]
     for learner in chosen:
         check_metrics(places, learner)
         check_state(places, learner)
@@ -188,8 +191,8 @@ def test_a_run_begun_by_one_process_goes_on_with_two(places, tmp_path):
         assert all(same_hits(learner, a["correct"], b["correct"]) for a, b in zip(*rows, strict=True)), learner
 
 
-@pytest.mark.slow
 def test_a_mistake_is_said_once(tmp_path):
-    done = launch(tmp_path, 2, "learners.ncm.metric=cosin")
-    assert done.returncode != 0
-    assert done.stderr.count("cil: ") == 1 and "metric" in done.stderr
+    ended = together(code(*command(tmp_path, tuple(LEARNERS)), "learners.ncm.metric=cosin"), 2, tmp_path)
+    said = "".join(err for _, _, err in ended)
+    assert [status for status, _, _ in ended] == [2, 2]
+    assert said.count("cil: ") == 1 and "metric" in said
