@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -120,3 +122,23 @@ def test_a_tuners_hyper_parameters_are_named_by_their_path(tmp_path):
     told = HParamsPluginData.FromString(content).session_start_info.hparams
     assert told["tuner.name"].string_value == "adapter" and told["tuner.bottleneck"].number_value == 4
     assert told["name"].string_value == "aper" and told["lr"].number_value == 0.1
+
+
+def test_drawing_takes_a_hundredth_of_a_run(tmp_path, monkeypatch):
+    """By a clock that only stages (7 s each) and drawings (2 s each) move: the next one waits for 200 s."""
+    now = 0.0
+
+    def draw(matrix, title):
+        nonlocal now
+        now += 2
+
+    header = {"learner": "ncm", "config": {}, "tasks": [[c] for c in range(100)]}
+    monkeypatch.setattr("cil.runner.tensorboard.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("cil.runner.tensorboard.figures.matrix", draw)
+    tracker, drawn = Tracker(tmp_path, header), []
+    monkeypatch.setattr(tracker._writer, "add_figure", lambda tag, figure, stage: drawn.append(stage))
+    for stage in range(1, 101):
+        now += 7
+        tracker._matrix(np.eye(stage), stage)
+    tracker.close()
+    assert drawn == [15, 44, 73, 100]  # the first after 100 s, then every 29 stages of 7 s, and the last stage

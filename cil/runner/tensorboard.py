@@ -75,7 +75,7 @@ class Tracker:
         self._writer.add_text("config", "```yaml\n" + text + "```")
         self._header = header
         self._steps: Counter[str] = Counter()
-        self._drawn = time.monotonic()
+        self._drawn, self._pause = time.monotonic(), 100.0
 
     def scalar(self, name: str, value: float) -> None:
         """The next value of something logged while training."""
@@ -106,16 +106,17 @@ class Tracker:
             self._histogram(name, np.array(counts), stage)
 
     def _matrix(self, r: np.ndarray, stage: int) -> None:
-        """The matrix as an image, after the last stage and between, but not for stages that take less than drawing."""
-        stages = len(self._header["tasks"])
-        if stage < stages and time.monotonic() - self._drawn < 5:
+        """The matrix as an image: after the last stage, and between while drawing takes at most 1 % of the time."""
+        stages, started = len(self._header["tasks"]), time.monotonic()
+        if stage < stages and started - self._drawn < self._pause:
             return
-        self._drawn = time.monotonic()
         padded = np.full((stages, stages), np.nan)
         padded[:stage, :stage] = r
         self._writer.add_figure(
             "accuracy_matrix", figures.matrix(padded, f"{self._header['learner']}, stage {stage}"), stage
         )
+        self._drawn = time.monotonic()
+        self._pause = 100 * (self._drawn - started)
 
     def _histogram(self, name: str, counts: np.ndarray, stage: int) -> None:
         """A bar around each of 0, 1, … as high as its count."""
