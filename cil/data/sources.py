@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ def rank_in_class(labels: np.ndarray) -> np.ndarray:
 def digits(split: str) -> ImageSource:
     """scikit-learn's 1,797 handwritten digits (8×8, ten classes), the embedded dataset.
 
-    They come without a split, so every fourth image of each class is a test image here.
+    They come without a split, so every fourth image of each class is a test image here. Their file (64 pixels from 0 to
+    16 and a class per line) is read from the installed package, whose own function takes a second to import.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise DataError(
+            "data.dataset: digits comes with scikit-learn, which is not installed: pip install scikit-learn"
+        )
+    rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pixels, labels = rows[:, :64], rows[:, 64].astype(np.int64)
     images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     members = np.flatnonzero((rank_in_class(labels) % 4 == 3) == (split == "test"))
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
