@@ -45,13 +45,19 @@ def write(path, **changes):
     return path
 
 
-def test_help_imports_nothing_heavy():
+def test_help_refusals_and_the_first_line_of_a_run_import_nothing_heavy():
     code = """
 import sys
 from typer.testing import CliRunner
 from cil.cli import app
 assert "check-learner" in CliRunner().invoke(app, ["--help"]).output
 assert "learners, tuners, rules" in CliRunner().invoke(app, ["list", "--help"]).output
+assert "did you mean 'ranpac'" in str(CliRunner().invoke(app, ["run", "quickstart", "learner=ranpak"]).exception)
+sys.modules["cil.runner"] = None  # its import fails here, after the first line
+changes = ["learners=[ncm, ranpac]", "seeds=[0, 1]", "orders=[1, 2]", "--results", "here"]
+first = CliRunner().invoke(app, ["run", "quickstart", *changes])
+assert first.output.startswith("8 runs of ncm, ranpac on digits, to here"), first.output
+assert isinstance(first.exception, ImportError)
 print([name for name in ("torch", "timm", "avalanche", "peft", "numpy") if name in sys.modules])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)

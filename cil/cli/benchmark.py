@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cil.cli.output import expanded, say
+from cil.errors import clipped, printable
 from cil.utils.paths import expand
 
 if TYPE_CHECKING:
+    from cil.config import Config
     from cil.report import Column, Comparison
 
 Results = Annotated[Path, typer.Option("--results", help="Folder that holds all results.", callback=expand)]
@@ -44,9 +46,13 @@ def run(
     from rich.console import Console
 
     from cil.config.reading import load_config
+    from cil.learners.registry import require_known
 
     settings = load_config(config, overrides or [])
+    for entry in settings.learners:  # a misspelt name is found before torch is imported
+        require_known(entry.spec)
     console = Console(quiet=not is_main_process())
+    console.print(announcement(settings, results), markup=False, highlight=False, soft_wrap=True)
     with console.status("loading torch, data and backbone …"):
         from cil.runner import run as run_benchmark
         from cil.runner.display import Display
@@ -58,6 +64,15 @@ def run(
     if not is_main_process():
         return
     show_results(results / settings.name)
+
+
+def announcement(settings: Config, results: Path) -> str:
+    """The first line of a run, known before torch is imported: what will run, on what, and where it goes."""
+    runs = sum(len(entry.orders or settings.orders) * len(entry.seeds or settings.seeds) for entry in settings.learners)
+    learners = ", ".join(entry.title for entry in settings.learners)
+    number = "1 run" if runs == 1 else f"{runs} runs"
+    what = printable(clipped(learners, 200))
+    return f"{number} of {what} on {printable(settings.data.dataset)}, to {printable(str(results / settings.name))}"
 
 
 def show_results(folder: Path) -> None:

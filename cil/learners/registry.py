@@ -77,30 +77,39 @@ def installed() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="cil.learners")}
 
 
+def require_known(spec: str) -> None:
+    """Check that a specification is a learner's name, or has the form of a place; nothing is imported.
+
+    Raises:
+        PluginError: It is the name of no learner.
+    """
+    if spec in BUILTIN or ":" in spec or spec in installed():
+        return
+    known = sorted([*BUILTIN, *installed()])
+    raise PluginError(
+        f"unknown learner {shortened(spec)}{nearest(spec, known)}; known: {', '.join(known)}, or class: file.py:Class"
+    )
+
+
 def resolve(spec: str) -> type[Learner]:
     """The learner class for a specification.
 
     Raises:
         PluginError: Unknown name, missing file or module, no such class in it, or not a :class:`Learner`.
     """
+    require_known(spec)
     if spec in BUILTIN:
         module, _, attribute = BUILTIN[spec].partition(":")
         return getattr(importlib.import_module(module), attribute)
     if ":" in spec:
         cls = load_object(spec, "learner")
-    elif spec in installed():
+    else:
         try:
             cls = installed()[spec].load()
         except Exception as error:  # importing another package may fail in any way
             raise PluginError(
                 f"learner {shortened(spec)} (entry point {installed()[spec].value}): {type(error).__name__}: {error}"
             ) from error
-    else:
-        known = sorted([*BUILTIN, *installed()])
-        raise PluginError(
-            f"unknown learner {shortened(spec)}{nearest(spec, known)}; known: {', '.join(known)}, "
-            "or class: file.py:Class"
-        )
     from cil.learner import Learner
 
     if not (isinstance(cls, type) and issubclass(cls, Learner)):
