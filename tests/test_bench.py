@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import sys
 
 import numpy as np
@@ -115,7 +116,9 @@ def test_steps(script, tmp_path, monkeypatch):
     assert ssiat["settings"]["first_epochs"] == 1 and [row["passes"] for row in ssiat["tasks"]] == [2, 3]
     covariances = 2 * (192**2 + 192 + 1) * 8  # of two classes, in float64
     assert ssiat["grows_mib"] * 2**20 == pytest.approx(covariances + 2 * 192 * 4 + 16)
-    assert all(row["peak_mib"] > 0 < row["seconds_step"] < row["seconds"] for row in ssiat["tasks"])
+    assert all(0 < row["seconds_step"] < row["seconds"] for row in ssiat["tasks"])
+    # in this process memory of other tests is freed meanwhile, so the peak may be below the start
+    assert all(math.isfinite(row["peak_mib"]) for row in ssiat["tasks"])
 
 
 def test_a_long_stream(script, tmp_path, picture_folder):
