@@ -17,8 +17,8 @@ from cil.classifiers.fusion import held_out_weights
 from cil.config import Section
 from cil.learner import Context
 from cil.learners.bases.first_session import AdaptOnce
-from cil.learners.bases.texts import name_prototype, text_classifier
-from cil.prompts import TEMPLATES, Form, Templates
+from cil.learners.bases.texts import PHRASES, SENTENCES, name_prototype, text_classifier
+from cil.prompts import Form, Templates
 from cil.stream import Task
 
 Positive = Annotated[float, Field(gt=0)]
@@ -39,14 +39,8 @@ class BesideTexts(Section):
     space: Literal["pooled", "joint"] = Field(
         "pooled", description="features of the classifier: the backbone's own, or those in the space of the texts"
     )
-    templates: Templates = Field(
-        TEMPLATES["simple"],
-        description="sentences with {} for the class, or the name of a set: simple, bad, good, cifar18, photo7 or "
-        "imagenet80",
-    )
-    phrases: Form = Field(
-        "words", description="words: underscores in class names become spaces; raw: names as they are"
-    )
+    templates: Templates = SENTENCES
+    phrases: Form = PHRASES
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

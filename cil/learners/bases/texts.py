@@ -15,6 +15,15 @@ from cil.learner import Context, Learner, LearnerConfig
 from cil.prompts import TEMPLATES, Descriptors, Form, Templates, described, sentences
 from cil.stream import Task
 
+SENTENCES: Any = Field(
+    TEMPLATES["simple"],
+    description="sentences with {} for the class, or the name of a set: simple, bad, good, cifar18, photo7 or "
+    "imagenet80",
+)
+"""The field ``templates`` of every section that puts class names into sentences."""
+PHRASES: Any = Field("words", description="words: underscores in class names become spaces; raw: names as they are")
+"""The field ``phrases`` beside it."""
+
 
 class Wording(Protocol):
     """How a class is put into sentences."""
@@ -54,14 +63,8 @@ class NamesClasses(Learner):
     """
 
     class Config(LearnerConfig):
-        templates: Templates = Field(
-            TEMPLATES["simple"],
-            description="sentences with {} for the class, or the name of a set: simple, bad, good, cifar18, photo7 or "
-            "imagenet80",
-        )
-        phrases: Form = Field(
-            "words", description="words: underscores in class names become spaces; raw: names as they are"
-        )
+        templates: Templates = SENTENCES
+        phrases: Form = PHRASES
 
     needs_text = True
     reads_names = True
