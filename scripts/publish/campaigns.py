@@ -41,6 +41,13 @@ class Campaign:
 
 
 TINY = "split_tiny_imagenet100"
+SHIPPED = "{name: vit_tiny_patch8_64.tinyimagenet100}"
+RANDOM = "{name: vit_tiny_patch8_64.tinyimagenet100, weights: random}"
+MEMBERS = {  # of the ensembles, in place of the two sizes of the shipped backbone
+    "one_size": ("backbones=null",),
+    "with_random": (f"backbones=[{SHIPPED}, {RANDOM}]",),
+    "with_random_stacked": (f"backbones=[{SHIPPED}, {RANDOM}]", "combine={weights: stack}"),
+}
 CAMPAIGNS = (
     Campaign("quickstart", ("quickstart",)),
     Campaign(TINY, (f"{TINY}/ncm", f"{TINY}/frozen"), {f"{TINY}/ncm": ("orders=[1993, natural]",)}),
@@ -51,6 +58,11 @@ CAMPAIGNS = (
     Campaign(f"{TINY}_orders", (f"{TINY}/orders",)),
     Campaign(f"{TINY}_defaults", (f"{TINY}/defaults",), kind="settings", beside=(f"{TINY}_orders", f"{TINY}_records")),
     Campaign(f"{TINY}_layers", (f"{TINY}/layers",)),
+    Campaign(f"{TINY}_two_sizes", (f"{TINY}/two_sizes",)),
+    *(
+        Campaign(f"{TINY}_{name}", (f"{TINY}/two_sizes",), {f"{TINY}/two_sizes": (f"name={TINY}_{name}", *members)})
+        for name, members in MEMBERS.items()
+    ),
     Campaign(f"{TINY}_min", (f"{TINY}/min",)),
     Campaign(f"{TINY}_confidence", (f"{TINY}/confidence",)),
     *(
