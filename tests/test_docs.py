@@ -88,6 +88,7 @@ SHORTENED = {
     r"^python -m \S+bench\.growth": "--quick --heads ncm --out bench",
     r"^python -m \S+bench\.long": "--train pictures/train --test pictures/val --classes 1 --projection 16 --out bench",
     r"^python -m \S+bench\.steps": "--learners linear_probe --model vit_tiny_patch16_224 --out steps.json",
+    r"^python -m \S+bench\.wide": "--widths 16 --heads ncm --out wide.json",
     r"^python -m \S+bench\.records": "--tasks 8",
     r"^python -m \S+bench\.merge": "--small --tasks 2 --repeats 1 --out bench",
     r"^python -m \S+\.reproduce": "--streams quickstart --render",
@@ -219,6 +220,8 @@ def folder(tmp_path_factory, few_digits):
         save_file(weights, shelf / "model.safetensors")
     photographs(place / "cifar10_train.tar", picture)
     shutil.copytree(ROOT / "results" / "reference" / "quickstart", place / "results" / "reference" / "quickstart")
+    (place / "examples").mkdir()
+    shutil.copy(ROOT / "examples" / "renditions.py", place / "examples")
     yaml, *_ = [content for language, _, content in blocks(ROOT / "README.md") if language == "yaml"]
     (place / "my.yaml").write_text(yaml, encoding="utf-8")
     for title, content in ((title, content) for page in PAGES for _, title, content in blocks(page) if title):

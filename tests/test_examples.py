@@ -58,6 +58,33 @@ def test_every_example_stands_on_its_page_and_is_short():
     assert len((EXAMPLES / "my_learner.py").read_text(encoding="utf-8").splitlines()) < 60
 
 
+def test_renditions_are_made_of_the_images_and_equally_frequent(picture_folder):
+    from cil.data.sources import folder
+
+    load = load_object(f"{EXAMPLES}/renditions.py:load", "dataset")
+    root = picture_folder(train=9)
+    plain, made = folder(root / "train"), load("train", root)
+    pixels = [(np.asarray(plain.read(i)).astype(int), np.asarray(made.read(i)).astype(int)) for i in range(len(plain))]
+    kind = [made.describe(i).rsplit("(")[1].rstrip(")") for i in range(len(made))]
+    for (before, after), name in zip(pixels, kind, strict=True):
+        if name == "inverted":
+            assert np.array_equal(after, 255 - before)
+        elif name == "posterised":
+            assert np.array_equal(after, np.where(before >= 128, 255, 0))
+        elif name == "edges":
+            assert np.ptp(after, axis=2).max() == 0 and after.min() == 0 and after.max() == 255
+        else:
+            assert name == "blurred" and abs(after.mean() - before.mean()) < 2 and after.std() < before.std() / 2
+    for label in range(3):
+        of_class = [name for name, c in zip(kind, made.labels, strict=True) if c == label]
+        assert sorted(of_class[:4]) == sorted(of_class[4:8]) == ["blurred", "edges", "inverted", "posterised"]
+    assert len({made.fingerprint, plain.fingerprint, load("train", root, seed=1).fingerprint}) == 3
+    untouched = load("test", root, kinds=["original"])
+    assert np.array_equal(untouched.read(0), folder(root / "val").read(0))
+    with pytest.raises(ValueError, match="no rendition 'sketch'; there are edges"):
+        load("train", root, kinds=["sketch"])
+
+
 # the learners by themselves: cil check-learner on their pages, executed by test_docs.py
 @parametrize_learner(
     [
