@@ -117,6 +117,7 @@ class Case:
     parameters: dict[str, Any] = field(default_factory=dict)
     _after: dict[int, Finished] = field(default_factory=dict, repr=False)
     _folders: dict[int, Path] = field(default_factory=dict, repr=False)
+    _renamed: Finished | None = field(default=None, repr=False)
 
     @property
     def config(self) -> LearnerConfig:
@@ -129,6 +130,13 @@ class Case:
     def finished(self) -> Finished:
         """A complete run, shared by the checks that only read it."""
         return self.after(len(SIZES))
+
+    @property
+    def renamed(self) -> Finished:
+        """A complete run with other class names, shared likewise."""
+        if self._renamed is None:
+            self._renamed = self.run(names=tuple(reversed(NAMES)))
+        return self._renamed
 
     def after(self, stages: int) -> Finished:
         """A run of the first ``stages`` stages, shared by the checks that only read it.
