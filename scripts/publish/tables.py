@@ -13,6 +13,8 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     throughput    FILE                measurements of bench/throughput.py
     growth        FILE                measurements of bench/growth.py
     one_step      FILE                measurements of bench/steps.py
+    wide          FILE                measurements of bench/wide.py
+    banks         FOLDER              rules, banks and routers, from studies/banks.py
     backbones     FILE                scores from study_backbones.py
     families      FILE                what works with each family, from studies/families.py
     leads         ROOT:LABEL:FOLDER,… one learner against the best other one of every stream
@@ -37,7 +39,7 @@ from cil import report, results
 from cil.errors import CilError
 from cil.report.row import pair_of
 from scripts import ROOT
-from scripts.publish import campaigns, families, leads, one_step, stage_costs, values
+from scripts.publish import banks, benches, campaigns, families, leads, stage_costs, values
 from scripts.publish.published import published
 
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -192,45 +194,6 @@ def _entry(row: report.SettingRow) -> dict:
     return {key: value for key, value in flat.items() if key.startswith("learners.") and key not in names}
 
 
-def throughput(file: Path) -> str:
-    """Our throughput as a share of the bare one, median and range over the pairs."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    lines = ["| backbone | what | bare, images/s | ours, share of bare |", "|---|---|---|---|"]
-    for size, parts in found["sizes"].items():
-        measured = {k: v for part in ("evaluation", "training", "attention") for k, v in parts.get(part, {}).items()}
-        for what, sides in measured.items():
-            shares = "; ".join(
-                f"{side} {m['share']:.2f} ({m['lowest']:.2f} to {m['highest']:.2f})"
-                for side, m in sides.items()
-                if side != "bare"
-            )
-            lines.append(f"| {size} | {what} | {sides['bare']['images_per_second']:.1f} | {shares} |")
-    return "\n".join(lines) + "\n"
-
-
-def growth(file: Path) -> str:
-    """Costs of the run with the most tasks, and the ratio of last to first stages for every number of tasks."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    lines = [
-        "| classifier | ms per class to learn and solve: first fifth of the stages, last | last over first, by tasks | "
-        "ms to predict an image: first, last stage | MiB kept at the end | peak MiB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for head, runs in found["heads"].items():
-        rows = runs[max(runs, key=int)]
-        fifth = len(rows) // 5
-        each = [1000 * (row["learn"] + row["solve"]) / rows[0]["classes"] for row in rows[1:]]
-        first, last = np.median(each[:fifth]), np.median(each[-fifth:])
-        flat = ", ".join(f"{tasks}: {f['learn_and_solve']:.1f}" for tasks, f in found["last_over_first"][head].items())
-        predict = [1000 * row["predict_per_image"] for row in (rows[0], rows[-1])]
-        peak = max(row["peak_mib"] for row in rows)
-        lines.append(
-            f"| {head} | {first:.1f}, {last:.1f} | {flat} | {predict[0]:.2f}, {predict[1]:.2f} | "
-            f"{rows[-1]['kept_mib']:.0f} | {peak:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def backbones(file: Path) -> str:
     """Scores and A_last of backbones, best first; below, Kendall's τ of each score with A_last of each learner."""
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -256,9 +219,11 @@ def render(page: Path) -> str:
         "ablation": ablation,
         "settings": settings,
         "matrix": matrix,
-        "throughput": throughput,
-        "growth": growth,
-        "one_step": one_step.table,
+        "throughput": benches.throughput,
+        "growth": benches.growth,
+        "one_step": benches.one_step,
+        "wide": benches.wide,
+        "banks": banks.table,
         "stages": stage_costs.table,
         "backbones": backbones,
         "families": families.table,

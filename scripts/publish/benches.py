@@ -1,0 +1,82 @@
+"""Tables of what the benches of scripts/bench measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def throughput(file: Path) -> str:
+    """Our throughput as a share of the bare one, median and range over the pairs."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = ["| backbone | what | bare, images/s | ours, share of bare |", "|---|---|---|---|"]
+    for size, parts in found["sizes"].items():
+        measured = {k: v for part in ("evaluation", "training", "attention") for k, v in parts.get(part, {}).items()}
+        for what, sides in measured.items():
+            shares = "; ".join(
+                f"{side} {m['share']:.2f} ({m['lowest']:.2f} to {m['highest']:.2f})"
+                for side, m in sides.items()
+                if side != "bare"
+            )
+            lines.append(f"| {size} | {what} | {sides['bare']['images_per_second']:.1f} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def growth(file: Path) -> str:
+    """Costs of the run with the most tasks, and the ratio of last to first stages for every number of tasks."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| classifier | ms per class to learn and solve: first fifth of the stages, last | last over first, by tasks | "
+        "ms to predict an image: first, last stage | MiB kept at the end | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for head, runs in found["heads"].items():
+        rows = runs[max(runs, key=int)]
+        fifth = len(rows) // 5
+        each = [1000 * (row["learn"] + row["solve"]) / rows[0]["classes"] for row in rows[1:]]
+        first, last = np.median(each[:fifth]), np.median(each[-fifth:])
+        flat = ", ".join(f"{tasks}: {f['learn_and_solve']:.1f}" for tasks, f in found["last_over_first"][head].items())
+        predict = [1000 * row["predict_per_image"] for row in (rows[0], rows[-1])]
+        peak = max(row["peak_mib"] for row in rows)
+        lines.append(
+            f"| {head} | {first:.1f}, {last:.1f} | {flat} | {predict[0]:.2f}, {predict[1]:.2f} | "
+            f"{rows[-1]['kept_mib']:.0f} | {peak:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def one_step(file: Path) -> str:
+    """Costs of the second task: its step, all of it, its passes, and memory."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| learner | numbers trained | seconds of a step | seconds of the task | passes per image | peak MiB | "
+        "MiB kept | of them per task |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(found["learners"].items()):
+        task = row["tasks"][-1]
+        step = "–" if task["seconds_step"] is None else f"{task['seconds_step']:.1f}"
+        lines.append(
+            f"| {name} | {task['trained']:,} | {step} | {task['seconds']:.1f} | {task['passes']:.0f} | "
+            f"{task['peak_mib']:,.0f} | {task['kept_mib']:,.1f} | {row['grows_mib']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def wide(file: Path) -> str:
+    """Per width, processor seconds to learn and to solve, bytes kept, and peak; of what was not run, its estimates."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| classifier | width F | seconds to learn 1,000 | to solve | MiB kept | peak MiB: estimate | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for head, rows in found["heads"].items():
+        for width, row in rows.items():
+            measured = "learn" in row
+            seconds = f"{row['learn']:.1f} | {row['solve']:.1f}" if measured else "not run |"
+            peak = f"{row['peak_mib']:,.0f}" if measured else ""
+            kept = row["kept_mib"] if measured else row["estimate_kept_mib"]
+            lines.append(f"| {head} | {int(width):,} | {seconds} | {kept:,.0f} | {row['estimate_mib']:,.0f} | {peak} |")
+    return "\n".join(lines) + "\n"
