@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_cli import cil  # noqa: F401 - a fixture
 
 from cil.cli import main
+from cil.learners.lae import LAE
 from cil.results import read_run
 
 NO_DROPOUT = {"tuner": {"name": "adapter", "dropout": 0, "bottleneck": 8}}
@@ -39,8 +40,14 @@ LEARNERS = {
     "ease": {"name": "ease", "epochs": 1, "lr": 0.1, "train_batch_size": 7, "bottleneck": 8, "dropout": 0},
     "slca": {"name": "slca", "epochs": 2, "milestones": [1], "train_batch_size": 10, "samples": 20},
     "l2p": {"name": "l2p", "epochs": 1, "pool": 4, "top": 2, "init": 0.05, "train_batch_size": 10},
-    "lae": {"name": "lae", "epochs": 2, "frozen_epochs": 1, "train_batch_size": 10},
-    "coda_prompt": {"name": "coda_prompt", "epochs": 1, "train_batch_size": 10},
+    "lae": {
+        "name": "lae",
+        "epochs": 2,
+        "frozen_epochs": 1,
+        "train_batch_size": 10,
+        "tuner": {**LAE.Config().tuner.model_dump(), "blocks": [0, 1]},
+    },
+    "coda_prompt": {"name": "coda_prompt", "epochs": 1, "train_batch_size": 10, "blocks": [0, 1]},
     "ssiat": {"name": "ssiat", "first_epochs": 2, "epochs": 1, "train_batch_size": 10, "samples": 10, **NO_DROPOUT},
     "rsiat": {
         "name": "rsiat",
@@ -80,6 +87,7 @@ def command(results: Path, learners: Sequence[str]) -> list[str]:
     changes = ["data.per_class=18", "stream.validation=0.5", "stream.test_on=validation"]  # 9 to train, 9 to test
     changes += [f"learners={json.dumps(entries)}", "orders=[1993]", "stream.sizes=[2, 8]"]
     changes += ["stream.increment=null", "inference_batch_size=16", "hardware.device=cpu"]
+    changes += ["backbone.weights=random", "backbone.options={depth: 2}"]
     return ["run", "quickstart", *changes, "--results", str(results)]
 
 
