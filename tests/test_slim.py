@@ -84,5 +84,6 @@ def test_reproduce_publishes_in_this_form(run, tmp_path, monkeypatch):
     assert "curves" not in json.loads(run.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_what_is_published_is_in_this_form(capsys):
     assert slim.main(["--check"]) == 0, capsys.readouterr().out

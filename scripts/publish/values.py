@@ -33,6 +33,7 @@ import operator
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def numbers(term: Sequence[str], origin: str, root: Path) -> tuple[np.ndarray, l
     inputs = find_files(term[:-1], origin, root)
     row: list[Any] = []
     for file in inputs:
-        at = look_up(read_content(file), term[-1], str(file.relative_to(root)))
+        at = look_up(read_content(file, file.stat().st_mtime_ns), term[-1], str(file.relative_to(root)))
         row += at if isinstance(at, list) else [at]
     if not row or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in row):
         raise CilError(f"{inputs[0].relative_to(root)}: {term[-1]!r} is no number and no list of numbers")
@@ -204,8 +205,12 @@ def find_files(names: Sequence[str], origin: str, root: Path) -> list[Path]:
     return every
 
 
-def read_content(file: Path) -> dict[str, Any]:
-    """A JSON file; a run's with the names of its summary and the short names of its matrices at the top."""
+@lru_cache(maxsize=256)  # the marks of a page name the same few files again and again
+def read_content(file: Path, changed: int) -> dict[str, Any]:
+    """A JSON file; a run's with the names of its summary and the short names of its matrices at the top.
+
+    Its modification time is part of the cache's key.
+    """
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
