@@ -19,6 +19,23 @@ from cil.data.sources import from_arrays
 from cil.data.transforms import Transforms
 from cil.testing import setting
 
+LONGEST_FIRST = (
+    *("docs", "sweep", "learners", "prompt_learners", "merge_learner", "avalanche", "export", "family_runs", "faults"),
+    *("examples", "processes", "pretraining", "classifiers", "ssiat", "merging", "bank", "tuning", "reproduce"),
+    *("real_data", "integrity", "readme", "launched", "memory", "store", "identity", "tune", "bench", "slim", "views"),
+)
+"""Files that take long, in the order in which they begin; the others follow and are short."""
+
+
+def pytest_configure(config):
+    """pytest-xdist would begin with the files of many tests, and end with one process in a file of few long ones."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory):
