@@ -27,6 +27,8 @@ from cil.config import Config, LearnerEntry
 from cil.config.reading import read, shipped
 from cil.learner import Learner
 from cil.learners import registry
+from cil.learners.bases.anchor import Anchor
+from cil.learners.bases.distilling import Distill
 from cil.learners.bases.on_features import Layers
 from cil.merging.configs import FinaliserSection, RuleSection
 from cil.training import Recipe
@@ -229,6 +231,13 @@ def configuration_page() -> str:
         "section: `half` for `{blocks: half}`.",
         section_table(Layers),
     ]
+    for model, key in ((Anchor, "anchor"), (Distill, "distill")):
+        parts += [
+            f"## {model.__name__}",
+            f"Value of `{key}` of `finetune`, `slca`, `cofima` and `ssiat`, see [Ways of reusing a model]"
+            "(reuse_ways.md). A bare name stands for the section with its first key.",
+            section_table(model),
+        ]
     for title, sections in KINDS.items():
         parts += [f"## {title}", INTRODUCTIONS[title]]
         for model in get_args(sections):
@@ -288,7 +297,11 @@ TITLES = {
     "EWC": "[strategy](../configuration.md#strategies)",
     "Replay": "[strategy](../configuration.md#strategies)",
 }
-SECTIONS = {"Layers": "[layers](../configuration.md#layers)"}
+SECTIONS = {
+    "Layers": "[layers](../configuration.md#layers)",
+    "Anchor": "[anchor](../configuration.md#anchor)",
+    "Distill": "[distill](../configuration.md#distill)",
+}
 """Sections that several learners have, with their place on the configuration page."""
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 

@@ -59,6 +59,16 @@ LEARNERS = {
         "metric_warmup": 0,
         **NO_DROPOUT,
     },
+    "held": {
+        "name": "finetune",
+        "epochs": 2,
+        "train_batch_size": 17,
+        "optimizer": "sgd",
+        "lr": 1e-3,
+        "anchor": {"norm": "l1", "alpha": 1e-4},
+        "distill": {"what": "relations", "teacher": "pretrained", "weight": 10},
+        "bss": 1e-3,
+    },
     "tuna": {"name": "tuna", "epochs": 1, "train_batch_size": 10, "samples": 10, "bottleneck": 8, "dropout": 0},
     "mos": {
         "name": "mos",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from cil.classifiers.drift import similarities
 from cil.learner import Context
+from cil.learners.bases.reusing import refuse_reuse
 from cil.learners.bases.steering import similarity_change
 from cil.learners.ssiat import SSIAT
 from cil.stream import Task
@@ -41,6 +43,11 @@ class CDS(SSIAT):
             description="standard deviation σ > 0 of SSIAT's correction of old means, which then replaces that of CDS; "
             "null: CDS's",
         )
+
+        @model_validator(mode="after")
+        def _own_terms(self) -> Any:
+            refuse_reuse(self, "cds", "has its own term against drift")
+            return self
 
     name = "cds"
     summary = "SSIAT that keeps new images' similarities to old classes, and widens old Gaussians"

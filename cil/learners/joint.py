@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers.heads import LinearHead
 from cil.features import View
 from cil.learner import Context
+from cil.learners.bases.reusing import refuse_reuse
 from cil.learners.finetune import Finetune
 from cil.stream import Task, TaskData, concatenate
 from cil.tuning.weights import WeightTuner
@@ -27,6 +29,11 @@ class Joint(Finetune):
 
     class Config(Finetune.Config):
         trains: Literal["all", "head"] = Field("all", description="trained parameters: all weights, or the head only")
+
+        @model_validator(mode="after")
+        def _nothing_to_keep(self) -> Any:
+            refuse_reuse(self, "joint", "starts from the pre-trained weights at every stage and sees all images")
+            return self
 
     name = "joint"
     summary = "retrained on all images so far at every stage: the upper bound"
@@ -44,7 +51,7 @@ class Joint(Finetune):
         super().begin(task, ctx)
 
     def learn(self, task: Task, ctx: Context) -> None:
-        self.train_on(concatenate(self.tasks), 0, ctx)
+        self.train_on(replace(task, train=concatenate(self.tasks)), 0, ctx)
 
     @property
     def exemplar_bytes(self) -> int:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-from torch import Tensor
+from typing import Any
 
-from cil.learner import Context
+from pydantic import Field, model_validator
+
+from cil.learners.bases.anchor import Anchor
 from cil.learners.finetune import Finetune
-from cil.stream import TaskData
-from cil.training import Optimizer, ParamGroup, cross_entropy, fit
+from cil.training import Optimizer
 
 
 class L2SP(Finetune):
     """Fine-tuning of all weights with a penalty on the distance to the pre-trained ones (Li et al., arXiv 1802.01483).
 
     L = CE(f_θ(x) Wᵀ + b, y) + α/2 ‖θ − θ_0‖² + β/2 (‖W‖² + ‖b‖²). θ_0 are the pre-trained weights in every task, unlike
-    EWC, whose penalty refers to the previous task. Everything else is as in ``finetune``; nothing is kept but the
-    weights. The optimiser is SGD, as in the paper; Adam would rescale the penalty for each weight.
+    EWC, whose penalty refers to the previous task. It is ``finetune`` with ``anchor: l2``, with another default
+    optimiser: SGD, as in the paper. Under Adam or AdamW the penalty stays in the loss, where they rescale it for each
+    weight.
     """
 
     class Config(Finetune.Config):
@@ -25,26 +26,21 @@ class L2SP(Finetune):
         alpha: float = Field(0.1, ge=0, description="weight α ≥ 0 of the distance to the pre-trained weights")
         beta: float = Field(0.01, ge=0, description="weight β ≥ 0 of the squared norm of the head")
 
+        @model_validator(mode="after")
+        def _own_anchor(self) -> Any:
+            if self.anchor is not None:
+                raise ValueError("anchor: alpha and beta are the anchor of l2_sp; leave it out, or use finetune")
+            return self
+
     name = "l2_sp"
     summary = "fine-tuning with a penalty on the distance to the pre-trained weights"
     trains = "all weights, head"
+    decoupled = False
     paper = (
         "Li, Grandvalet and Davoine, Explicit Inductive Bias for Transfer Learning with Convolutional Networks, "
         "ICML 2018, arXiv 1802.01483"
     )
 
-    def train_on(self, data: TaskData, first: int, ctx: Context) -> None:
-        ce = cross_entropy(lambda images: self.logits(self.tuned(images)), self.config, first)
-
-        def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            value, logits = ce(images, labels)
-            return value + self.penalty(), logits
-
-        fit(loss, [ParamGroup(self.tuner.parameters()), ParamGroup(self.head.parameters())], data, self.config, ctx)
-
-    def penalty(self) -> Tensor:
-        """α/2 ‖θ − θ_0‖² + β/2 (‖W‖² + ‖b‖²), a scalar."""
-        start = dict(self.backbone.model.named_parameters())
-        distance = sum((weight - start[name]).square().sum() for name, weight in self.tuner.weights().items())
-        head = sum(p.square().sum() for p in self.head.parameters())
-        return self.config.alpha / 2 * distance + self.config.beta / 2 * head
+    @property
+    def anchor(self) -> Anchor:
+        return Anchor(norm="l2", to="pretrained", alpha=self.config.alpha, beta=self.config.beta)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cil.backbone import Backbone
 from cil.learner import Context
+from cil.learners.bases.reusing import refuse_reuse
 from cil.learners.bases.steering import Projector, pairwise_loss, projected_distance
 from cil.learners.ssiat import SSIAT
 from cil.stream import Task
@@ -53,6 +54,7 @@ class RSIAT(SSIAT):
         @model_validator(mode="after")
         def _whole_steps(self) -> Any:
             check_whole_steps(self, "metric_weight")
+            refuse_reuse(self, "rsiat", "has its own terms against drift")
             return self
 
     name = "rsiat"

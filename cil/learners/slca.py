@@ -6,17 +6,17 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from cil.backbone import Backbone
-from cil.classifiers import LinearHead
+from cil.classifiers import Head, LinearHead
 from cil.learner import Context
 from cil.learners.bases.aligned_copy import AlignedCopy, AlignedCopyRecipe
 from cil.learners.bases.new_classes import task_head
-from cil.learners.bases.sequential import SequentialTuning
+from cil.learners.bases.reusing import ReuseRecipe, ReusingTuning
 from cil.stream import Task
-from cil.training import ParamGroup, Schedule, fit, local_cross_entropy
+from cil.training import ParamGroup, Schedule, local_cross_entropy
 from cil.tuning import WeightTuner
 
 
-class SLCA(AlignedCopy, SequentialTuning):
+class SLCA(AlignedCopy, ReusingTuning):
     """SLCA: slow learner with classifier alignment (Zhang et al., arXiv 2303.05118).
 
     Stage 1: L = CE over the task's own classes. All backbone weights are trained further, with a learning rate 100
@@ -26,7 +26,7 @@ class SLCA(AlignedCopy, SequentialTuning):
     The copy is used for prediction, the original for the next task. One forward pass per image at test.
     """
 
-    class Config(AlignedCopyRecipe):
+    class Config(AlignedCopyRecipe, ReuseRecipe):
         epochs: int = Field(20, gt=0, description="epochs per task")
         train_batch_size: int = Field(128, gt=0, description="images per optimiser step")
         weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
@@ -53,6 +53,7 @@ class SLCA(AlignedCopy, SequentialTuning):
         self.tuner = WeightTuner(backbone)
         if config.fresh_norm:
             self.tuner.refresh_final_norm(backbone)
+        self.anchor_to(self.tuner)
         self.head = LinearHead(backbone.feature_dim)
         self.keep_copy()
 
@@ -64,13 +65,17 @@ class SLCA(AlignedCopy, SequentialTuning):
         """Stage 1: train backbone and new rows, with the task's own classes in the softmax; returns the rows."""
         first = task.classes[0]
         rows = task_head(LinearHead(self.backbone.feature_dim), task, ctx)
-        loss = local_cross_entropy(lambda images: rows(self.tuned(images)), self.config, first)
+        loss = local_cross_entropy(rows, self.config, first)
         slow_and_fast = [
             ParamGroup(self.tuner.parameters(), self.config.backbone_lr_factor),
             ParamGroup(rows.parameters()),
         ]
-        fit(loss, slow_and_fast, task.train, self.config, ctx)
+        self.fit_tuner(loss, slow_and_fast, task, self.config, ctx)
         return rows
+
+    @property
+    def old_scores(self) -> Head:
+        return self.aligned
 
     def logits(self, features: Tensor) -> Tensor:
         return self.aligned.logits(features)

@@ -16,14 +16,14 @@ from cil.features import View
 from cil.learner import Context
 from cil.learners.bases.alignment import AlignedRecipe, align, mean_scales, softmax_of
 from cil.learners.bases.new_classes import TaskOfClass, task_head
-from cil.learners.bases.sequential import SequentialTuning
+from cil.learners.bases.reusing import ReuseRecipe, ReusingTuning
 from cil.stream import Task
-from cil.training import Loss, ParamGroup, Recipe, cosface, fit
+from cil.training import Loss, ParamGroup, Recipe, cosface
 from cil.tuning import Tuner, TunerConfig, build_tuner
 from cil.tuning.configs import AdapterConfig
 
 
-class SSIAT(TaskOfClass, SequentialTuning):
+class SSIAT(TaskOfClass, ReusingTuning):
     """SSIAT: semantic shift and incremental adapter tuning (Tan et al., arXiv 2403.19979), with any tuner.
 
     Training: one tuner is trained further on every task, with new rows of a cosine head, by CosFace over the task's own
@@ -31,10 +31,10 @@ class SSIAT(TaskOfClass, SequentialTuning):
     near it, from before to after the training; its covariance does not change. Then one Gaussian per new class is
     estimated. Alignment, from the second task on: all rows are trained on vectors sampled from all Gaussians, with
     older means scaled down more; the next task starts from these rows. Keeps the tuner, the head and one Gaussian per
-    class. One pass per image at test, for any number of tasks.
+    class. One pass per image at test, for any number of tasks. ``anchor``, ``distill`` and ``bss`` add to the training.
     """
 
-    class Config(AlignedRecipe):
+    class Config(AlignedRecipe, ReuseRecipe):
         tuner: TunerConfig = Field(AdapterConfig(), description="tuner trained through all tasks")
         first_epochs: PositiveInt = Field(20, description="epochs on the first task")
         epochs: int = Field(10, gt=0, description="epochs per task after the first")
@@ -63,6 +63,7 @@ class SSIAT(TaskOfClass, SequentialTuning):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.tuner = build_tuner(config.tuner, backbone)
+        self.anchor_to(self.tuner)
         self.head = CosineHead(backbone.feature_dim, config.scale)
         self.head.sigma.requires_grad_(False)  # it stays at s
         self.gaussians = Gaussians(backbone.feature_dim, config.ridge)
@@ -99,7 +100,7 @@ class SSIAT(TaskOfClass, SequentialTuning):
 
     def train_on(self, task: Task, cosface_loss: Loss, groups: list[ParamGroup], recipe: Recipe, ctx: Context) -> None:
         """Minimise ``cosface_loss``, a loss of (features, labels), over the task."""
-        fit(lambda images, labels: cosface_loss(self.tuned(images), labels), groups, task.train, recipe, ctx)
+        self.fit_tuner(cosface_loss, groups, task, recipe, ctx)
 
     @property
     def corrects(self) -> bool:

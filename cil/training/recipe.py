@@ -46,9 +46,9 @@ class Recipe(LearnerConfig):
         return self
 
 
-def check_whole_steps(recipe: Recipe, weight: str) -> None:
+def check_whole_steps(recipe: Recipe, weight: str, off: str = "0") -> None:
     """Refuse micro-batches in a ``Config`` whose key ``weight`` is the weight of a loss that compares all images of a
-    step.
+    step; its value ``off`` turns the loss off.
 
     Raises:
         ValueError: Both are set.
@@ -56,5 +56,5 @@ def check_whole_steps(recipe: Recipe, weight: str) -> None:
     if recipe.micro_batch_size is not None and getattr(recipe, weight):
         raise ValueError(
             f"micro_batch_size: {recipe.micro_batch_size}; {weight} compares all images of a step with one another, so "
-            f"leave it out and lower train_batch_size if memory is short, or set {weight}: 0"
+            f"leave it out and lower train_batch_size if memory is short, or set {weight}: {off}"
         )

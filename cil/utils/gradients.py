@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.optim import LBFGS
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 
@@ -20,6 +21,8 @@ class Gradients:
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Note the parameters that an optimiser is about to move."""
+        if isinstance(optimizer, LBFGS):  # it computes gradients within its step
+            return
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.requires_grad and p.numel() and id(p) not in self._reached:
