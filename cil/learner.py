@@ -158,6 +158,11 @@ class Learner(nn.Module, ABC):
         """
         return cls.needs_text
 
+    @classmethod
+    def uses_source_head(cls, parameters: Any) -> bool:
+        """Whether the learner uses the classifier that the backbone was pre-trained with, under these parameters."""
+        return False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a subclass that states its features outside :meth:`views`.
 

@@ -78,6 +78,8 @@ SHORTENED = {
     r"^cil run split_tiny_imagenet100/(blurry|online)": "stream.increment=null stream.tasks=2 'learners=[ncm]'",
     r"^cil run split_tiny_imagenet100/noisy": "'learners=[{name: ncm, noise_filter: {by: knn}}]'",
     r"^cil run (cifar10|digits)/": FEW_DIGITS,
+    r"^cil run digits/reuse": "'learners=[{name: finetune, anchor: l2, epochs: 1}]' data.per_class=4 "
+    "backbone.weights=random 'backbone.options={img_size: 32, depth: 2}'",
     r"^cil run (cifar10|digits)/(defaults|frozen)": "'learners=[ncm, fecam]'",
     r"^cil run (cifar10|digits)/chosen": "'learners=[{name: slda, label: slda_chosen, shrinkage: 0.01}]'",
     r"^cil run .*my_dataset.py:load": "'data.options={per_class: 4}'",

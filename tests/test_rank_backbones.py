@@ -310,7 +310,7 @@ def test_a_mistake_is_one_line(cil, place, mistake):  # noqa: F811
 
 def test_a_mistake_in_python(place):
     settings = load_config(str(config(place)))
-    with pytest.raises(ConfigError, match="--by effective_rank: unknown; allowed: ncm, ridge, logme"):
+    with pytest.raises(ConfigError, match="--by effective_rank: unknown; allowed: ncm, ridge, logme, leep"):
         rank_backbones(settings, [EMBEDDED], by="effective_rank")
     with pytest.raises(BackboneError, match="timm knows no"):
         rank_backbones(settings, [{"name": "no_such_model"}])

@@ -42,7 +42,7 @@ PREVIOUS = {"anchor": {"norm": "mars", "bound": 1, "to": "previous"}}
 @pytest.mark.slow
 @parametrize_learner(
     [
-        ("finetune", {"anchor": "fisher", "distill": {"what": "relations"}, "bss": 1e-3}),
+        ("finetune", {"anchor": "fisher", "distill": {"what": "relations"}, "bss": 1e-3, "co_tuning": 2.3}),
         ("ssiat", {**SMALL, **MAPPED, "first_epochs": 3, "epochs": 3, "alignment_epochs": 2}),
         ("slca", {**PREVIOUS, "distill": "blocks", "epochs": 2, "alignment_epochs": 1, "samples": 16}),
     ]

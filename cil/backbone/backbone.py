@@ -27,6 +27,7 @@ class Backbone(nn.Module):
         name: Name with the tag of the weights, as results record it.
         data_config: timm's resolved data configuration.
         text: The text side of a vision-language model.
+        source_head: The classifier that the model was pre-trained with, if it is kept.
         facts: What is recorded beside name, weights and width, as plain values.
 
     Attributes:
@@ -36,6 +37,7 @@ class Backbone(nn.Module):
     """
 
     text: TextSide | None = None
+    source_head: nn.Linear | None = None
 
     def __init__(
         self,
@@ -44,9 +46,13 @@ class Backbone(nn.Module):
         data_config: dict[str, Any],
         text: TextSide | None = None,
         facts: Mapping[str, Any] | None = None,
+        source_head: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         self.text, self.facts = text, dict(facts or {})
+        if source_head is not None:
+            object.__setattr__(self, "source_head", source_head)  # not a submodule: features do not depend on it
+            self.facts["source_head"] = {"classes": source_head.out_features, "sha256": fingerprint(source_head)}
         self.tuned_forward = TunedForward(model.requires_grad_(False).eval())
         keep_no_biases(model)
         self.name, self.data_config = name, data_config

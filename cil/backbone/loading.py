@@ -23,6 +23,7 @@ from cil.backbone.backbone import Backbone
 from cil.backbone.clip import load_clip, timm_arguments
 from cil.backbone.clip_library import PREFIX
 from cil.backbone.hub import not_fetched
+from cil.backbone.source_head import ADVICE, taken_off
 from cil.backbone.weights import NUMPY, Copied, misfit, one_line, read_tensors, require_file, without_classifier
 from cil.config import BackboneConfig
 from cil.errors import BackboneError, nearest
@@ -67,6 +68,8 @@ def load_backbone(
     """
     config = BackboneConfig(name=config) if isinstance(config, str) else config
     if config.name.startswith(PREFIX):
+        if config.source_head:
+            raise BackboneError(f"backbone.source_head: {config.name} has texts in place of a classifier; {ADVICE}")
         with isolated(0):
             clip = load_clip(config, (recorded or {}).get("open_clip"))
         return Backbone(
@@ -78,6 +81,8 @@ def load_backbone(
             f"pooled, or a backbone {PREFIX}<architecture>.<tag>"
         )
     for key, (neutral, reason) in REFUSED.items():
+        if key == "num_classes" and config.source_head:
+            continue
         if key in config.options and (neutral is None or config.options[key] != neutral):
             raise BackboneError(f"backbone.options.{key}: got {config.options[key]!r}; {reason}, so leave it out")
     # layer constructors draw global random numbers, even if the drawn weights are replaced by loaded ones
@@ -87,7 +92,9 @@ def load_backbone(
         if fault := _unusable(model, config, config.options):
             raise _blamed(config, fault)
     data_config = _data_config(model, config, config.options)
-    return Backbone(_with_attention(model, config), _recorded_name(config, model), data_config).to(device)
+    head = taken_off(model, config.name, data_config["input_size"]) if config.source_head else None
+    name = _recorded_name(config, model)
+    return Backbone(_with_attention(model, config), name, data_config, source_head=head).to(device)
 
 
 def fits(name: str) -> str:
@@ -111,10 +118,12 @@ def without_source(section: Mapping[str, Any], backbone: Backbone) -> dict[str, 
     """Name and options that build the backbone's architecture anywhere: without the folder or Hub that it came from.
 
     Args:
-        section: The keys ``name`` and ``options`` of the section ``backbone`` of a configuration.
+        section: The keys ``name``, ``options`` and ``source_head`` of the section ``backbone`` of a configuration.
         backbone: The backbone that it names.
     """
-    name, options = section["name"], section["options"]
+    name, options = section["name"], dict(section["options"])
+    if section.get("source_head"):
+        options.pop("num_classes", None)
     if "open_clip" in backbone.facts:
         return timm_arguments(backbone.facts["open_clip"]["model"])
     if ":" not in name:
@@ -215,6 +224,8 @@ def _created(config: BackboneConfig) -> nn.Module:
             model = _build(config, config.options, pretrained=config.weights is None, state=state)
             if numpy:
                 model.load_pretrained(str(path))  # type: ignore[operator]
+    except BackboneError:
+        raise
     except Exception as error:  # hub, network, disk, weights and bad options all surface here, each with its own type
         if fetching := not_fetched(config, error):
             raise fetching from None
@@ -228,7 +239,8 @@ def _created(config: BackboneConfig) -> nn.Module:
             ) from None
         raise misfit(str(path or "the embedded file"), error) from None
     # timm loads leniently, because of the classifier; its own models without options are its own concern
-    if (config.options or ":" in config.name) and config.weights is None and (random := copied.still_random(model)):
+    own = config.weights is None and (config.options or ":" in config.name or config.source_head)
+    if (own or (numpy and config.source_head)) and (random := copied.still_random(model)):
         raise _blamed(
             config, f"its pre-trained weights lack {len(random)} that would stay random, the first is {random[0]}"
         )
@@ -242,6 +254,8 @@ def _build(
     arguments: dict[str, Any] = {"model_name": config.name, "num_classes": 0}
     if config.name == EMBEDDED:
         arguments |= embedded_card()["timm_create_model"]
+    if config.source_head:
+        arguments.pop("num_classes")  # as many as its weights have
     source, _, folder = config.name.partition(":")
     if source == "local-dir":
         arguments["model_name"] = f"{source}:{expand(folder)}"
@@ -249,9 +263,13 @@ def _build(
     name = arguments.pop("model_name")
     if state is not None:
         classifier = getattr(timm.get_pretrained_cfg(name), "classifier", None) or ("head", "fc", "classifier")
+        bare = without_classifier(state, classifier)
+        if config.source_head and len(bare) == len(state):
+            where = config.weights or f"the file of {config.name}"
+            raise BackboneError(f"backbone.source_head: {where} holds no classifier; {ADVICE}")
         arguments["pretrained_cfg_overlay"] = {
             **options.get("pretrained_cfg_overlay", {}),
-            "state_dict": without_classifier(state, classifier),
+            "state_dict": dict(state) if config.source_head else bare,
             "classifier": None,  # with no classifier to discard, timm loads strictly
             "source": None,
         }

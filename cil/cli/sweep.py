@@ -146,6 +146,7 @@ class By(str, Enum):
     NCM = "ncm"
     RIDGE = "ridge"
     LOGME = "logme"
+    LEEP = "leep"
 
 
 def rank_backbones(
@@ -178,14 +179,16 @@ def rank_backbones(
         from cil.runner.display import Display
         from cil.selection.backbones import rank_backbones as rank
     ranking = rank(settings, backbone or [], results, by=by.value, together=together, display=Display(console))
-    head = ("NCM %", "ridge %", "LogME", "effective rank", "λ", "width", "seconds")
+    several = [] if all(one.scores.leep is None for one in ranking.ranked) else ["LEEP"]
+    head = ("NCM %", "ridge %", "LogME", *several, "effective rank", "λ", "width", "seconds")
     table = Table("rank", "backbone", box=None, pad_edge=False)
     for heading in head:
         table.add_column(heading, justify="right", no_wrap=True)
     for rank_, one in enumerate(ranking.ranked, 1):
         s = one.scores
         accuracies = f"{100 * s.ncm:.2f}", f"{100 * s.ridge:.2f}"
-        others = f"{s.logme:.4f}", f"{s.effective_rank:.1f}", f"{s.ridge_strength:g}", str(one.feature_dim)
+        own = ["" if s.leep is None else f"{s.leep:.4f}" for _ in several]
+        others = f"{s.logme:.4f}", *own, f"{s.effective_rank:.1f}", f"{s.ridge_strength:g}", str(one.feature_dim)
         table.add_row(str(rank_), Text(one.title), *accuracies, *others, f"{sum(one.seconds):.1f}")
     wide = Console(width=None if console.is_terminal else 10_000, quiet=console.quiet)
     wide.print("", table, sep="\n")

@@ -36,6 +36,11 @@ class BackboneConfig(Section):
         description="features of a vision-language model; pooled: of its image tower; joint: after the projection to "
         "the space that images share with texts, which is narrower",
     )
+    source_head: bool = Field(
+        False,
+        description="whether the classifier that the weights come with is kept, for co_tuning and for the score LEEP "
+        "of cil rank-backbones; options.num_classes is the number of its classes, by default the architecture's",
+    )
     attention: Literal["timm", "explicit"] = Field(
         "timm",
         description="implementation of attention; timm: as timm chooses, usually torch's fused attention; explicit: an "

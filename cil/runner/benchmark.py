@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from cil import results
-from cil.backbone import Backbone, load_backbones, text_side
+from cil.backbone import Backbone, load_backbones, source_head, text_side
 from cil.config import Config
 from cil.config.parsing import to_yaml
 from cil.data.classes import NoSplitError
@@ -127,6 +127,8 @@ def _try_all(todo: list[Plan], streams: list[Stream], backbone: Backbone) -> Non
         try:
             if plan.cls.uses_texts(plan.parameters):
                 text_side(backbone)
+            if plan.cls.uses_source_head(plan.parameters):
+                source_head(backbone)
             learner = registry.instantiate(plan.cls, plan.parameters, backbone)
             if plan.config.pseudo is not None:
                 require_sums(learner)

@@ -200,7 +200,9 @@ def identity_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(header: Mapping[str, Any]) -> dict[str, Any]:
     settings = {**identity_settings(header["config"]), "backbone weights (sha256)": header["backbone"]["sha256"]}
-    return settings | ({"text side (sha256)": header["text"]["sha256"]} if "text" in header else {})
+    text, head = header.get("text"), header["backbone"].get("source_head")
+    settings |= {} if text is None else {"text side (sha256)": text["sha256"]}
+    return settings | ({} if head is None else {"classifier of the backbone (sha256)": head["sha256"]})
 
 
 def continued(header: Header, held: Mapping[str, Any] | None, keep: int) -> Header:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from cil.runner.plan import Plan, plans
 from cil.runner.provenance import versions
 from cil.selection.first_tasks import FirstTasks, first_order
 from cil.selection.together import choose_together
-from cil.selection.transferability import RANKING, SCORES, Scores, agreement, scores
+from cil.selection.transferability import RANKING, SCORES, Scores, agreement, leep, scores
 from cil.utils import hardware
 from cil.utils.files import write
 from cil.utils.paths import expand
@@ -94,7 +94,8 @@ def rank_backbones(
         config: The benchmark. Its section ``backbone`` is ignored; its section ``transform`` applies to all candidates.
         candidates: Names, or sections ``backbone`` of a configuration.
         root: The results folder; the record is ``<name>/backbones.json`` in it.
-        by: Score to rank by, ``ncm``, ``ridge`` or ``logme``; candidates with equal scores keep their order.
+        by: Score to rank by, ``ncm``, ``ridge``, ``logme`` or ``leep``, which needs ``source_head: true`` in every
+            candidate; candidates with equal scores keep their order.
         together: Choose up to so many of the candidates to be used together, see
             :func:`cil.selection.together.choose_together`; None: choose none.
         display: Terminal output; none by default.
@@ -108,6 +109,12 @@ def rank_backbones(
     if by not in RANKING:
         raise ConfigError(f"--by {by}: unknown; allowed: {', '.join(RANKING)}")
     sections = _sections(candidates)
+    headless = [title for title, section in sections.items() if not section.source_head]
+    if by == "leep" and headless:
+        raise ConfigError(
+            f"--by leep: compares by the classes that a backbone was pre-trained on, and {headless[0]} is used without "
+            "its classifier; give it source_head: true, or rank by another score"
+        )
     if together is not None and not 2 <= together <= len(sections):
         raise ConfigError(
             f"--together {together}: the number of backbones to use together, of {len(sections)} candidates; allowed: "
@@ -217,6 +224,9 @@ def _score(
     computed = time.perf_counter()
     with _errors_name(title):
         worth = scores(features, first.train.labels)
+    if (head := backbone.source_head) is not None:
+        own = head(features.float().cpu()).softmax(1)
+        worth = replace(worth, leep=leep(own, first.train.labels))
     seconds = computed - started, time.perf_counter() - computed
     found = Scored(
         title, plan.config.backbone, backbone.name, backbone.fingerprint, backbone.feature_dim, worth, seconds
@@ -246,6 +256,6 @@ def _row(one: Scored) -> dict[str, Any]:
         "name": one.name,
         "sha256": one.sha256,
         "feature_dim": one.feature_dim,
-        **asdict(one.scores),
+        **{score: value for score, value in asdict(one.scores).items() if value is not None},
         "seconds": {"features": one.seconds[0], "scores": one.seconds[1]},
     }

@@ -22,9 +22,11 @@ from cil.classifiers.leave_one_out import left_out_predictions, mean_log_evidenc
 from cil.classifiers.ncm import NCM, Metric
 from cil.utils.precision import exact
 
-RANKING = ("ncm", "ridge", "logme")
+ALWAYS = ("ncm", "ridge", "logme")
+"""Fields of :class:`Scores` for which a higher value is better, and that all backbones have."""
+RANKING = (*ALWAYS, "leep")
 """Fields of :class:`Scores` for which a higher value is better."""
-SCORES = (*RANKING, "effective_rank")
+SCORES = (*ALWAYS, "effective_rank")
 """Fields of :class:`Scores` that are compared between backbones."""
 
 
@@ -39,6 +41,8 @@ class Scores:
         effective_rank: exp(H(s²/Σs²)) of the features' singular values s, in [1, min(N, F)]; it is near 1 if one
             direction, such as the mean of uncentred features, dominates. It is descriptive and not used for ranking.
         ridge_strength: λ with which ``ridge`` was computed.
+        leep: Log likelihood per sample of the labels, given the classes that the backbone was pre-trained on; None if
+            its classifier was not kept.
     """
 
     ncm: float
@@ -46,6 +50,7 @@ class Scores:
     logme: float
     effective_rank: float
     ridge_strength: float
+    leep: float | None = None
 
 
 @exact()
@@ -116,6 +121,23 @@ def logme(features: Array, labels: Array) -> float:
     """
     x, y = scorable(features, labels)
     return mean_log_evidence(*thin_svd(x), x.shape[1], y)
+
+
+@exact()
+def leep(probabilities: Array, labels: Array) -> float:
+    """Log expected empirical prediction (Nguyen et al., ICML 2020, arXiv 2002.12462), in (−∞, 0].
+
+    With p_i(z) the probability of the backbone's own class z for sample i: P(y, z) = Σ_{i: y_i = y} p_i(z)/N, and the
+    score is the mean over i of ln Σ_z P(y_i | z) p_i(z).
+
+    Args:
+        probabilities: p [N, Z], rows of sum 1.
+        labels: int [N], from 0.
+    """
+    p, y = torch.as_tensor(probabilities).double(), torch.as_tensor(labels)
+    joint = F.one_hot(y).double().T @ p / len(p)
+    given = joint / joint.sum(0).clamp(min=torch.finfo(p.dtype).tiny)
+    return (given[y] * p).sum(1).log().mean().item()
 
 
 @exact()

@@ -65,7 +65,14 @@ def backbone() -> Backbone:
     vit: Any = model()
     data_config = {"input_size": (3, PIXELS, PIXELS), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     steps = {**data_config, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    return Backbone(vit, "checks", steps, drawn_texts(vit.num_features, _drawn))
+    return Backbone(vit, "checks", steps, drawn_texts(vit.num_features, _drawn), source_head=_source_head())
+
+
+@lru_cache(maxsize=1)
+def _source_head() -> torch.nn.Linear:
+    """A random classifier of five classes in the place of the one of a pre-training."""
+    with isolated(8):
+        return torch.nn.Linear(model().num_features, 5).requires_grad_(False)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=len(NAMES))

@@ -1,4 +1,5 @@
-"""What holds a tuner that is trained through all tasks to what it was: the keys ``anchor``, ``distill`` and ``bss``.
+"""What holds a tuner that is trained through all tasks to what it was: the keys ``anchor``, ``distill``, ``bss``
+and ``co_tuning``.
 
 They are keys of the learners that train one tuner on every task with :meth:`ReusingTuning.fit_tuner`: finetune, l2_sp,
 slca, cofima and ssiat.
@@ -19,6 +20,7 @@ from cil.backbone import Backbone, Tuner
 from cil.errors import ConfigError
 from cil.learner import Context
 from cil.learners.bases.anchor import Anchor, AnchorConfig, AnchoredSteps, AnchorState
+from cil.learners.bases.co_tuning import CoTuning
 from cil.learners.bases.distilling import Distillation, DistillConfig
 from cil.learners.bases.sequential import SequentialTuning
 from cil.stream import Task
@@ -48,6 +50,13 @@ class ReuseRecipe(Recipe):
         "paper); a step must have no more images than features. 0: none",
     )
 
+    co_tuning: float = Field(
+        0.0,
+        ge=0,
+        description="weight λ ≥ 0 of the cross-entropy of the backbone's own classifier with the classes that are "
+        "related to an image's (Co-Tuning; 2.3 in its code); needs backbone.source_head: true. 0: none",
+    )
+
     @model_validator(mode="after")
     def _reuse(self) -> ReuseRecipe:
         if self.anchor is not None and self.anchor.norm == "l1" and self.optimizer != "sgd":
@@ -67,7 +76,7 @@ def refuse_reuse(config: ReuseRecipe, learner: str, why: str) -> None:
     Raises:
         ValueError: A key is set.
     """
-    for key in ("anchor", "distill", "bss"):
+    for key in ("anchor", "distill", "bss", "co_tuning"):
         if getattr(config, key):
             raise ValueError(f"{key}: {learner} {why}; leave it out")
 
@@ -89,6 +98,10 @@ class ReusingTuning(SequentialTuning):
         super().__init__(config, backbone)
         self.known = 0
         self.anchoring: AnchorState | None = None
+
+    @classmethod
+    def uses_source_head(cls, parameters: Any) -> bool:
+        return bool(parameters.co_tuning)
 
     def begin(self, task: Task, ctx: Context) -> None:
         self.known = self.seen
@@ -129,6 +142,7 @@ class ReusingTuning(SequentialTuning):
 
         Raises:
             ConfigError: ``bss`` with more images per step than features.
+            BackboneError: ``co_tuning`` without the backbone's own classifier.
         """
         config, count = self.config, len(task.train)
         groups = [replace(group, parameters=list(group.parameters)) for group in groups]  # they are read twice
@@ -145,6 +159,10 @@ class ReusingTuning(SequentialTuning):
             distillation = Distillation(
                 config.distill, self.backbone, self.tuner, self.old_scores, self.known, task, ctx
             )
+        related = None
+        if config.co_tuning:
+            related = CoTuning(config.co_tuning, self.backbone, task, ctx)
+            groups.append(related.group)
 
         def whole(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             features = self.tuned(images) if distillation is None else distillation.features(images)
@@ -153,6 +171,8 @@ class ReusingTuning(SequentialTuning):
                 value = value + distillation.term(images, features)
             if config.bss:
                 value = value + config.bss * across_processes(spectral_shrinkage, ctx.accelerator, features.float())
+            if related is not None:
+                value = value + related.term(features, labels)
             penalty = None if anchor is None else anchor.penalty()
             return value if penalty is None else value + penalty, logits
 
