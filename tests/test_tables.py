@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from comparisons import falling, write
 
-from scripts.publish import tables
+from scripts.publish import reusing, tables
 
 
 def test_a_matrix_has_classifiers_side_by_side_and_the_best_rows_first(tmp_path):
@@ -112,3 +113,17 @@ def test_a_learner_beside_the_best_other_one_of_every_stream(tmp_path):
     assert lines[2] == "| a | 70.0 ± 14.1 | poor | 40.0 ± 0.0 | +30.0 ± 14.1 | 2.6 | 1.0 | 1.0 | 2 | 2 | 180 | 180 |"
     assert lines[3] == "| a | 70.0 ± 14.1 | ncm | 63.3 ± 23.1 | +20.0 ± 14.1 | 2.6 | 1.0 | 1.0 | 2 | 2 | 180 | 180 |"
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+
+
+def test_ways_are_paired_with_the_plain_learner_and_shown_if_all_orders_are_there(tmp_path):
+    def of(*last):
+        return {str(order): {"accuracy_last": value} for order, value in zip((1, 2), last, strict=False)}
+
+    runs = {"digits finetune plain": of(0.5, 0.6), "digits finetune bss": of(0.52, 0.66), "digits finetune l2": of(0.9)}
+    choices = {f"digits finetune {way}": {"weight": 0.001} for way in ("bss", "l2")}
+    found = {"orders": [1, 2], "learners": {"finetune": {}, "ssiat": {}}, "choices": choices, "runs": runs}
+    (tmp_path / "r.json").write_text(json.dumps(found), encoding="utf-8")
+    assert reusing.table(tmp_path / "r.json" / "digits").splitlines()[2:] == [
+        "| plain |  | 55.0 ± 7.1 |  |",
+        "| `bss` | 0.001 | 59.0 ± 9.9 | +4.0 ± 2.8 |",
+    ]

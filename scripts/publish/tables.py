@@ -17,6 +17,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     banks         FOLDER              rules, banks and routers, from studies/banks.py
     backbones     FILE                scores from study_backbones.py
     families      FILE                what works with each family, from studies/families.py
+    reusing       FILE/STREAM         what anchors, teachers and bss gain, from studies/reusing.py
     leads         ROOT:LABEL:FOLDER,… one learner against the best other one of every stream
     published     FILE/DATASET        published numbers beside ours
 
@@ -39,7 +40,7 @@ from cil import report, results
 from cil.errors import CilError
 from cil.report.row import pair_of
 from scripts import ROOT
-from scripts.publish import banks, benches, campaigns, families, leads, stage_costs, values
+from scripts.publish import banks, benches, campaigns, families, leads, reusing, stage_costs, values
 from scripts.publish.published import published
 
 PAGES = (ROOT / "README.md", ROOT / "results" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -227,6 +228,7 @@ def render(page: Path) -> str:
         "stages": stage_costs.table,
         "backbones": backbones,
         "families": families.table,
+        "reusing": reusing.table,
         "leads": leads.table,
         "costs": campaigns.costs,
         "steps": steps,
