@@ -68,6 +68,7 @@ TUNERS = {
         "compensate": True,
         "blocks": [0],
     },
+    "vqt": {"length": 2},
     "lora_kv": {"rank": 4},
     "bitfit": {},
     "layernorm": {},
@@ -80,7 +81,7 @@ TUNERS = {
     "osf": {},
 }
 PEFT = ("lora", "dora", "ia3", "oft", "osf")
-STARTS_FROZEN = set(TUNERS) - {"ssf", "vpt_shallow", "vpt_deep", "prefix", "compensated"}
+STARTS_FROZEN = set(TUNERS) - {"ssf", "vpt_shallow", "vpt_deep", "prefix", "compensated", "vqt"}
 
 
 def make(variant: str = "class token", **options) -> Backbone:
@@ -130,7 +131,8 @@ def test_starts_where_it_promises_and_trains_its_own_parameters_only(kind, varia
     tolerance = 1e-4 if kind in ("osf", "dora") else 0
     if kind in STARTS_FROZEN:
         torch.testing.assert_close(backbone(IMAGES, tuner), frozen, atol=tolerance, rtol=tolerance)
-    assert (backbone(IMAGES, perturbed(tuner)) - frozen).abs().max() > 1e-3
+    start = backbone(IMAGES, tuner)
+    assert (backbone(IMAGES, perturbed(tuner)) - start).abs().max() > 1e-3
     bystander = perturbed(build(kind, backbone), seed=2)
     beside = backbone(IMAGES, bystander)
 
@@ -168,6 +170,7 @@ def count(kind: str) -> int:
         "vpt_deep": DEPTH * n * D,
         "prefix": 2 * DEPTH * n * D,
         "compensated": 2 * n * D + 2,
+        "vqt": DEPTH * 2 * D,
         "lora_kv": DEPTH * 2 * (4 * 2 * D + 1),
         "bitfit": D * (2 + 11 * DEPTH),
         "layernorm": 2 * D * (2 * DEPTH + 1),

@@ -15,7 +15,7 @@ from cil import avalanche
 from cil.avalanche.configs import EWCConfig, ICaRLConfig, ReplayConfig, StoringStrategyConfig, StrategyConfig
 from cil.avalanche.memory import Memory
 from cil.avalanche.model import Features, Model
-from cil.backbone import FROZEN, Backbone
+from cil.backbone import FROZEN, Backbone, feature_width
 from cil.classifiers.heads import LinearHead
 from cil.errors import StreamError
 from cil.features import View
@@ -82,7 +82,7 @@ class AvalancheLearner(SequentialTuning):
         super().__init__(config, backbone)
         avalanche.import_avalanche()  # here, so that its seconds are not counted for a stage
         self.tuner = build_tuner(config.tuner, backbone) if config.tuner is not None else None
-        self.head = LinearHead(backbone.feature_dim)
+        self.head = LinearHead(feature_width(backbone, self.tuner))
         self.memory = Memory()
         self.sizes: list[int] = []  # classes of each task
 
@@ -153,7 +153,7 @@ class AvalancheReplay(AvalancheLearner):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.tasks: dict[int, TaskData] = {}
-        self.register_buffer("means", torch.zeros(0, backbone.feature_dim))
+        self.register_buffer("means", torch.zeros(0, self.head.feature_dim))
 
     def begin(self, task: Task, ctx: Context) -> None:
         if isinstance(self.config.strategy, ICaRLConfig) and len(task.seen) < self.seen + len(task.classes):

@@ -6,7 +6,7 @@ from cil.backbone.ensemble import Backbones, Member, backbone_facts, load_backbo
 from cil.backbone.loading import EMBEDDED, embedded_card, fits, load_backbone, without_source
 from cil.backbone.source_head import source_head
 from cil.backbone.text import TextSide
-from cil.backbone.vit import Tuner
+from cil.backbone.vit import Tuner, feature_width
 from cil.backbone.weights import read_tensors
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "backbone_facts",
     "embedded_card",
     "end_in_projection",
+    "feature_width",
     "fingerprint",
     "fits",
     "load_backbone",

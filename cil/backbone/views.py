@@ -112,6 +112,11 @@ class View:
         """Queries, keys and values, [B, heads, N, d] each, after norms, biases and rotation."""
         raise NotImplementedError
 
+    def foreign_queries(self, u: Tensor) -> Tensor:
+        """Queries [B, heads, T, d] of normalised foreign tokens [B, T, D], which have no position."""
+        queries, norm = self._projected(u)[0], getattr(self.block.attn, "q_norm", None)
+        return queries if norm is None else norm(queries)
+
     def mask(self, length: int) -> Tensor | None:
         """What is added to the scores of ``length`` tokens, [heads, N, N] or [1, heads, N, N]; None for nothing."""
         return None

@@ -1,8 +1,8 @@
 """The forward pass of a ViT with a tuner. This file and ``views.py`` alone depend on timm's block layout.
 
 A :class:`Tuner` adds trainable parameters to a frozen vision transformer. The forward pass calls its hooks after the
-position embedding, around every block and before pooling, and asks ``weights`` for replacement weights. The transformer
-itself is never copied or modified, so any number of tuners can share it in memory.
+position embedding, around every block and after the last one, and asks ``weights`` for replacement weights. The
+transformer itself is never copied or modified, so any number of tuners can share it in memory.
 
 Shapes: B images, N tokens (class and register tokens first), D the embedding width, F the feature width.
 """
@@ -79,6 +79,28 @@ def prefixed_branch(block: Any, tokens: Tensor, keys: Tensor, values: Tensor, *,
     if compensate and keys.shape[2]:
         mixed = mixed + attend(attention, q, keys, values, None)
     return view.ls1(view.mix(u, mixed))
+
+
+def queried_branches(block: Any, tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute :func:`attention_branch` of the tokens, and of foreign tokens that read them and are read by none.
+
+    Foreign tokens have no position: in the families with rotary or relative ones, they neither turn nor get a bias.
+
+    Args:
+        block: A plain ``Block``, or the view of a block of another family.
+        tokens: [B, N, D], not yet normalised.
+        queries: The foreign tokens [B, T, D], not yet normalised.
+
+    Returns:
+        [B, N, D] and [B, T, D].
+    """
+    view = block if isinstance(block, View) else PlainView(block)
+    attention = view.block.attn
+    u, asked = view.norm1(tokens), view.norm1(queries)
+    q, k, v = view.qkv(u)
+    own = attend(attention, q, k, v, view.mask(tokens.shape[1]))
+    found = attend(attention, view.foreign_queries(asked), k, v, None)
+    return view.ls1(view.mix(u, own)), view.ls1(view.mix(asked, found))
 
 
 def attention_width(model: Any) -> int:
@@ -219,6 +241,8 @@ class Tuner(nn.Module):
     prompts_at: Place = "end"
     """Where the tuner inserts tokens of its own, if it does: ``front``, right behind the model's class and register
     tokens, or ``end``, after all tokens. Models with rotary or relative positions must know it."""
+    width: int | None = None
+    """Width of the features with this tuner, where it is not the backbone's own; None where it is."""
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw initial values again from ``generator`` (on the CPU); by default there is nothing to draw."""
@@ -251,6 +275,16 @@ class Tuner(nn.Module):
         """Pool tokens [B, N, D] after the final norm to features [B, F]; remove prompts before timm's own pooling."""
         return vit.forward_head(tokens, pre_logits=True)
 
+    def finish(self, vit: Any, tokens: Tensor) -> Tensor:
+        """Turn the last block's output [B, N, D] into features: by default the final norm, then :meth:`pool`."""
+        return self.pool(vit, vit.norm(tokens))
+
+
+def feature_width(backbone: Any, tuner: Tuner | None) -> int:
+    """Width of the features of a backbone with a tuner: the tuner's, or else the backbone's ``feature_dim``."""
+    own = None if tuner is None else tuner.width
+    return int(backbone.feature_dim if own is None else own)
+
 
 class TunedForward(nn.Module):
     """The forward pass, as a module in which ``torch.func.functional_call`` can replace weights for one call."""
@@ -269,4 +303,4 @@ class TunedForward(nn.Module):
         tokens = tuner.embed(tokens)
         for i, block in enumerate(blocks):
             tokens = tuner.block(i, block, tokens)
-        return tuner.pool(vit, vit.norm(tokens))
+        return tuner.finish(vit, tokens)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from cil.backbone import Backbone, views
-from cil.backbone.vit import Tuner
+from cil.backbone.vit import Tuner, feature_width
 from cil.tuning.frozen import Frozen
 from cil.tuning.layers import Collector
 
@@ -52,9 +52,10 @@ def is_frozen(tuner: Tuner | None) -> bool:
 def about_tuner(tuner: Tuner | None, backbone: Backbone) -> dict[str, Any]:
     """Width of the features and name of the tuner, for human readers."""
     if not isinstance(tuner, Collector):
-        return {"feature_dim": backbone.feature_dim, "tuner_name": "" if tuner is None else type(tuner).__name__}
-    names = [f"layers {', '.join(map(str, tuner.blocks))}"] + ([] if tuner.frozen else [type(tuner.inner).__name__])
-    return {"feature_dim": tuner.width, "tuner_name": "; ".join(names)}
+        names = [] if tuner is None else [type(tuner).__name__]
+    else:
+        names = [f"layers {', '.join(map(str, tuner.blocks))}"] + ([] if tuner.frozen else [type(tuner.inner).__name__])
+    return {"feature_dim": feature_width(backbone, tuner), "tuner_name": "; ".join(names)}
 
 
 def backbone_digest(backbone: Backbone) -> str | None:

@@ -30,7 +30,7 @@ class APER(AdaptOnce):
     paper = "Zhou et al., Revisiting Class-Incremental Learning with Pre-Trained Models, IJCV 2024, arXiv 2303.07338"
 
     def make_classifier(self) -> NCM:
-        return NCM(2 * self.width)
+        return NCM(sum(self.blocks))
 
     def views(self) -> Mapping[Hashable, View]:
         return {**self.frozen(), **super().views()}

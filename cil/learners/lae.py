@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, feature_width
 from cil.classifiers import LinearHead
 from cil.features import View
 from cil.learner import Context, Learner
@@ -81,7 +81,7 @@ class LAE(Learner):
         super().__init__(config, backbone)
         self.online = build_tuner(config.tuner, backbone)
         self.offline: Tuner | None = None
-        self.head = LinearHead(backbone.feature_dim, std=0.001)
+        self.head = LinearHead(feature_width(backbone, self.online), std=0.001)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
@@ -114,5 +114,5 @@ class LAE(Learner):
     @without_autocast()
     def logits(self, features: Tensor) -> Tensor:
         """max_b log softmax(h(f_b)) over the branches b, [B, C]; same order as the probabilities, without underflow."""
-        branches = features.float().unflatten(1, (-1, self.backbone.feature_dim))
+        branches = features.float().unflatten(1, (-1, self.head.feature_dim))
         return self.head(branches).log_softmax(dim=2).amax(dim=1)

@@ -108,9 +108,10 @@ class Merge(Learner):
 
     def make_classifier(self) -> Classifier:
         """The classifier on :meth:`features`, without statistics."""
-        width = self.backbone.feature_dim * len(self.views())
+        widths = [self.backbone.feature_dim, self.models.width] if self.config.anchor else [self.models.width]
+        width = sum(widths)
         if self.config.head == "lda":
-            return LDA(width, self.config.shrinkage, priors="uniform", blocks=len(self.views()))
+            return LDA(width, self.config.shrinkage, priors="uniform", blocks=widths)
         if self.config.head == "ridge":
             return Ridge(width, self.config.projection)
         return {"ncm": NCM, "concat": CosineHead}[self.config.head](width)
@@ -183,7 +184,7 @@ class Merge(Learner):
 
     def correct_drift(self, before: Tensor, after: Tensor) -> None:
         """Map old classes' statistics from θ^(t−1) to θ^(t), given the current images' features [N, F] under both."""
-        width = self.backbone.feature_dim
+        width = self.models.width
         if not isinstance(self.classifier, NCM | LDA | Ridge):
             return  # heads have no statistics
         drift = self.drift(before[:, -width:], after[:, -width:])

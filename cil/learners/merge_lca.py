@@ -53,10 +53,10 @@ class MergeLCA(TaskOfClass, Merge):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.gaussians = Gaussians(backbone.feature_dim, config.ridge)
+        self.gaussians = Gaussians(self.models.width, config.ridge)
 
     def make_classifier(self) -> CosineHead:
-        return CosineHead(self.backbone.feature_dim, self.config.head_scale)
+        return CosineHead(self.models.width, self.config.head_scale)
 
     def learn(self, task: Task, ctx: Context) -> None:
         corrects = task.index > 0 and self.config.prototypes != "stale"

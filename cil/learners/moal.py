@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, feature_width
 from cil.classifiers import NCM, CosineHead, Ridge
 from cil.classifiers.drift import ridge_map
 from cil.features import View
@@ -58,9 +58,10 @@ class MoAL(TaskOfClass):
         super().__init__(config, backbone)
         self.tuner = build_tuner(config.tuner, backbone)
         self.slow = copy.deepcopy(self.tuner).requires_grad_(False)
-        self.head = CosineHead(backbone.feature_dim)
-        self.classifier = Ridge(backbone.feature_dim, config.projection)
-        self.prototypes = NCM(backbone.feature_dim)
+        width = feature_width(backbone, self.tuner)
+        self.head = CosineHead(width)
+        self.classifier = Ridge(width, config.projection)
+        self.prototypes = NCM(width)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)

@@ -64,7 +64,7 @@ class RSIAT(SSIAT):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.projector = Projector(backbone.feature_dim, config.code)
+        self.projector = Projector(self.head.feature_dim, config.code)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, feature_width
 from cil.classifiers import CosineHead, Gaussians
 from cil.classifiers.drift import local_shifts
 from cil.features import View
@@ -64,9 +64,10 @@ class SSIAT(TaskOfClass, ReusingTuning):
         super().__init__(config, backbone)
         self.tuner = build_tuner(config.tuner, backbone)
         self.anchor_to(self.tuner)
-        self.head = CosineHead(backbone.feature_dim, config.scale)
+        width = feature_width(backbone, self.tuner)
+        self.head = CosineHead(width, config.scale)
         self.head.sigma.requires_grad_(False)  # it stays at s
-        self.gaussians = Gaussians(backbone.feature_dim, config.ridge)
+        self.gaussians = Gaussians(width, config.ridge)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
@@ -86,7 +87,7 @@ class SSIAT(TaskOfClass, ReusingTuning):
     def train_rows(self, task: Task, ctx: Context) -> CosineHead:
         """Train the tuner and the task's new rows, with the task's own classes in the softmax; returns the rows."""
         config, first = self.config, task.classes[0]
-        rows = task_head(CosineHead(self.backbone.feature_dim), task, ctx)
+        rows = task_head(CosineHead(self.head.feature_dim), task, ctx)
         cosface_loss = cosface(
             lambda features: F.pad(rows(features), (first, 0), value=-math.inf),
             config,

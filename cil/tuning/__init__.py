@@ -10,6 +10,7 @@ from cil.tuning.low_rank_bank import LowRankBank
 from cil.tuning.prefix import ExternalPrefix, Prefix
 from cil.tuning.prompts import PooledPrompts, VisualPrompts
 from cil.tuning.ssf import SSF
+from cil.tuning.vqt import VisualQueries
 from cil.tuning.weights import AddedWeights, ExternalWeights, WeightTuner, bitfit, full, layernorm, partial
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "Tuner",
     "TunerConfig",
     "VisualPrompts",
+    "VisualQueries",
     "WeightTuner",
     "bitfit",
     "build_tuner",

@@ -1,7 +1,7 @@
 """The configuration of every tuner by name, and the function that builds a tuner from it.
 
 ``tuner: adapter`` and ``tuner: {name: adapter, bottleneck: 16}`` are both a :data:`TunerConfig`, and so is a custom
-tuner, ``tuner: {class: "mine.py:Mine", width: 3}``.
+tuner, ``tuner: {class: "mine.py:Mine", rank: 3}``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cil.tuning.peft_config import Factors
 from cil.tuning.prefix import Init, Prefix
 from cil.tuning.prompts import VisualPrompts
 from cil.tuning.ssf import SSF
+from cil.tuning.vqt import VisualQueries
 from cil.tuning.weights import bitfit, full, layernorm, partial
 
 Targets = list[str] | str
@@ -80,6 +81,16 @@ class PrefixConfig(Section):
     init: Init = Field("normal", description="initial distribution; normal: N(0, 0.02²); uniform: U(0, 0.01)")
     learned_scale: bool = Field(False, description="whether a block learns factors on its keys and values")
     compensate: bool = Field(False, description="whether each query's weights on the prefix sum to 1 (LAE)")
+    blocks: Blocks = None
+
+
+class VisualQueriesConfig(Section):
+    """Queries that read every block's tokens and change none; see :class:`cil.tuning.VisualQueries`."""
+
+    summary: ClassVar[str] = "queries that read every block's tokens, as further features (VQT)"
+    name: Literal["vqt"] = "vqt"
+    length: PositiveInt = Field(1, description="number of queries per block; each adds a block's width to the features")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout probability on the queries, in training")
     blocks: Blocks = None
 
 
@@ -182,6 +193,7 @@ TunerSection = (
     | ShallowPromptsConfig
     | DeepPromptsConfig
     | PrefixConfig
+    | VisualQueriesConfig
     | KeyValueLoraConfig
     | BitFitConfig
     | LayerNormConfig
@@ -239,6 +251,8 @@ def build_tuner(config: TunerSection | CustomTuner | str | dict[str, Any], backb
         return VisualPrompts(backbone, c.length, deep=isinstance(c, DeepPromptsConfig))
     if isinstance(c, PrefixConfig):
         return Prefix(backbone, **c.model_dump(exclude={"name"}))
+    if isinstance(c, VisualQueriesConfig):
+        return VisualQueries(backbone, c.length, c.dropout, blocks=c.blocks)
     if isinstance(c, KeyValueLoraConfig):
         return KeyValueLora(backbone, c.rank, blocks=c.blocks)
     if isinstance(c, PartialConfig):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cil.backbone import Backbone
 from cil.backbone.views import require_views, started
-from cil.backbone.vit import Tuner
+from cil.backbone.vit import Tuner, feature_width
 from cil.errors import BackboneError
 from cil.tuning.blocks import chosen_of
 
@@ -82,11 +82,8 @@ class Collector(Tuner):
         self.blocks = _indices(blocks, len(widths))
         self.widths = tuple(widths[i] for i in self.blocks for _ in self.tokens)
         if final:
-            self.widths += (backbone.feature_dim,)
-
-    @property
-    def width(self) -> int:
-        return sum(self.widths)
+            self.widths += (feature_width(backbone, tuner),)
+        self.width = sum(self.widths)
 
     def _require(self, model: Any) -> None:
         """Refuse what this family of models cannot give."""
@@ -168,7 +165,7 @@ class _Collecting:
                 seen = vit.norm(tokens) if collector.norm else tokens
                 first = prefix + (tokens.shape[1] - own if tuner.prompts_at == "front" else 0)  # behind the prompts
                 parts += collector.parts(vit, seen[:, 0], seen[:, first : first + own - prefix])
-        return parts, tuner.pool(vit, vit.norm(tokens))
+        return parts, tuner.finish(vit, tokens)
 
     def _intermediates(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         collector, vit = self.collector, self.vit

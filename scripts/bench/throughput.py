@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from cil.backbone import EMBEDDED, Backbone, load_backbone
+from cil.backbone import EMBEDDED, Backbone, feature_width, load_backbone
 from cil.classifiers import CosineHead
 from cil.config import BackboneConfig, TransformConfig
 from cil.data.images import ImageSet
@@ -161,10 +161,10 @@ class Bench:
 
     def training(self, name: str) -> Found:
         recipe = Recipe(epochs=1, train_batch_size=self.batch, optimizer="adamw", lr=1e-4)
-        head = CosineHead(self.backbone.feature_dim)
+        tuner = build_tuner(name, self.backbone)
+        head = CosineHead(feature_width(self.backbone, tuner))
         head.grow(CLASSES, torch.Generator().manual_seed(0))
         head.to(self.accelerator.device)
-        tuner = build_tuner(name, self.backbone)
         model = copy.deepcopy(self.backbone.model) if name == "full" else None
 
         def see(images: Tensor) -> Tensor:

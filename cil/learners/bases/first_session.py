@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, feature_width
 from cil.classifiers import CosineHead
 from cil.classifiers.random_features import RandomFeatures
 from cil.learner import Context
@@ -42,7 +42,7 @@ class AdaptOnce(ClassifierOnFeatures):
 
     def learn(self, task: Task, ctx: Context) -> None:
         if task.index == 0 and self.tuner is not None:
-            head = task_head(CosineHead(self.backbone.feature_dim), task, ctx)
+            head = task_head(CosineHead(feature_width(self.backbone, self.tuner)), task, ctx)
             loss = cross_entropy(lambda images: head(self.backbone(images, self.tuner)), self.config)
             fit(loss, [ParamGroup([*self.tuner.parameters(), *head.parameters()])], task.train, self.config, ctx)
         super().learn(task, ctx)

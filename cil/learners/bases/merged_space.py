@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cil.backbone import Backbone
+from cil.backbone import Backbone, feature_width
 from cil.errors import ConfigError
 from cil.learner import Context
 from cil.merging import HEADS, Rule
@@ -26,11 +26,13 @@ class Mergeable(ABC):
     Attributes:
         initial: θ_0 by name, kept by reference; it may contain tensors that are not merged.
         names: Names of the tensors that are merged.
+        width: Width of the features with a tuner.
     """
 
     config: TunerConfig
     initial: Mapping[str, Tensor]
     names: tuple[str, ...]
+    width: int
     exclude: ClassVar[Sequence[str]] = HEADS
 
     def start(self, rule: R) -> R:
@@ -76,7 +78,7 @@ class Weights(Mergeable):
         self.initial = dict(backbone.model.named_parameters())
         for name, value in tuner.weights().items():  # SSF gives a bias to layers that have none, which is one of zeros
             self.initial.setdefault(name, torch.zeros_like(value))
-        self.names = tuple(self.update(tuner, self.initial))
+        self.names, self.width = tuple(self.update(tuner, self.initial)), backbone.feature_dim
 
     def tuner(self, theta: Mapping[str, Tensor], generator: torch.Generator) -> Tuner:
         backbone = self.backbone
@@ -132,7 +134,7 @@ class Parameters(Mergeable, nn.Module):
         object.__setattr__(self, "backbone", backbone)  # not a submodule: it is shared, and not part of the state
         self.drawn = build_tuner(config, backbone).requires_grad_(False)
         self.initial = dict(self.drawn.named_parameters())
-        self.names = tuple(self.initial)
+        self.names, self.width = tuple(self.initial), feature_width(backbone, self.drawn)
 
     def draw(self, generator: torch.Generator) -> None:
         self.drawn.reset(generator)

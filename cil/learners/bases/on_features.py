@@ -101,10 +101,9 @@ class OnFeatures(Learner):
 
     @property
     def width(self) -> int:
-        """Width of the features of a view, with or without a tuner; it takes the place of ``backbone.feature_dim``."""
-        if self.config.layers is None:
-            return self.backbone.feature_dim
-        return sum(width for view in self.frozen().values() for width in _widths(view, self.backbone))
+        """Width of the features with the tuner, or without one of the frozen backbone; ``layers`` are among them."""
+        views = OnFeatures.views(self)  # a subclass may have further ones
+        return sum(width for view in views.values() for width in _widths(view, self.backbone))
 
     def frozen(self) -> dict[Hashable, View]:
         """The views of the backbone without a tuner, with ``layers`` collected."""
@@ -179,7 +178,9 @@ def _widths(view: Any, backbone: Backbone) -> tuple[int, ...]:
     """Widths of the parts of a view; of a function that is no backbone with a tuner it is taken to be F."""
     if isinstance(view, partial):
         tuner = view.keywords.get("tuner")
-        return tuner.widths if isinstance(tuner, Collector) else _widths(view.func, backbone)
+        if isinstance(tuner, Collector):
+            return tuner.widths
+        return (tuner.width,) if tuner is not None and tuner.width is not None else _widths(view.func, backbone)
     return (getattr(view, "feature_dim", backbone.feature_dim),)
 
 

@@ -61,7 +61,7 @@ def train_tuner(
     Returns:
         The tuner, and the head, whose column 0 is the first of the task's classes.
     """
-    empty = CosineHead(backbone.feature_dim, recipe.head_scale)
+    empty = CosineHead(models.width, recipe.head_scale)
     train, rest = held_out(task.train, recipe.held_out) if recipe.holds_out else (task.train, None)
     if not recipe.soup or rest is None:
         tuner = models.tuner(theta, ctx.generator)
