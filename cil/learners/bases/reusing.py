@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cil.backbone import Backbone, Tuner
+from cil.backbone import Backbone, Tuner, feature_width
 from cil.errors import ConfigError
 from cil.learner import Context
 from cil.learners.bases.anchor import Anchor, AnchorConfig, AnchoredSteps, AnchorState
@@ -146,7 +146,7 @@ class ReusingTuning(SequentialTuning):
         """
         config, count = self.config, len(task.train)
         groups = [replace(group, parameters=list(group.parameters)) for group in groups]  # they are read twice
-        width, most = self.backbone.feature_dim, min(recipe.train_batch_size, count)
+        width, most = feature_width(self.backbone, self.tuner), min(recipe.train_batch_size, count)
         if config.bss and most > width:
             raise ConfigError(
                 f"train_batch_size: {recipe.train_batch_size}; bss needs steps of at most {width} images, the width of "
