@@ -6,14 +6,13 @@ from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from cil.backbone import FROZEN, Backbone
 from cil.classifiers.heads import LinearHead
 from cil.features import View
 from cil.learner import Context
+from cil.learners.bases.exemplars import bytes_of_images
 from cil.learners.bases.reusing import refuse_reuse
 from cil.learners.finetune import Finetune
 from cil.stream import Task, TaskData, concatenate
@@ -56,8 +55,7 @@ class Joint(Finetune):
     @property
     def exemplar_bytes(self) -> int:
         """Size in bytes of all images seen, as uint8 at the backbone's input size."""
-        size = self.backbone.data_config["input_size"]
-        return sum(map(len, self.tasks)) * int(np.prod(size)) * torch.uint8.itemsize
+        return bytes_of_images(self.backbone, sum(map(len, self.tasks)))
 
     def views(self) -> Mapping[Hashable, View]:
         return {FROZEN if self.config.trains == "head" else self.stages: self.tuned}
