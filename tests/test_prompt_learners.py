@@ -373,11 +373,11 @@ def test_the_choice_depends_on_the_image(name):
 @all_three
 @pytest.mark.parametrize("query", ["augmented", "clean"])
 def test_passes_through_the_one_backbone_are_counted(name, query):
-    """Training: the query of every augmented image, or none; the prompted pass; once the clean query. Test: two."""
+    """Training: the query of every augmented image, or once that of the clean one; the prompted pass. Test: two."""
     cls, small = SMALL[name]
     [row] = Case(cls, {**small, "query": query, "epochs": 3}).after(1).rows
     images = row["costs"]["train_images"]
-    assert row["costs"]["train_passes"] == images * ((2 if query == "augmented" else 1) * 3 + 1)
+    assert row["costs"]["train_passes"] == images * (2 * 3 if query == "augmented" else 3 + 1)
     assert row["costs"]["test_passes"] == 2 * row["total"][0]
 
 
@@ -407,6 +407,19 @@ def test_domains_with_the_same_classes_train_all_of_them(name):
 def again(tasks: Stream) -> tuple:
     first = tasks.tasks[0]
     return first.classes, first.seen, first.names, first.train
+
+
+@all_three
+def test_usage_sums_over_the_queries_of_the_last_epoch(name):
+    """Where training changes next to nothing, these select what the clean images select under the final keys."""
+    cls, small = SMALL[name]
+    vit = backbone()
+    done = Case(cls, {**small, "query": "clean", "epochs": 3, "lr": 1e-9, "micro_batch_size": 3}).learner(vit)
+    [task, *_], ctx = stream(vit).tasks, context(0)
+    done.begin(task, ctx)
+    done.learn(task, ctx)
+    expected = done.usage(ctx.features(vit, task.train)[0]).sum(0)
+    np.testing.assert_allclose(ctx.histograms["prompts/usage"], expected.detach(), rtol=1e-4)
 
 
 def test_usage_is_kept_with_the_stages_and_drawn(tmp_path):

@@ -2,7 +2,7 @@
 
 Bare: per batch, the frozen forward under inference mode, the forward with prompts, and the backward, on normalised
 images in memory; no choice of prompts, no optimiser, no data loading. Ours: ``L2P.learn`` on the same number of images:
-augmentation, choice of prompts and key loss, clipping, Adam, logging, and one clean pass for the usage histogram.
+augmentation, choice of prompts and key loss, clipping, Adam, and logging.
 
     python -m scripts.bench.l2p [--rounds 5] [--out results/bench/l2p_overhead.json]
 """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -62,23 +63,31 @@ class PromptLearner(Learner):
 
     @abstractmethod
     def usage(self, query: Tensor) -> Tensor:
-        """Use of each of M prompts for queries [B, F] at test, [B, M]; for the histogram of a stage."""
+        """Use of each of M prompts for queries [B, F] at test, [B, M]; for the histogram of a stage.
+
+        The histogram sums it over the last epoch's training queries, with the keys of their step. So it costs no pass
+        through the backbone, and an image counts as it was augmented.
+        """
 
     def learn(self, task: Task, ctx: Context) -> None:
         first = task.classes[0]
-        clean, _ = ctx.features(self.backbone, task.train)
+        last_epoch = math.ceil(len(task.train) / self.config.train_batch_size) * (self.config.epochs - 1)  # first step
+        used = _Usage(self.usage, torch.zeros(0, self.backbone.feature_dim, device=ctx.device), last_epoch)
 
         def loss(images: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-            *clean_query, labels = rest
-            tuner, regulariser = self.training_tuner(clean_query[0] if clean_query else self.query(images))
+            *clean, labels = rest
+            query = clean[0] if clean else self.query(images)
+            used.count(query)
+            tuner, regulariser = self.training_tuner(query)
             logits = self.head(self.backbone(images, tuner))
             ce = F.cross_entropy(logits[:, first:], labels - first, label_smoothing=self.config.label_smoothing)
             return ce + regulariser, logits
 
-        data = WithRows(task.train, clean) if self.config.query == "clean" else task.train
-        fit(loss, [ParamGroup([*self.trained(), *self.head.parameters()])], data, self.config, ctx)
-        with torch.no_grad():
-            ctx.histogram("prompts/usage", self.usage(clean).sum(0).tolist())
+        clean = self.config.query == "clean"
+        data = WithRows(task.train, ctx.features(self.backbone, task.train)[0]) if clean else task.train
+        trained = [ParamGroup([*self.trained(), *self.head.parameters()])]
+        fit(loss, trained, data, self.config, ctx, after_step=used.next_step)
+        ctx.histogram("prompts/usage", ctx.accelerator.reduce(used.counts, "sum").tolist())
 
     def query(self, images: Tensor) -> Tensor:
         """q(x): features of the frozen backbone, [B, 3, H, W] → [B, F], without gradient."""
@@ -96,6 +105,29 @@ class PromptLearner(Learner):
 
     def logits(self, features: Tensor) -> Tensor:
         return self.head.logits(features)
+
+
+class _Usage:
+    """The sum of a learner's usage over the training queries of the last epoch.
+
+    Args:
+        usage: Queries [B, F] → use of each prompt [B, M].
+        nothing: No query, [0, F], on the device.
+        start: Number of the last epoch's first step.
+    """
+
+    def __init__(self, usage: Callable[[Tensor], Tensor], nothing: Tensor, start: int) -> None:
+        self.usage, self.start, self.step = usage, start, 0
+        self.counts = usage(nothing).detach().float().sum(0)
+
+    @torch.no_grad()
+    def count(self, query: Tensor) -> None:
+        """Add the queries of a step, or of a part of it, if it is one of the last epoch."""
+        if self.step >= self.start:
+            self.counts += self.usage(query).float().sum(0)
+
+    def next_step(self) -> None:
+        self.step += 1
 
 
 @without_autocast()
