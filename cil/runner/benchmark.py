@@ -25,6 +25,7 @@ from cil.runner.cleaning import require_sums
 from cil.runner.display import Display
 from cil.runner.identity import continued, look, version_changes
 from cil.runner.plan import Plan, plans
+from cil.runner.precision import settled
 from cil.runner.provenance import make_header
 from cil.runner.stages import Observer, run_stages
 from cil.runner.supported import require_supported
@@ -96,10 +97,14 @@ def run(
         CilError: Wrong input, or a folder that cannot be used; the message says what to do.
     """
     root, todo = expand(root), list(plans(config))
-    accelerator = hardware.accelerator(config.hardware.device, config.precision)
+    timed = config.precision == "auto"
+    accelerator = hardware.accelerator(config.hardware.device, "fp32" if timed else config.precision)
     display = display if display is not None and accelerator.is_main_process else Display()
     inputs = load(config, accelerator.device)
     backbone = inputs.backbone
+    if timed:
+        todo, line = settled(todo, root, backbone, accelerator)
+        display.say(line)
     streams = [make_stream(plan.config, *inputs.images) for plan in todo]
     _try_all(todo, streams, backbone)
     folders = []
@@ -107,6 +112,8 @@ def run(
         for line in [line for split in (inputs.train, inputs.test) if split for line in split.lines()]:
             display.say(line)
         for plan, stream in zip(todo, streams, strict=True):
+            if timed:  # runs whose folders record different ones keep theirs
+                accelerator = hardware.accelerator(config.hardware.device, plan.config.precision)
             folder = RunFolder(root / plan.place, keep=config.hardware.checkpoints)
             header = make_header(plan, stream, backbone, inputs.transforms, inputs.train, inputs.test, accelerator)
             held = folder.locked() if accelerator.is_main_process else nullcontext()

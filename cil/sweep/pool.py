@@ -85,10 +85,13 @@ def sweep(
 
     Raises:
         ConfigError: Ray is not installed, cannot be reached, or lacks the resources of a single run; or a launcher
-            such as ``accelerate launch`` started this process.
+            such as ``accelerate launch`` started this process; or runs have ``precision: auto``, which simultaneous
+            runs would time while they disturb one another.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("cil sweep starts its own processes; run it without accelerate launch")
+    if any(trial.plan.config.precision == "auto" for trial in trials):
+        raise ConfigError("precision: auto is for `cil run`, which times both; in a sweep, give precision=fp32 or bf16")
     ray = _ray()
     waiting = deque((i, 1) for i in range(len(trials)))
     ended: dict[int, Result] = {}

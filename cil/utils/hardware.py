@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,6 +15,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from cil.errors import ConfigError
+
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+"""Instructions, as Linux calls them, on which the speed of float32 and bfloat16 depends."""
 
 
 def accelerator(device: str = "cpu", precision: str = "fp32") -> Accelerator:
@@ -23,8 +28,11 @@ def accelerator(device: str = "cpu", precision: str = "fp32") -> Accelerator:
         precision: ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
-        ConfigError: The device does not exist here, or does not support the precision.
+        ConfigError: The device does not exist here, or does not support the precision; or that is ``auto``, which
+            :func:`cil.run` alone replaces with what it has timed.
     """
+    if precision == "auto":
+        raise ConfigError("precision: auto is for `cil run`, which times both; here, give precision=fp32 or bf16")
     kind, _, index = device.partition(":")
     available = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in available or (index and not index.isdigit()):
@@ -60,11 +68,31 @@ def facts(accelerator: Accelerator) -> dict[str, Any]:
     device = accelerator.device
     return {
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        **processor(),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+@cache
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """Return the processor's name, and those of the instructions in :data:`FEATURES` that it has.
+
+    Args:
+        cpuinfo: Linux's description of the processors. Without it, Python tells the name, and instructions are unknown.
+
+    Returns:
+        ``processor`` and, where they are known, ``features``.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {"processor": platform.processor() or platform.machine()}
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    has = {*found.get("flags", found.get("Features", "")).split()}  # Features: on ARM
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return {"processor": name, "features": [feature for feature in FEATURES if feature in has]}
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from torch import Tensor
 from cil.merging import OPCM
 from cil.report.figures import CYCLE, new_figure
 from cil.runner.checkpoint import to_json
+from cil.utils import hardware
 from scripts import ROOT
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}
@@ -181,7 +181,7 @@ def main() -> None:
     result = {
         "model": "small ViT" if arguments.small else "vit_base_patch16_224",
         "weights": sum(value.numel() for value in base.values()),
-        "machine": {"cpu": platform.machine(), "threads": arguments.threads, "torch": torch.__version__},
+        "machine": {**hardware.processor(), "threads": arguments.threads, "torch": torch.__version__},
         "second_step": compare_steps(base, arguments.repeats),
         "memory": {name: memory(name, arguments) for name in ("thin", "full")},
         "stream": stream(base, arguments.tasks),

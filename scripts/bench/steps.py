@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -59,43 +58,39 @@ def draw_folder(root: Path, images: int, pixels: int) -> None:
             Image.fromarray(noise).resize((pixels, pixels)).save(place / f"{i}.jpg")
 
 
-def measure(name: str, model: str, images: int) -> Found:
+def measure(name: str, model: str, images: int, device: str = "cpu") -> Found:
     """One learner on the tasks, in this process alone."""
     cls = registry.resolve(name)
     defaults = cls.Config().model_dump()
     short = {key: value for key, value in SHORT.items() if defaults.get(key)}
     if issubclass(cls.Config, Recipe):
         short["train_batch_size"] = images
-    accelerator = hardware.accelerator("cpu")
-    backbone = load_backbone(BackboneConfig(name=model, weights="random"))
+    accelerator = hardware.accelerator(device)
+    backbone = load_backbone(BackboneConfig(name=model, weights="random"), accelerator.device)
+    gpu = accelerator.device if accelerator.device.type == "cuda" else None
     rows: list[Found] = []
     with tempfile.TemporaryDirectory() as place:
         draw_folder(Path(place), images, backbone.input_size[1])
         data = ImageSet(folder(Path(place)), Transforms(backbone.data_config, TransformConfig()))
         stream = Stream(data, data, ClassIncremental("natural", sizes=(2,) * TASKS))
-        base = psutil.Process().memory_info().rss
-        learner = registry.instantiate(cls, cls.Config.model_validate(short), backbone)
+        base = psutil.Process().memory_info().rss if gpu is None else torch.cuda.memory_allocated(gpu)
+        learner = registry.instantiate(cls, cls.Config.model_validate(short), backbone).to(accelerator.device)
         cache = FeatureCache(accelerator, images)
         for task in stream.tasks:
             logged: dict[str, float] = {}
             ctx = Context(accelerator, cache, stage=task.index, log=logged.__setitem__)
             passes, started = backbone.passes, time.perf_counter()
-            reset_peak()
+            reset_peak() if gpu is None else torch.cuda.reset_peak_memory_stats(gpu)
             learner.begin(task, ctx)
             learner.learn(task, ctx)
             row: Found = {"seconds": time.perf_counter() - started, "passes": (backbone.passes - passes) / images}
             rate = logged.get("images_per_second")
             row["seconds_step"] = None if rate is None else images / rate
-            row["peak_mib"] = (peak_bytes() - base) / MIB
+            peak = peak_bytes() if gpu is None else torch.cuda.max_memory_allocated(gpu)
+            row["peak_mib"] = (peak - base) / MIB
             row["trained"] = ctx.trainable_parameters
             rows.append({**row, "kept_mib": sum(state_bytes(learner).values()) / MIB})  # type: ignore[call-overload]
     return {"settings": short, "tasks": rows, "grows_mib": rows[-1]["kept_mib"] - rows[-2]["kept_mib"]}
-
-
-def processor() -> str:
-    """The processor's name, where Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def in_own_process(name: str, arguments: argparse.Namespace) -> Found:
@@ -124,8 +119,12 @@ def main() -> None:
     for name in given.learners:
         rows[name] = in_own_process(name, given)
         print(name, rows[name]["tasks"][-1], flush=True)
-        machine = {**hardware.facts(hardware.accelerator()), "processor": processor()}
-        found = {"machine": machine, "versions": versions(), "model": given.model, "images": given.images}
+        found = {
+            "machine": hardware.facts(hardware.accelerator()),
+            "versions": versions(),
+            "model": given.model,
+            "images": given.images,
+        }
         given.out.write_text(to_json({**found, "learners": rows}), encoding="utf-8")
 
 
