@@ -45,6 +45,9 @@ def write(path, **changes):
     return path
 
 
+HEAVY = ("torch", "timm", "avalanche", "peft", "numpy", "sklearn", "scipy", "matplotlib", "PIL", "accelerate")
+
+
 def test_help_refusals_and_the_first_line_of_a_run_import_nothing_heavy():
     code = """
 import sys
@@ -53,13 +56,18 @@ from cil.cli import app
 assert "check-learner" in CliRunner().invoke(app, ["--help"]).output
 assert "learners, tuners, rules" in CliRunner().invoke(app, ["list", "--help"]).output
 assert "did you mean 'ranpac'" in str(CliRunner().invoke(app, ["run", "quickstart", "learner=ranpak"]).exception)
+key = "learners=[{name: ranpac, tuner: {name: ssf, rank: 3}, projectin: 5}]"
+wrong = str(CliRunner().invoke(app, ["run", "quickstart", key]).exception)
+assert "unknown key tuner.rank" in wrong and "did you mean 'projection'" in wrong, wrong
+for kind, name in {"learners": "ranpac", "tuners": "vpt_deep", "rules": "opcm", "configs": "quickstart"}.items():
+    assert name in CliRunner().invoke(app, ["list", kind]).output, kind
 sys.modules["cil.runner"] = None  # its import fails here, after the first line
 changes = ["learners=[ncm, ranpac]", "seeds=[0, 1]", "orders=[1, 2]", "--results", "here"]
 first = CliRunner().invoke(app, ["run", "quickstart", *changes])
 assert first.output.startswith("8 runs of ncm, ranpac on digits, to here"), first.output
 assert isinstance(first.exception, ImportError)
-print([name for name in ("torch", "timm", "avalanche", "peft", "numpy") if name in sys.modules])
 """
+    code += f"print([name for name in {HEAVY!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert found.stdout.strip() == "[]"
 
@@ -135,8 +143,19 @@ def test_run_compare_predict_and_run_again(cil, tmp_path):
     assert first.returncode == 0, first.stderr
     assert "ncm order1993-seed0  stage 3/3  accuracy" in first.stdout and "A_last %" in first.stdout
     assert (tmp_path / "results/t/compare.png").exists() and (tmp_path / "results/t/compare.html").exists()
-    again = cil("run", config, cwd=tmp_path)
-    assert again.returncode == 0 and again.stdout.count("finished already") == 2
+    code = f"""
+import sys
+from cil.cli import main
+sys.argv = ["cil", "run", {str(config)!r}]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert again.returncode == 0 and again.stdout.count("finished already") == 2 and "A_last %" in again.stdout
+    assert again.stdout.endswith("['numpy']\n"), again.stdout  # neither torch nor matplotlib
     compared = cil("compare", tmp_path / "results", "--out", tmp_path / "out", cwd=tmp_path)
     assert compared.returncode == 0 and (tmp_path / "out/compare.html").exists()
 

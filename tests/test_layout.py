@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 LIGHT = (
     "cil",
     "cil.config",
+    "cil.finished",
     "cil.stream",
     "cil.report",
     "cil.results",

@@ -11,6 +11,10 @@ import torch
 
 from cil import Learner
 from cil.cli import listing
+from cil.config import LearnerEntry
+from cil.config import methods as config_methods
+from cil.config.methods import FILE
+from cil.errors import ConfigError
 from cil.learners import registry
 from cil.merging.configs import FINALISERS, RULES
 from cil.tuning.configs import TunerSection
@@ -19,7 +23,7 @@ from scripts.publish import methods
 
 KINDS = {
     "learners": {name: registry.resolve(name) for name in registry.BUILTIN},
-    "tuners": {listing.name_of(section): section for section in get_args(TunerSection)},
+    "tuners": {methods.name_of(section): section for section in get_args(TunerSection)},
     "rules": RULES,
     "finalisers": FINALISERS,
 }
@@ -92,6 +96,42 @@ def test_tables_say_what_the_code_says(page):
     assert methods.render(text, page) == text
 
 
+def test_the_index_that_needs_no_torch_says_what_the_classes_say():
+    """If not: ``python -m scripts.publish.methods``."""
+    assert FILE.read_text(encoding="utf-8") == methods.index()
+
+
+@pytest.mark.parametrize(
+    ("learner", "given"),
+    [
+        ("ranpac", {"projectin": 5}),
+        ("ranpac", {"projection": 5, "zzz": 1}),
+        ("ease", {"tuner": {"name": "adapter", "botleneck": 3}, "lr": 0.1}),
+        ("merge", {"rule": {"name": "opcm", "alph": 0.5}, "batch_size": 4}),
+        ("tuna", {"head_lr": 0.1}),
+        ("avalanche", {"strategy": {"name": "LwF", "alfa": 2}}),
+    ],
+)
+def test_a_misspelt_key_reads_the_same_before_and_after_the_learner_is_imported(learner, given):
+    entry = LearnerEntry.model_validate({"name": learner, "label": "mine", **given})
+    with pytest.raises(ConfigError) as early:
+        registry.require_keys(entry)
+    with pytest.raises(ConfigError) as late:
+        registry.configure(entry)
+    assert str(early.value) == str(late.value) != ""
+
+
+def test_every_default_and_what_only_a_learner_can_judge_pass_the_early_check():
+    for name, cls in KINDS["learners"].items():
+        required = {key: {"rule": "opcm"}[key] for key, field in cls.Config.model_fields.items() if field.is_required()}
+        entry = LearnerEntry.model_validate({"name": name, **cls.Config(**required).model_dump(by_alias=True)})
+        registry.require_keys(entry)
+    own = {"class": "mine.py:Mine", "anything": 1}
+    for parameters in ({"tuner": own}, {"tuner": "adaptr"}, {"lr": "much"}, {"tuner": {"name": "adaptr", "width": 1}}):
+        registry.require_keys(LearnerEntry.model_validate({"name": "aper", **parameters}))
+    registry.require_keys(LearnerEntry.model_validate(own))
+
+
 @pytest.mark.parametrize("kind", methods.TABLES)
 def test_a_table_is_replaced_between_its_marks(kind):
     page = ROOT / "docs" / "learners" / "index.md"
@@ -106,4 +146,5 @@ def test_a_table_is_replaced_between_its_marks(kind):
 
 
 def test_examples_in_docstrings():
-    assert doctest.testmod(listing).failed == 0 < doctest.testmod(listing).attempted
+    for module in (listing, config_methods):
+        assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted

@@ -45,25 +45,32 @@ def run(
     """Run a benchmark. Finished runs are skipped; run the same command again to resume an interrupted one."""
     from rich.console import Console
 
+    from cil import finished
+    from cil.cli.launched import processes
     from cil.config.reading import load_config
-    from cil.learners.registry import require_known
+    from cil.learners.registry import require_keys
 
     settings = load_config(config, overrides or [])
-    for entry in settings.learners:  # a misspelt name is found before torch is imported
-        require_known(entry.spec)
+    for entry in settings.learners:  # a misspelt name or key is found before torch is imported
+        require_keys(entry)
     console = Console(quiet=not is_main_process())
     console.print(announcement(settings, results), markup=False, highlight=False, soft_wrap=True)
+    if processes() == 1 and (found := finished.unchanged(settings, results)) is not None:
+        for folder in found.runs:
+            say(f"{folder.parent.name} {folder.name}  finished already: {folder}")
+        show_results(results / settings.name, found.overview)
+        return
     with console.status("loading torch, data and backbone …"):
         from cil.runner import run as run_benchmark
         from cil.runner.display import Display
     try:
-        run_benchmark(settings, results, display=Display(console), redo=redo)
+        folders = run_benchmark(settings, results, display=Display(console), redo=redo)
     except KeyboardInterrupt:
         console.print("\nstopped. Finished stages are kept; run the same command to resume.")
         raise typer.Exit(130) from None
     if not is_main_process():
         return
-    show_results(results / settings.name)
+    finished.note(settings, results, folders, show_results(results / settings.name))
 
 
 def announcement(settings: Config, results: Path) -> str:
@@ -75,14 +82,24 @@ def announcement(settings: Config, results: Path) -> str:
     return f"{number} of {what} on {printable(settings.data.dataset)}, to {printable(str(results / settings.name))}"
 
 
-def show_results(folder: Path) -> None:
-    """Print a benchmark's table, the files written about it, and the command that shows its curves."""
+def show_results(folder: Path, overview: Sequence[Path] = ()) -> Sequence[Path]:
+    """Print a benchmark's table, the files about it, and the command that shows its curves.
+
+    Args:
+        folder: The benchmark's folder.
+        overview: The figures and the page about it, if they are up to date; by default they are written.
+
+    Returns:
+        The figures and the page.
+    """
     from cil import report
 
     compared = report.compare_runs([folder])
     _show(compared, report.COLUMNS)
-    _list_files(report.write_overview(compared, folder))
+    overview = overview or report.write_overview(compared, folder)
+    _list_files(overview)
     say(f"curves:    cil tensorboard {folder}")
+    return overview
 
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.", callback=expanded)]

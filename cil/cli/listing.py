@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from cil.config import Section
+from cil.config.methods import PartFacts, methods
 from cil.errors import ConfigError, nearest
 
 
@@ -71,15 +71,24 @@ def closest(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def learners() -> Listing:
-    """Built-in learners, and those that other installed packages offer."""
+    """Built-in learners, and those that other installed packages offer, which are imported if they are shown."""
     from cil.learners import registry
 
     def cells(name: str) -> list[str]:
         cls = registry.resolve(name)
-        return [summary_of(cls), trained_by(cls), "kept" if cls.stores_images else "–"]
+        return [summary_of(cls), trained_by(cls), kept(cls.stores_images)]
 
-    names = [*registry.BUILTIN, *registry.installed()]
-    return Listing(("learner", "what it does", "trains", "old images"), {name: partial(cells, name) for name in names})
+    rows: dict[str, Callable[[], Iterable[str]]] = {
+        name: partial(list, [facts["summary"], facts["trains"], kept(facts["stores_images"])])
+        for name, facts in methods()["learners"].items()
+    }
+    rows |= {name: partial(cells, name) for name in registry.installed() if name not in rows}
+    return Listing(("learner", "what it does", "trains", "old images"), rows)
+
+
+def kept(stores_images: bool) -> str:
+    """What a list says of old images."""
+    return "kept" if stores_images else "–"
 
 
 def summary_of(cls: type[Any]) -> str:
@@ -97,32 +106,17 @@ def trained_by(cls: type[Any]) -> str:
 
 def tuners() -> Listing:
     """Tuners, with hyper-parameters and their defaults."""
-    from cil.tuning.configs import TunerSection
-
-    rows = {name_of(section): partial(_cells, section.summary, section) for section in get_args(TunerSection)}
-    return Listing(("tuner", "what it trains", "hyper-parameters"), {**rows, **_CUSTOM})
+    return _parts(("tuner", "what it trains", "hyper-parameters"), methods()["tuners"])
 
 
 def rules() -> Listing:
     """Rules that merge models, and finalisers of what they merge, with hyper-parameters and their defaults."""
-    from cil.merging.configs import FINALISERS, RULES, FinaliserSection, RuleSection
-
-    summaries = {name: cls.summary for name, cls in RULES.items()}
-    summaries |= {name: cls.summary for name, cls in FINALISERS.items()}
-    sections = {name_of(section): section for section in (*get_args(RuleSection), *get_args(FinaliserSection))}
-    rows = {name: partial(_cells, summaries[name], section) for name, section in sections.items()}
-    return Listing(("rule or finaliser", "what it does", "hyper-parameters"), {**rows, **_CUSTOM})
+    return _parts(("rule or finaliser", "what it does", "hyper-parameters"), methods()["rules"])
 
 
-def name_of(section: type[Section]) -> str:
-    """The name by which a configuration selects a section."""
-    return str(section.model_fields["name"].default)
-
-
-def _cells(summary: str, section: type[Section]) -> tuple[str, str]:
-    fields = {key: field.get_default() for key, field in section.model_fields.items()}
-    shown = (f"{key}: {value}" for key, value in fields.items() if key not in ("name", "finalisers"))
-    return summary, ", ".join(shown)
+def _parts(columns: Sequence[str], facts: Mapping[str, PartFacts]) -> Listing:
+    rows = {name: partial(list, [one["summary"], one["hyper_parameters"]]) for name, one in facts.items()}
+    return Listing(columns, {**rows, **_CUSTOM})
 
 
 _CUSTOM: dict[str, Callable[[], Iterable[str]]] = {

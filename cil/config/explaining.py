@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, NamedTuple
 
@@ -51,7 +51,16 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
             else:
                 found.append(wrong)
     # a value that has one of the types of a union, but a wrong one, need not have another of them
-    lines = list(dict.fromkeys(prefix + wrong.line for wrong in found if not any(_says_more(w, wrong) for w in found)))
+    return _joined([wrong for wrong in found if not any(_says_more(w, wrong) for w in found)], prefix)
+
+
+def explain_unknown(keys: Iterable[tuple[Sequence[str], Sequence[str]]], prefix: str = "") -> str:
+    """The same lines for unknown keys: (path of the key, keys that are known there)."""
+    return _joined([_unknown(where, fields) for where, fields in keys], prefix)
+
+
+def _joined(found: Iterable[Wrong], prefix: str) -> str:
+    lines = list(dict.fromkeys(prefix + wrong.line for wrong in found))
     more = [f"{prefix}and {len(lines) - MOST_LINES} more mistakes"] if len(lines) > MOST_LINES else []
     return "\n".join([*lines[:MOST_LINES], *more])
 
@@ -63,14 +72,9 @@ def _says_more(other: Wrong, wrong: Wrong) -> bool:
 
 def _wrong(item: Mapping[str, Any], where: list[str], fields: Sequence[str]) -> list[Wrong]:
     """What one of pydantic's errors says; ``fields`` are the valid keys at its place."""
-    key, kind, context = ".".join(clipped(part, 40) for part in where), item["type"], item.get("ctx", {})
+    key, kind, context = _dotted(where), item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        last = where[-1]
-        if renamed := new_name(last, list(fields)):
-            return [Wrong(key, f"the key {key} is now called {'.'.join([*where[:-1], renamed])}", first=False)]
-        known = f"; known here: {', '.join(sorted(fields))}" if fields else ""
-        known = "" if difflib.get_close_matches(last, fields) else known
-        return [Wrong(key, f"unknown key {key}{nearest(last, fields)}{known}", first=False)]
+        return [_unknown(where, fields)]
     if kind == "missing":
         return [Wrong(key, f"{key} is missing", first=False)]
     if kind == "union_tag_not_found":
@@ -88,18 +92,32 @@ def _wrong(item: Mapping[str, Any], where: list[str], fields: Sequence[str]) -> 
     return [Wrong(key, line, got) for line in message.splitlines()]
 
 
+def _dotted(where: Sequence[str]) -> str:
+    return ".".join(clipped(part, 40) for part in where)
+
+
+def _unknown(where: Sequence[str], fields: Sequence[str]) -> Wrong:
+    """The line of a key that is none of the ``fields``."""
+    key, last = _dotted(where), where[-1]
+    if renamed := new_name(last, list(fields)):
+        return Wrong(key, f"the key {key} is now called {'.'.join([*where[:-1], renamed])}", first=False)
+    known = f"; known here: {', '.join(sorted(fields))}" if fields else ""
+    known = "" if difflib.get_close_matches(last, fields) else known
+    return Wrong(key, f"unknown key {key}{nearest(last, fields)}{known}", first=False)
+
+
 def _place(model: type[BaseModel], loc: Sequence[str]) -> tuple[list[str], list[str]]:
     """The key of an error as the user wrote it, and the field names that are valid there."""
     key: list[str] = []
     here: Any = model  # the type of what stands at the key
     for part in loc:
-        kinds = _kinds(here)
+        kinds = kinds_of(here)
         if len(kinds) > 1:  # pydantic puts the type that it tried into the path, but it is no key
             here = next((kind for kind in kinds if _is_called(kind, part)), Any)
             continue
         here = kinds[0] if kinds else Any
         key.append(part)
-        if _is_model(here):
+        if is_model(here):
             model = here
             by_key = {info.alias or name: info for name, info in model.model_fields.items()}
             here = by_key[part].annotation if part in by_key else Any
@@ -109,23 +127,23 @@ def _place(model: type[BaseModel], loc: Sequence[str]) -> tuple[list[str], list[
     return key, [info.alias or name for name, info in model.model_fields.items()]
 
 
-def _kinds(annotation: Any) -> list[Any]:
+def kinds_of(annotation: Any) -> list[Any]:
     """The types of a union without None, or the one type that an annotation is."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
-        return _kinds(typing.get_args(annotation)[0])
+        return kinds_of(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return [kind for inner in typing.get_args(annotation) for kind in _kinds(inner)]
+        return [kind for inner in typing.get_args(annotation) for kind in kinds_of(inner)]
     return [] if annotation is type(None) else [annotation]
 
 
 def _is_called(kind: Any, part: str) -> bool:
     """Whether pydantic calls a member of a union ``part``: by the value of its tag, its class, or its form."""
-    if _is_model(kind):
+    if is_model(kind):
         tag = kind.model_fields["name"].default if "name" in kind.model_fields else None
         return part == tag or kind.__name__ in part
     return part.startswith(f"{getattr(typing.get_origin(kind), '__name__', '-')}[")
 
 
-def _is_model(kind: Any) -> bool:
+def is_model(kind: Any) -> bool:
     return isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, BaseModel)

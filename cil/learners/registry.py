@@ -10,9 +10,11 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from cil.config import LearnerEntry, as_section
+from cil.config.explaining import explain_unknown
+from cil.config.methods import unknown_keys
 from cil.config.plugins import load_object
 from cil.config.reading import validated
-from cil.errors import PluginError, nearest, shortened
+from cil.errors import ConfigError, PluginError, nearest, shortened
 
 if TYPE_CHECKING:
     from cil.backbone import Backbone
@@ -89,6 +91,20 @@ def require_known(spec: str) -> None:
     raise PluginError(
         f"unknown learner {shortened(spec)}{nearest(spec, known)}; known: {', '.join(known)}, or class: file.py:Class"
     )
+
+
+def require_keys(entry: LearnerEntry) -> None:
+    """Check that a built-in learner has the hyper-parameters that a configuration gives it; nothing is imported.
+
+    :func:`configure` checks their values, and all keys.
+
+    Raises:
+        PluginError: See :func:`require_known`.
+        ConfigError: A hyper-parameter is unknown.
+    """
+    require_known(entry.spec)
+    if found := unknown_keys(entry.spec, entry.parameters):
+        raise ConfigError(explain_unknown(found, f"learner {entry.title}: "))
 
 
 def resolve(spec: str) -> type[Learner]:

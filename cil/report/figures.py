@@ -1,19 +1,22 @@
-"""Figures as pure functions of results, drawn without matplotlib's global state."""
+"""Figures as pure functions of results, drawn without matplotlib's global state.
+
+matplotlib is imported when something is drawn: it takes longer to import than all else that a table needs.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from cil import stream_values
 from cil.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colour-blind-safe cycle; the lower and upper bound look the same in every figure
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#44AA99", "#332288")
@@ -30,6 +33,9 @@ def styles(titles: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -126,6 +132,8 @@ def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
     rows = -(-len(groups) // columns) if len(groups) > 8 else 0  # rows of a legend that is too long for the axes
     figure = new_figure(width, 4.2 + 0.25 * rows)
     axes = figure.subplots(1, len(panels(groups)))
+    from matplotlib import rc_context
+
     with rc_context({"lines.markersize": 3}):
         _draw(axes, groups)
     if rows:
@@ -139,6 +147,8 @@ def comparison(groups: dict[str, list[dict[str, Any]]], title: str) -> Figure:
 
 def paper_figure(groups: dict[str, list[dict[str, Any]]]) -> Figure:
     """Curves of accuracy and forgetting in the width of a page's text, without a title; the legend is below."""
+    from matplotlib import rc_context
+
     with rc_context(PAPER):
         columns = _columns(groups, PAPER_WIDTH, 7)
         figure = new_figure(PAPER_WIDTH, 2.5 + 0.15 * -(-len(groups) // columns))
@@ -156,6 +166,8 @@ def paper(groups: dict[str, list[dict[str, Any]]], form: str) -> bytes:
     buffer = io.BytesIO()
     undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     figure = paper_figure(groups)
+    from matplotlib import rc_context
+
     with rc_context(PAPER):
         figure.savefig(buffer, format=form, dpi=300, metadata=undated.get(form))
     return buffer.getvalue()

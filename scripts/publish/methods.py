@@ -1,4 +1,5 @@
-"""Write the tables of learners, tuners, rules and finalisers in README.md and docs/, as the code has them.
+"""Write the tables of learners, tuners, rules and finalisers in README.md and docs/, as the code has them, and
+``cil/config/methods.json``, which holds the same names and the keys of all for commands that do not import torch.
 
 A table stands between ``<!-- methods -->`` and ``<!-- /methods -->``. In place of ``methods`` there may be ``tuners``,
 ``rules`` or ``finalisers``. What a table says are attributes of classes (``summary``, ``trains``, ``order_free`` …), so
@@ -8,17 +9,23 @@ a new method needs no edit of a page. Run from the top folder of the checkout: `
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+from pydantic import BaseModel
+
+from cil.config import Section
+from cil.config.explaining import is_model, kinds_of
+from cil.config.methods import FILE
 from cil.learners import registry
 from cil.merging.base import Rule
-from cil.merging.configs import FINALISERS, RULES
+from cil.merging.configs import FINALISERS, RULES, FinaliserSection, RuleSection
 from cil.merging.finalisers import Finaliser
 from cil.tuning.configs import TunerSection
 from scripts import ROOT
@@ -43,7 +50,7 @@ def methods(page: Path) -> str:
 
 
 def tuners(page: Path) -> str:
-    sections = {section.model_fields["name"].default: section for section in get_args(TunerSection)}
+    sections = {name_of(section): section for section in get_args(TunerSection)}
     return table(["tuner", "what it trains"], [[f"`{name}`", each.summary] for name, each in sections.items()])
 
 
@@ -78,6 +85,59 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return first + "|" + "---|" * len(head) + "\n" + "".join(others)
 
 
+def index() -> str:
+    """The text of ``methods.json``, from the classes: one line per learner, tuner, rule, finaliser and section."""
+    sections: dict[str, dict[str, Any]] = {}
+    learners = {}
+    for name in registry.BUILTIN:
+        cls = registry.resolve(name)
+        facts = {"summary": cls.summary, "trains": cls.trains, "stores_images": cls.stores_images}
+        learners[name] = {**facts, "keys": section_of(cls.Config, sections)}
+    tuners = {name_of(one): part(one.summary, one) for one in get_args(TunerSection)}
+    classes = {**RULES, **FINALISERS}
+    configs = (*get_args(RuleSection), *get_args(FinaliserSection))
+    rules = {name_of(one): part(classes[name_of(one)].summary, one) for one in configs}
+    parts = {"learners": learners, "tuners": tuners, "rules": rules, "sections": dict(sorted(sections.items()))}
+    blocks = []
+    for kind, rows in parts.items():
+        lines = (f"  {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in rows.items())
+        blocks.append(f" {json.dumps(kind)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def name_of(section: type[Section]) -> str:
+    """The name by which a configuration selects a section."""
+    return str(section.model_fields["name"].default)
+
+
+def part(summary: str, section: type[Section]) -> dict[str, str]:
+    """What lists say of a tuner, rule or finaliser."""
+    defaults = {key: field.get_default() for key, field in section.model_fields.items()}
+    shown = (f"{key}: {value}" for key, value in defaults.items() if key not in ("name", "finalisers"))
+    return {"summary": summary, "hyper_parameters": ", ".join(shown)}
+
+
+def section_of(model: type[BaseModel], sections: dict[str, dict[str, Any]]) -> str:
+    """The name of a class of keys in ``sections``, which it and all that it contains join."""
+    name = f"{model.__module__.removeprefix('cil.')}.{model.__qualname__}"
+    if name not in sections:
+        sections[name] = {}
+        for key, field in model.model_fields.items():
+            sections[name][field.alias or key] = held(field.annotation, sections)
+    return name
+
+
+def held(annotation: Any, sections: dict[str, dict[str, Any]]) -> str | dict[str, str] | None:
+    """What a key holds: the name of a section, a table of several by their own names, or None where keys are free."""
+    kinds = kinds_of(annotation)
+    models = [kind for kind in kinds if is_model(kind) and kind.model_config.get("extra") == "forbid"]
+    if not models or not all(is_model(kind) for kind in kinds):
+        return None
+    if len(kinds) == 1:
+        return section_of(models[0], sections)
+    return {name_of(model): section_of(model, sections) for model in models}
+
+
 def render(text: str, page: Path) -> str:
     """The text of a page with every table as the code has it.
 
@@ -95,9 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     check = parser.parse_args(arguments).check
     stale = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        if (new := render(text, page)) != text:
+    found = {page: render(page.read_text(encoding="utf-8"), page) for page in PAGES}
+    for page, new in {**found, Path(str(FILE)): index()}.items():
+        if not page.exists() or new != page.read_text(encoding="utf-8"):
             stale.append(page)
             if not check:
                 page.write_text(new, encoding="utf-8")
