@@ -93,9 +93,35 @@ def test_growth(script, tmp_path, monkeypatch):
             assert all(row["learn"] > 0 and math.isfinite(row["peak_mib"]) for row in rows)
             assert np.mean([row["accuracy"] for row in rows]) > 0.2  # they learned something
     kept = [row["kept_mib"] for row in found["heads"]["fecam"]["4"]]
-    assert kept == pytest.approx([c * (64 + 8 + 1) * 8 / 2**20 for c in (4, 8, 12, 16)])
+    assert kept == pytest.approx([c * (36 + 8 + 1) * 8 / 2**20 for c in (4, 8, 12, 16)])
     assert [stage["solves"] for stage in found["ridge"]["stages"]] == [1, 2]
     assert (tmp_path / "growth_quick.png").stat().st_size > 1000
+
+
+def test_heads(script, tmp_path, monkeypatch):
+    """Both sides of every comparison are there, and what they predict is the same where the code is."""
+    bench, out = importlib.import_module("scripts.bench.heads"), tmp_path / "heads.json"
+    monkeypatch.setattr(
+        bench,
+        "in_own_process",
+        lambda head, classes, given, checkout: bench.measure(
+            head, classes, given.per_class, given.width, given.projection, given.tested
+        ),
+    )
+    size = ["--classes", 10, 15, "--width", 8, "--projection", 24, "--tested", 9]
+    for heads in ("ranpac", "fecam"), ("slca", "ssiat", "mos"):  # one after the other, into one file
+        script("bench.heads", "--heads", *heads, *size, "--against", tmp_path, "--out", out).main()
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["heads"].keys() == bench.HEADS.keys()
+    for head, sizes in found["heads"].items():
+        assert sizes.keys() == {"10", "15"}
+        for classes, sides in sizes.items():
+            assert sides["ours"]["scores"] == sides["against"]["scores"] and sides["ours"]["seconds"]["learn"] > 0
+            if head in ("ranpac", "fecam"):  # one epoch of alignment teaches the others little
+                assert sides["ours"]["accuracy"] > 0.2
+            kept = {"ranpac": 24 * 25 // 2}.get(head, int(classes) * 8 * 9 // 2) * 8 / 2**20
+            assert kept < sides["ours"]["checkpoint_mib"] < kept + 0.03
+            assert ("align" in sides["ours"]["seconds"]) == (head not in ("ranpac", "fecam"))
 
 
 def test_flatness_by_hand(script):
@@ -133,7 +159,7 @@ def test_steps(script, tmp_path, monkeypatch):
     probe, ssiat = found["learners"].values()
     assert [row["trained"] for row in probe["tasks"]] == [2 * 193, 4 * 193]
     assert ssiat["settings"]["first_epochs"] == 1 and [row["passes"] for row in ssiat["tasks"]] == [2, 3]
-    covariances = 2 * (192**2 + 192 + 1) * 8  # of two classes, in float64
+    covariances = 2 * (192 * 193 // 2 + 192 + 1) * 8  # of two classes, in float64
     assert ssiat["grows_mib"] * 2**20 == pytest.approx(covariances + 2 * 192 * 4 + 16)
     assert all(0 < row["seconds_step"] < row["seconds"] for row in ssiat["tasks"])
     # in this process memory of other tests is freed meanwhile, so the peak may be below the start
@@ -230,24 +256,24 @@ def test_covariances_that_grow_in_place_are_those_of_one_fit(tmp_path):
     for c in range(30):
         grown.grow(c + 1)
         grown.partial_fit(x[y == c], y[y == c])
-        places.append(grown.outers.data_ptr())
+        places.append(grown.triangles.data_ptr())
     assert len(set(places)) < 15  # copied now and then, not for every class
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(grown.state_dict()[name], value)
     assert torch.equal(grown.logits(x).argmax(1), whole.logits(x).argmax(1))
 
-    other, kept = copy.deepcopy(grown), grown.outers.clone()
+    other, kept = copy.deepcopy(grown), grown.triangles.clone()
     for classifier in (grown, other):
         classifier.grow(33)
-        assert not classifier.outers[30:].any()
+        assert not classifier.triangles[30:].any()
     other.partial_fit(x[:3], torch.tensor([30, 31, 32]))
-    assert not grown.outers[30:].any() and torch.equal(grown.outers[:30], kept)
+    assert not grown.triangles[30:].any() and torch.equal(grown.triangles[:30], kept)
 
     fresh = Mahalanobis(6)
     fresh.load_state_dict(other.state_dict())
     fresh.grow(40)
-    assert torch.equal(fresh.outers[:33], other.outers) and not fresh.outers[33:].any()
-    assert len(fresh.to(torch.float32).outers) == 40
+    assert torch.equal(fresh.triangles[:33], other.triangles) and not fresh.triangles[33:].any()
+    assert len(fresh.to(torch.float32).triangles) == 40
 
 
 def test_stage_costs_by_hand(script, tmp_path, capsys):

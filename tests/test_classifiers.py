@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from scipy.linalg import lapack
 from scipy.stats import multivariate_normal
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier, RidgeCV
@@ -23,6 +24,7 @@ from cil.classifiers.lda import RATIOS
 from cil.classifiers.ridge import STRENGTHS
 from cil.errors import ConfigError, DataError
 from cil.learners.bases.alignment import SampledFeatures, mean_scales, normalized_cross_entropy
+from cil.utils import packed
 from cil.utils.linalg import add_gram_, eigh_, ridge_solve, symmetric_inverse
 from cil.utils.randomness import generator
 
@@ -495,9 +497,9 @@ def test_ridge_on_random_features_by_hand():
     h = hidden(ridge, x)
     w = solve(h, one_hot(y), 2.0)
     np.testing.assert_allclose(ridge.logits(x).numpy(), h @ w, atol=1e-8)
-    np.testing.assert_allclose(state["gram"].numpy(), h.T @ h, rtol=1e-10)
+    np.testing.assert_allclose(ridge.gram.numpy(), h.T @ h, rtol=1e-10)
     np.testing.assert_allclose(state["targets"].numpy(), one_hot(y).T @ h, rtol=1e-10)
-    assert torch.equal(state["gram"], state["gram"].T)
+    assert torch.equal(ridge.gram, ridge.gram.T)
     pilot = Ridge(12, projection=64, strength=2.0, decision="cosine").partial_fit(x, y, generator(3))
     np.testing.assert_allclose(pilot.logits(x).numpy(), h @ (w / np.linalg.norm(w, axis=0)), atol=1e-8)
     assert not torch.equal(pilot.logits(x).argmax(1), ridge.logits(x).argmax(1))
@@ -859,6 +861,43 @@ def test_samples_have_the_classes_moments():
         gaussians.sample(torch.tensor([0, 10]), generator(0))
 
 
+def whole_moments(x, y):
+    """Sums [C, F] and Σ x xᵀ [C, F, F] as they were kept before triangles were."""
+    sums = torch.zeros(10, x.shape[1], dtype=torch.float64).index_add_(0, y, x)
+    return sums, torch.stack([torch.zeros_like(x.T @ x).addmm_(x[y == c].T, x[y == c]) for c in range(10)])
+
+
+def test_samples_are_those_of_whole_matrices_bit_for_bit():
+    """Triangles, and drawing class by class in place, change no bit of what whole matrices at once give."""
+    x, y = ten_classes(width=20)
+    labels = torch.arange(10).repeat_interleave(17)[torch.randperm(170, generator=generator(1))]
+    scale = torch.rand(170, generator=generator(2))
+    z = torch.randn(170, 20, generator=generator(0)).double()
+    (sums, outers), counts = whole_moments(x, y), y.bincount()
+    expected = (sums / counts[:, None])[labels] * scale.double()[:, None]
+    for c, n in enumerate(counts.tolist()):
+        centred = (outers[c] + outers[c].T) / 2 - torch.outer(sums[c], sums[c]) / n
+        factor = torch.linalg.cholesky(centred / (n - 1) + 1e-4 * torch.eye(20))
+        expected[labels == c] += z[labels == c] @ factor.T
+    drawn = Gaussians(20).partial_fit(x, y).sample(labels, generator(0), scale)
+    assert torch.equal(drawn, expected.float())
+
+
+@pytest.mark.parametrize("make", [Mahalanobis, Gaussians])
+def test_whole_matrices_of_earlier_versions_are_read(make):
+    x, y = ten_classes()
+    known = make(12).partial_fit(x, y)
+    outers = whole_moments(known.transform(x), y)[1]
+    state = {**known.state_dict(), "outers": outers}
+    del state["triangles"]
+    read = make(12)
+    read.load_state_dict(state)
+    assert torch.equal(read.triangles, known.triangles) and "outers" in state
+    assert torch.equal(read.logits(x), known.logits(x))
+    for c in (0, 9):
+        assert torch.equal(known.outer(c), (outers[c] + outers[c].T) / 2)
+
+
 def test_older_means_are_shrunk():
     tasks = torch.tensor([0, 0, 1, 2])
     torch.testing.assert_close(mean_scales(tasks, 2), torch.tensor([0.9 + 0.1 / 3, 0.9 + 0.1 / 3, 0.9 + 0.2 / 3, 1.0]))
@@ -917,7 +956,36 @@ def test_processes_share_the_batches_of_sampled_features():
     assert len(whole[-1][1]) == 2 and ranks[2][-1][0].shape == (0, 12)
 
 
+def test_whole_gram_matrices_of_earlier_versions_are_read():
+    x, y = ten_classes()
+    known = Ridge(12, 40).partial_fit(x, y)
+    state = {**known.state_dict(), "gram": known.gram}
+    del state["triangle"]
+    read = Ridge(12, 40)
+    read.load_state_dict(state)
+    assert torch.equal(read.triangle, known.triangle) and torch.equal(read.logits(x), known.logits(x))
+
+
 # --- linear algebra -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [3, 7, 100])
+def test_packed_triangles_are_lapacks(block, monkeypatch):
+    monkeypatch.setattr(packed, "BLOCK", block)
+    matrix = torch.randn(7, 7, generator=generator(0), dtype=torch.float64)
+    triangle = packed.pack(matrix)
+    np.testing.assert_array_equal(triangle, lapack.dtrttp(matrix.T.numpy(), uplo="U")[0])
+    assert torch.equal(packed.unpack_lower(triangle, 7), matrix.tril())
+    assert torch.equal(packed.unpack(triangle, 7), matrix.tril() + matrix.tril(-1).T)
+    rows, gram = torch.randn(5, 7, generator=generator(1), dtype=torch.float64), matrix @ matrix.T
+    gram = (gram + gram.T) / 2
+    sums = packed.pack(gram)
+    add_gram_(gram, rows, block)
+    packed.add_packed_gram_(sums, rows)
+    assert torch.equal(packed.unpack(sums, 7), gram)
+    two = torch.stack([triangle, -triangle])
+    assert packed.pack(-matrix, out=two[0]) is not None and torch.equal(two[0], two[1])
+    assert torch.equal(packed.diagonals(two, 7), -matrix.diagonal().expand(2, 7))
 
 
 def test_matrices_larger_than_a_block(monkeypatch):
@@ -933,6 +1001,8 @@ def test_matrices_larger_than_a_block(monkeypatch):
     torch.testing.assert_close(ridge_solve(gram, right, 0.1), torch.linalg.solve(gram + 0.1 * torch.eye(27), right))
     torch.testing.assert_close(symmetric_inverse(gram), torch.linalg.inv(gram))
     assert torch.equal(gram, before)
+    solved = ridge_solve(gram.clone, right, 0.1)
+    assert torch.equal(solved, torch.cholesky_solve(right, torch.linalg.cholesky(gram + 0.1 * torch.eye(27))))
     values, vectors = eigh_(gram)
     torch.testing.assert_close(vectors @ values.diag() @ vectors.T, before)
 

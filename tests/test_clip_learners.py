@@ -304,7 +304,7 @@ def test_statistics_of_old_classes_stay_bit_for_bit():
     one, _ = learned("rapf", stages=1, epochs=1, milestones=[1])
     two, _ = learned("rapf", stages=3, epochs=1, milestones=[1])
     old = len(one.gaussians.counts)
-    assert torch.equal(one.gaussians.outers, two.gaussians.outers[:old]) and old == 4
+    assert torch.equal(one.gaussians.triangles, two.gaussians.triangles[:old]) and old == 4
 
 
 def test_shrunk_gaussians_draw_from_fecams_covariance():

@@ -119,7 +119,7 @@ def test_every_class_counts(monkeypatch):
     """A matrix per class: one class fits, a hundred do not, and means alone do."""
     monkeypatch.setattr(memory, "memory_bytes", lambda device: GIB / 4)
     fecam = Mahalanobis(768)
-    with pytest.raises(ConfigError, match=r"Mahalanobis: statistics of width 768 .* features of width 3"):
+    with pytest.raises(ConfigError, match=r"Mahalanobis: statistics of width 768 .* features of width 4"):
         fecam.require_memory(100)
     NCM(768).require_memory(100)
 

@@ -38,8 +38,8 @@ class Mahalanobis(ClassMoments):
         correlation: Whether to do step 4.
 
     Buffers:
-        sums: float64 [C, F] and outers: float64 [C, F, F], sums of u and u uᵀ (4.7 MB per class for F = 768);
-        counts: int64 [C].
+        sums: float64 [C, F] and triangles: float64 [C, F (F + 1) / 2], sums of u and lower triangles of those of u uᵀ
+        (2.4 MB per class for F = 768); counts: int64 [C].
 
     Raises:
         ConfigError: An argument is out of range.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from cil.classifiers.memory import DOUBLE
 from cil.classifiers.random_features import RandomFeatures
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, ridge_solve
+from cil.utils.packed import add_packed_gram_, diagonals, pack, packed_size, unpack
 from cil.utils.precision import exact, without_autocast
 
 Decision = Literal["linear", "cosine"]
@@ -52,9 +53,9 @@ class Ridge(RandomFeatures):
     candidates are meant for random features whose mean square m is between 10^-6 and 10^10; otherwise they, and the
     initial λ, are multiplied by m. As long as no class has two samples, W is the nearest mean by cosine.
 
-    Peak memory, in units of G (800 MB for M = 10,000), is 3 while W is solved; below 2 for ``holdout`` on n < M/2
-    samples, where the kernel HHᵀ [n, n] is decomposed; 4 for ``loo``, for ``gcv``, and for ``holdout`` on more than M
-    samples.
+    G is kept as its lower triangle. Peak memory, in units of G (800 MB for M = 10,000), is 1.5 while W is solved; less
+    for ``holdout`` on n < M/2 samples, where the kernel HHᵀ [n, n] is decomposed; 3.5 for ``loo``, for ``gcv``, and for
+    ``holdout`` on more than M samples.
 
     Args:
         feature_dim: Feature width F.
@@ -67,8 +68,9 @@ class Ridge(RandomFeatures):
             one call. A fixed λ is relative to these weights.
 
     Buffers:
-        gram: float64 [M, M], G. targets: float64 [C, M], Qᵀ. counts: int64 [C]. strength\\_: float64 scalar, λ in use.
-        projection: float32 [F, M], R; zero until drawn.
+        triangle: float64 [M (M + 1) / 2], the lower triangle of G, row by row. targets: float64 [C, M], Qᵀ. counts:
+        int64 [C]. strength\\_: float64 scalar, λ in use. projection: float32 [F, M], R; zero until drawn. A
+        stored state of before, whose ``gram`` [M, M] is all of G, can be loaded, too.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -76,9 +78,9 @@ class Ridge(RandomFeatures):
 
     strength: Strength
     removed_with = "samples"
-    over_classes = ("gram",)
+    over_classes = ("triangle",)
     derived = ("strength_",)
-    gram: Tensor
+    triangle: Tensor
     strength_: Tensor
 
     def __init__(
@@ -97,16 +99,21 @@ class Ridge(RandomFeatures):
         if decision not in ("linear", "cosine"):
             raise ConfigError(f"Ridge: decision is {decision!r}; it must be 'linear' or 'cosine'")
         self.decision, self.balance = decision, balance
-        self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.float64))
+        self.register_buffer("triangle", torch.zeros(packed_size(self.width), dtype=torch.float64))
         initial = 1.0 if isinstance(strength, str) else strength
         self.register_buffer("strength_", torch.tensor(initial, dtype=torch.float64))
 
     def kept_bytes(self, classes: int, width: int) -> float:
-        return super().kept_bytes(classes, width) + DOUBLE * width**2
+        return super().kept_bytes(classes, width) + DOUBLE * packed_size(width)
 
     def peak_bytes(self, classes: int, width: int) -> float:
-        rows = 3 * super().kept_bytes(classes, width) + DOUBLE * BLOCK * width
-        return rows + (4 if isinstance(self.strength, str) else 3) * DOUBLE * width**2
+        rows = 3 * super().kept_bytes(classes, width) + 3 * DOUBLE * BLOCK * width
+        return rows + (3.5 if isinstance(self.strength, str) else 1.5) * DOUBLE * width**2
+
+    @property
+    def gram(self) -> Tensor:
+        """G, float64 [M, M]; a new tensor."""
+        return unpack(self.triangle, self.width)
 
     @exact()
     def transport(self, drift: AffineMap) -> Ridge:
@@ -117,7 +124,7 @@ class Ridge(RandomFeatures):
         """
         if self.projection is not None:
             raise ConfigError("Ridge: statistics of random features cannot be transported; use projection None")
-        self.gram = drift.outer(self.gram, self.targets.sum(0), self.totals.sum())
+        pack(drift.outer(self.gram, self.targets.sum(0), self.totals.sum()), out=self.triangle)
         self.targets = drift.sums(self.targets, self.totals)
         self._forget()
         return self
@@ -148,7 +155,7 @@ class Ridge(RandomFeatures):
         parts = zip(features.split(BLOCK), labels.split(BLOCK), strict=True)
         for i, (x, y) in enumerate(parts):  # H has 8 · M bytes per row
             h = self.expand(x)
-            add_gram_(self.gram, h)
+            add_packed_gram_(self.triangle, h)
             self.targets.index_add_(0, y, h if roots is None else h * roots[i * BLOCK : (i + 1) * BLOCK])
             if explained is not None:
                 self.targets.addmm_(explained[i * BLOCK : (i + 1) * BLOCK].double().T, h, alpha=-1)
@@ -184,10 +191,10 @@ class Ridge(RandomFeatures):
             self.strength_.fill_(self._unit())
 
     def _subtract(self, features: Tensor) -> None:
-        taken = torch.zeros_like(self.gram)
+        taken = torch.zeros_like(self.triangle)
         for x in features.split(BLOCK):
-            add_gram_(taken, self.expand(x))
-        self.gram -= taken
+            add_packed_gram_(taken, self.expand(x))
+        self.triangle -= taken
 
     def _removed(self) -> None:
         if self.strength == "gcv":  # the other criteria need the samples of a call, and λ stays as it is
@@ -200,7 +207,7 @@ class Ridge(RandomFeatures):
         return [unit * strength for strength in STRENGTHS]
 
     def _unit(self) -> float:
-        square = float(self.gram.diagonal().mean()) / max(1, int(self.totals.sum()))
+        square = float(diagonals(self.triangle, self.width).mean()) / max(1, int(self.totals.sum()))
         return square if square > 0 and not UNSCALED[0] <= square <= UNSCALED[1] else 1.0
 
     @without_autocast()
@@ -213,15 +220,18 @@ class Ridge(RandomFeatures):
         """W, float64 [M, C], with columns of norm 1 for the decision ``cosine``."""
         return self.cached("weights", self._solve)
 
-    def solved_sums(self) -> tuple[Tensor, Tensor]:
-        """G and Qᵀ of the regression; a subclass may know more than the samples."""
-        return self.gram, self.targets
+    def solved_gram(self) -> Tensor:
+        """G of the regression, a new tensor; a subclass may know more than the samples."""
+        return self.gram
+
+    def solved_targets(self) -> Tensor:
+        """Qᵀ of the regression; as :meth:`solved_gram`."""
+        return self.targets
 
     def _solve(self) -> Tensor:
-        gram, targets = self.solved_sums()
         if not bool((self.counts > 1).any()):
-            return self.nearest_mean(targets)
-        weights = ridge_solve(gram, targets.T, float(self.strength_))
+            return self.nearest_mean(self.solved_targets())
+        weights = ridge_solve(self.solved_gram, self.solved_targets().T, float(self.strength_))
         return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
 
     def _errors(
@@ -245,15 +255,15 @@ class Ridge(RandomFeatures):
         (H_b Hₐᵀ U)(s + λ)⁻¹(Uᵀ Yₐ), with the Gram matrix HₐᵀHₐ = V diag(s) Vᵀ it is (H_b V)(s + λ)⁻¹(Vᵀ HₐᵀYₐ).
         """
         n = len(x) * 4 // 5
-        if n < len(self.gram):
+        if n < self.width:
             kernel = x.new_zeros(len(x), n)
-            for columns in torch.arange(len(self.gram), device=x.device).split(BLOCK):  # H is never held as a whole
+            for columns in torch.arange(self.width, device=x.device).split(BLOCK):  # H is never held as a whole
                 h = x[:, columns] if self.projection is None else (x @ self.projection[:, columns].to(x)).relu_()
                 kernel.addmm_(h, h[:n].T)
             s, u = eigh_(kernel[:n].clone())
             left, right = kernel[n:] @ u, u.T @ y[:n]
         else:
-            gram, targets = torch.zeros_like(self.gram), torch.zeros_like(self.targets)
+            gram, targets = x.new_zeros(self.width, self.width), torch.zeros_like(self.targets)
             for rows in torch.arange(n, device=x.device).split(BLOCK):
                 h = self.expand(x[rows])
                 add_gram_(gram, h)
@@ -274,7 +284,7 @@ class Ridge(RandomFeatures):
             x, y = x[repeated], y[repeated]
         if not len(y):
             return [math.inf] * len(STRENGTHS)
-        s, v = eigh_(self.gram.clone())
+        s, v = eigh_(self.gram)
         inverse = 1 / (s[:, None] + x.new_tensor(self.candidates))  # [M, 17]
         right = v.T @ self.targets.T
         errors = [0.0] * len(STRENGTHS)
@@ -293,6 +303,12 @@ class Ridge(RandomFeatures):
         """
         if not bool((self.counts > 1).any()):
             return [math.inf] * len(STRENGTHS)
-        s, v = eigh_(self.gram.clone())
+        s, v = eigh_(self.gram)
         n = int(self.counts.sum())
         return generalised_errors(s, (self.targets @ v).square().sum(0), int(self.totals.sum()), n, self.candidates)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        gram = state_dict.pop(f"{prefix}gram", None)
+        if gram is not None:
+            state_dict[f"{prefix}triangle"] = pack(gram)
+        super()._load_from_state_dict(state_dict, prefix, *args)

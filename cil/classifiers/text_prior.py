@@ -101,13 +101,24 @@ class TextRidge(Ridge):
         self.sums.index_add_(0, labels, features)
         return self
 
-    def solved_sums(self) -> tuple[Tensor, Tensor]:
+    def _virtual(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Which classes have virtual images, bool [C], their H, and what each is worth; None without any."""
         expected = expected_means(self.sums, self.counts, self._texts()) if self.prior else None
         if expected is None:
-            return super().solved_sums()
+            return None
         seen = self.counts > 0
-        h = self.expand(expected[seen])
         worth = (self.prior * self.totals[seen].double() / self.counts[seen])[:, None]
+        return seen, self.expand(expected[seen]), worth
+
+    def solved_gram(self) -> Tensor:
+        gram, virtual = super().solved_gram(), self._virtual()
+        return gram if virtual is None else gram.addmm_((virtual[2] * virtual[1]).T, virtual[1])
+
+    def solved_targets(self) -> Tensor:
+        virtual = self._virtual()
+        if virtual is None:
+            return super().solved_targets()
+        seen, h, worth = virtual
         targets = self.targets.clone()
         targets[seen] += worth * h
-        return torch.addmm(self.gram, (worth * h).T, h), targets
+        return targets

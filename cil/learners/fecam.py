@@ -14,7 +14,7 @@ class FeCAM(AdaptOnce):
     u = f/‖f‖. Each class has the mean μ_c and the covariance Σ_c of its u_i. Σ_c is shrunk to
     Σ_s = Σ + α₁ v₁ I + α₂ v₂ (1 − I), v₁ and v₂ the mean variance and the mean covariance, and normalised to
     correlations Σ̂; the prediction is argmin_c (u − μ_c)ᵀ Σ̂_c⁻¹ (u − μ_c). Nothing is trained (``tuner`` adds the
-    first-task adaptation that another toolbox uses). Keeps F² + F numbers per class. One forward pass per image.
+    first-task adaptation that another toolbox uses). Keeps (F² + 3F)/2 numbers per class. One forward pass per image.
     """
 
     class Config(AdaptOnce.Config):

@@ -249,7 +249,7 @@ class RunFolder:
 
 def write_state(learner: Learner, folder: Path) -> dict[str, str]:
     """Write a learner's tensors and extra state to a folder, and return the checksums of all files there."""
-    tensors, extra = split_state(learner.state_dict())
+    tensors, extra = split_state(learner.state_dict(), copy=False)
     save_file(tensors, folder / WEIGHTS)
     write_json(folder / "learner.json", extra)
     return {file.name: file_digest(file) for file in sorted(folder.iterdir())}
@@ -274,15 +274,23 @@ def restore_learner(
     learner.load_state_dict(state)
 
 
-def split_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a state dict into (tensors, JSON extra state); shared tensors are cloned, and all are on the CPU."""
+def split_state(state: dict[str, Any], *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a state dict into (tensors, JSON extra state); all tensors are on the CPU, and none shares its memory.
+
+    Args:
+        state: The state dict.
+        copy: Whether every tensor is a copy, a snapshot; otherwise only those that could not be written as they are.
+    """
     tensors: dict[str, Tensor] = {}
     extra: dict[str, Any] = {}
+    places: set[int] = set()
     for key, value in state.items():
-        if isinstance(value, Tensor):
-            tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-        else:
+        if not isinstance(value, Tensor):
             extra[key] = value
+            continue
+        place = value.untyped_storage().data_ptr()
+        tensors[key] = value.detach().to("cpu", copy=copy or place in places).contiguous()
+        places.add(place)
     try:
         json.dumps(extra)
     except TypeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,19 +40,26 @@ def symmetric_inverse(matrix: Tensor, missing: float | None = None) -> Tensor:
     return (vectors / torch.where(known, values, unit)) @ vectors.T
 
 
-def ridge_solve(gram: Tensor, targets: Tensor, strength: float) -> Tensor:
+def ridge_solve(gram: Tensor | Callable[[], Tensor], targets: Tensor, strength: float) -> Tensor:
     """Solve (gram + strength·I) W = targets by Cholesky, [(…,) M, M] and [(…,) M, C] → [(…,) M, C].
 
-    See :func:`shifted_cholesky` for a sum that is not numerically positive definite.
+    See :func:`shifted_cholesky` for a function in place of the matrix, and for a sum that is not numerically positive
+    definite.
 
     Raises:
         TrainingError: ``gram`` is not finite.
     """
-    return torch.cholesky_solve(targets, shifted_cholesky(gram, strength)[0])
+    factor, _ = shifted_cholesky(gram, strength)
+    # torch.cholesky_solve, which does the same, copies the factor
+    half = torch.linalg.solve_triangular(factor, targets, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
-def shifted_cholesky(gram: Tensor, strength: float) -> tuple[Tensor, float]:
+def shifted_cholesky(gram: Tensor | Callable[[], Tensor], strength: float) -> tuple[Tensor, float]:
     """Factor gram + strength·I, [(…,) M, M], and return the lower factor and the strength in use.
+
+    A function in place of the matrix returns a new one whenever it is called, which the factor then replaces: one
+    matrix [M, M] is in memory instead of two.
 
     If the sum is not numerically positive definite, the strength is below float64's resolution of ``gram``. It is then
     multiplied by ten until the factorisation succeeds.
@@ -62,7 +69,7 @@ def shifted_cholesky(gram: Tensor, strength: float) -> tuple[Tensor, float]:
     """
     while strength < math.inf:
         shifted = _shifted(gram, strength)
-        failed = torch.empty(0, dtype=torch.int32, device=gram.device)
+        failed = torch.empty(0, dtype=torch.int32, device=shifted.device)
         factor, failed = torch.linalg.cholesky_ex(shifted, out=(shifted, failed))  # in place
         if not bool(failed.any()):
             return factor, strength
@@ -70,9 +77,10 @@ def shifted_cholesky(gram: Tensor, strength: float) -> tuple[Tensor, float]:
     raise TrainingError("the features are too large: their squares are not finite in float64")
 
 
-def _shifted(gram: Tensor, strength: float) -> Tensor:
+def _shifted(gram: Tensor | Callable[[], Tensor], strength: float) -> Tensor:
     """gram + strength·I in LAPACK's column-major order, in which it can be factored in place without another copy."""
-    shifted = gram.mT.clone(memory_format=torch.contiguous_format).mT
+    # a symmetric matrix is its own transpose, so a new one is in this order already
+    shifted = gram.mT.clone(memory_format=torch.contiguous_format).mT if isinstance(gram, Tensor) else gram().mT
     shifted.diagonal(dim1=-2, dim2=-1).add_(strength)
     return shifted
 
