@@ -19,7 +19,18 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 
-from cil.classifiers import LDA, NCM, CosineHead, Gaussians, LinearHead, Mahalanobis, PartsLDA, Ridge, TruncatedSVD
+from cil.classifiers import (
+    LDA,
+    NCM,
+    CosineHead,
+    Gaussians,
+    LinearHead,
+    Mahalanobis,
+    PartsLDA,
+    Ridge,
+    TruncatedSVD,
+    quadratic,
+)
 from cil.classifiers.lda import RATIOS
 from cil.classifiers.ridge import STRENGTHS
 from cil.errors import ConfigError, DataError
@@ -683,6 +694,35 @@ def test_mahalanobis_is_fecam(shrinkage):
     expected = fecam(x.numpy(), y.numpy(), x.numpy(), *shrinkage)
     np.testing.assert_allclose(ours.distances(x).numpy(), expected, rtol=1e-6)
     assert torch.equal(ours.logits(x), -ours.distances(x))
+
+
+@pytest.mark.parametrize("correlation", [True, False])
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 64)], ids=["small parts", "one part"])
+def test_few_samples_are_compared_by_few_directions(correlation, sizes, monkeypatch):
+    """Low-rank and whole covariances, in groups and parts of any size, and after changes, are FeCAM's."""
+    monkeypatch.setattr(quadratic, "GROUP", sizes[0])
+    monkeypatch.setattr(quadratic, "ROWS", sizes[1])
+    rng = np.random.RandomState(0)
+    labels = np.repeat(np.arange(8), [4, 5, 70, 2, 6, 90, 3, 5])
+    x = torch.from_numpy(rng.randn(len(labels), 48) @ rng.randn(48, 48) + 3 * rng.randn(8, 48)[labels])
+    ours, y = Mahalanobis(48, (0.3, 0.0), correlation=correlation), torch.from_numpy(labels)
+    for known in (labels < 3, (labels >= 3) & (labels != 7), labels == 7):  # a class between is learned last
+        ours.grow(8)
+        ours.partial_fit(x[known], y[known]).distances(x[:2])
+    queries = x + torch.from_numpy(rng.randn(*x.shape))
+    u, v = (F.normalize(one, dim=1).numpy() for one in (x, queries))
+    for c in range(8):
+        cov = np.cov(u[labels == c].T)
+        cov += 0.3 * np.diag(cov).mean() * np.eye(48)
+        if correlation:
+            cov /= np.sqrt(np.outer(np.diag(cov), np.diag(cov)))
+        away = v - u[labels == c].mean(0)
+        expected = np.einsum("nf,fg,ng->n", away, np.linalg.inv(cov), away)
+        np.testing.assert_allclose(ours.distances(queries)[:, c].numpy(), expected, rtol=1e-9)
+    ours.remove(5)
+    assert bool(ours.distances(queries)[:, 5].isinf().all())
+    np.testing.assert_allclose(ours.distances(queries)[:, 7].numpy(), expected, rtol=1e-9)
+    assert ours.distances(queries[:0]).shape == (0, 8)
 
 
 def away_from_the_span(rows, matrix):

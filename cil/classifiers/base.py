@@ -125,7 +125,7 @@ class StatisticsClassifier(Classifier):
             return torch.cat([rows, rows.new_zeros(new, *rows.shape[1:])])
         reserved = self._reserved.get(name)
         if reserved is None or reserved.data_ptr() != rows.data_ptr() or len(reserved) < count:
-            reserved = self._reserved[name] = _lazy_zeros(max(count, len(rows) * 3 // 2), rows)
+            reserved = self._reserved[name] = lazy_zeros(max(count, len(rows) * 3 // 2), rows)
             reserved[: len(rows)] = rows
         return reserved[:count]
 
@@ -240,7 +240,12 @@ class StatisticsClassifier(Classifier):
         return scores.masked_fill(self.counts == 0, float("-inf"))
 
 
-def _lazy_zeros(count: int, like: Tensor) -> Tensor:
-    """Zeros [count, …] from numpy, whose memory pages are allocated when first written to; torch writes to them all."""
+def lazy_zeros(count: int, like: Tensor) -> Tensor:
+    """Zeros [count, …] with the rows of ``like`` [≥ 1, …].
+
+    On a CPU they are numpy's, whose memory pages are allocated when first written to; torch writes to them all.
+    """
+    if like.device.type != "cpu":
+        return like.new_zeros(count, *like.shape[1:])
     row = like[:1].numel() * like.element_size()
     return torch.from_numpy(np.zeros(count * row, np.uint8)).view(like.dtype).view(count, *like.shape[1:])

@@ -8,9 +8,13 @@ from torch import Tensor
 
 from cil.classifiers.base import Array
 from cil.classifiers.moments import ClassMoments
+from cil.classifiers.quadratic import QuadraticForms
 from cil.errors import ConfigError
-from cil.utils.linalg import symmetric_inverse
+from cil.utils.linalg import low_rank_root, symmetric_inverse
 from cil.utils.precision import without_autocast
+
+RESIDUE = 1e-10
+"""Variances below this share of the variance that shrinkage adds are left out of a covariance's root."""
 
 
 class Mahalanobis(ClassMoments):
@@ -28,6 +32,10 @@ class Mahalanobis(ClassMoments):
     image. A feature without variance after shrinkage gets variance 1 and no correlations. If Σ̂ is singular, e.g. for
     fewer samples than features without shrinkage, directions without variance get the mean variance; the authors'
     pseudo-inverse ignores them.
+
+    All classes are compared in a few matrix products. A class of n ≤ F/8 samples with α₁ > 0 and α₂ = 0 has
+    Σ_s = AᵀA + aI with A [n − 1, F] and a = α₁ v₁, and its inverse is I/a − KᵀK with K = (aI + AAᵀ)^−½ A / √a: nothing
+    of it is lost, and an image takes F n products in place of F²/2.
 
     Args:
         feature_dim: Feature width F.
@@ -74,26 +82,36 @@ class Mahalanobis(ClassMoments):
         """
         features = self.checked(features)
         u = self.transform(features.double())
-        distances = u.new_full((u.shape[0], self.num_classes), float("inf"))
+        forms = self.cached(("forms",), lambda: QuadraticForms(self.means[self.counts > 0][:1].sum(0)))
         for c in range(self.num_classes):
-            solution = self.cached((c,), lambda c=c: self._solve(c))  # type: ignore[misc]
-            if solution is None:
-                continue
-            mean, precision = solution
-            centred = u - mean
-            distances[:, c] = ((centred @ precision) * centred).sum(1)
+            self.cached((c,), lambda c=c: self._solve(c, forms))  # type: ignore[misc]
+        distances = forms(u, self.num_classes).masked_fill(self.counts == 0, float("inf"))
         return distances.to(features.dtype)
 
     def logits(self, features: Array) -> Tensor:
         return -self.distances(features)
 
-    def _solve(self, c: int) -> tuple[Tensor, Tensor] | None:
-        """Mean [F] and inverse covariance [F, F] of class c, float64; None for a class without samples."""
-        return (self.means[c].clone(), symmetric_inverse(self.shrunk(c))) if self.counts[c] else None
+    def _solve(self, c: int, forms: QuadraticForms) -> bool:
+        """Put the inverse of Σ̂ of class c into the forms; whether the class has samples."""
+        if not self.counts[c]:
+            return False
+        covariance, few = self.own_or_pooled(c), self.feature_dim // 8
+        variances = covariance.diagonal()
+        added, root = self.shrinkage[0] * float(variances.mean()), None
+        if added > 0 and self.shrinkage[1] == 0 and self.counts[c] <= few:
+            root = low_rank_root(covariance, RESIDUE * added, few)
+        if root is None:
+            forms.set_matrix(c, self.means[c], symmetric_inverse(self.shrunk(covariance)))
+            return True
+        inner = root @ root.T
+        inner.diagonal().add_(added)
+        taken = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root, upper=False) / added**0.5
+        scale = variances + added if self.correlation else torch.ones_like(variances)
+        forms.set_low_rank(c, self.means[c], scale / added, taken * scale.sqrt())
+        return True
 
-    def shrunk(self, c: int) -> Tensor:
-        """Σ̂ of class c, float64 [F, F]."""
-        covariance = self.own_or_pooled(c)
+    def shrunk(self, covariance: Tensor) -> Tensor:
+        """Σ̂ of a covariance Σ, float64 [F, F]."""
         varied = covariance.diagonal() > 0
         off = covariance - covariance.diagonal().diag()
         diagonal_mean = covariance.diagonal().mean()

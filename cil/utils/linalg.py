@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,24 @@ def symmetric_inverse(matrix: Tensor, missing: float | None = None) -> Tensor:
     known = values.abs() > RESOLUTION * values.abs().max()
     unit = missing or float(matrix.diagonal().mean()) or 1.0
     return (vectors / torch.where(known, values, unit)) @ vectors.T
+
+
+def low_rank_root(matrix: Tensor, residue: float, most: int) -> Tensor | None:
+    """R [r, F] with RᵀR = ``matrix`` up to ``residue`` on the diagonal, by pivoted Cholesky; None for r > ``most``.
+
+    Args:
+        matrix: Positive semi-definite matrix, float64 [F, F].
+        residue: Variances below it are taken to be 0, > 0.
+        most: Largest rank r that is wanted.
+    """
+    from scipy.linalg.lapack import dpstrf
+
+    factor, pivots, rank, _ = dpstrf(matrix.cpu().numpy(), tol=residue, lower=1)
+    if rank > most:
+        return None
+    root = np.zeros((rank, len(matrix)))
+    root[:, pivots - 1] = np.tril(factor[:, :rank]).T
+    return torch.from_numpy(root).to(matrix)
 
 
 def ridge_solve(gram: Tensor | Callable[[], Tensor], targets: Tensor, strength: float) -> Tensor:
