@@ -16,7 +16,7 @@ from cil.errors import CilError, RunError
 from cil.features import FeatureCache
 from cil.learners.ncm import NCMLearner
 from cil.prediction import restore
-from cil.runner import run, run_stages
+from cil.runner import checkpoint, run, run_stages
 from cil.runner.checkpoint import RunFolder, split_state
 from cil.runner.evaluation import evaluate
 from cil.stream import Stream
@@ -305,8 +305,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         restore(folder, accelerator())
 
 
-def test_only_the_last_weights_are_kept_when_asked(tmp_path):
-    [folder] = run(settings(hardware={"device": "cpu", "checkpoints": "last"}), tmp_path)
+@pytest.mark.parametrize("keep", ["last", "auto"])
+def test_only_the_last_weights_are_kept_when_asked_or_large(keep, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGE", 0 if keep == "auto" else checkpoint.LARGE)
+    [folder] = run(settings(hardware={"device": "cpu", "checkpoints": keep}), tmp_path)
     assert [(folder / f"stage-{i:02d}" / "learner.safetensors").exists() for i in range(3)] == [False, False, True]
     learner, _, names = restore(folder, accelerator())
     assert len(names) == 10 and learner.seen == 10

@@ -134,7 +134,11 @@ class HardwareConfig(Section):
         allow_inf_nan=True,
         description="GiB per split: decoded and transformed images are kept in memory if each set fits",
     )
-    checkpoints: Literal["all", "last"] = Field("all", description="stages whose weights stay on disk")
+    checkpoints: Literal["auto", "all", "last"] = Field(
+        "auto",
+        description="stages whose weights stay on disk; auto: all, but above 256 MiB each only until the next stage is "
+        "written",
+    )
     feature_store: Literal["off"] | Place | None = Field(
         None,
         description="folder of computed features that all runs share, or off; default: features in $CIL_CACHE, or in "

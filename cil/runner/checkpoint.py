@@ -32,13 +32,17 @@ from cil.utils.stored import check_file, file_digest, read_json, sealed
 WEIGHTS = "learner.safetensors"
 """File of a learner's tensors, in the folder of a stage or of a change."""
 
+LARGE = 256 * 2**20
+"""With ``checkpoints: auto``, weights of a stage above so many bytes are kept only until the next stage is written."""
+
 
 class RunFolder:
     """The folder of one run (one learner, class order and seed).
 
     Args:
         path: The folder.
-        keep: Stages whose weights stay on disk, ``all`` or ``last``; rows and predictions always stay.
+        keep: Stages whose weights stay on disk: ``all``, ``last``, or ``auto``, which is all that are not large. Rows
+            and predictions always stay.
     """
 
     def __init__(self, path: Path, keep: str = "all") -> None:
@@ -152,8 +156,10 @@ class RunFolder:
         except RunError:
             shutil.rmtree(temporary, ignore_errors=True)  # the error above reaches the user
             raise
-        if self.keep == "last" and index and not self.stage(index - 1).is_symlink():
-            (self.stage(index - 1) / WEIGHTS).unlink(missing_ok=True)
+        if index and self.keep != "all" and not self.stage(index - 1).is_symlink():
+            weights = self.stage(index - 1) / WEIGHTS
+            if weights.exists() and (self.keep == "last" or weights.stat().st_size > LARGE):
+                weights.unlink()
 
     def stages(self) -> list[Stage]:
         """The rows of all complete stages, with the checksums of their files.
@@ -200,7 +206,7 @@ class RunFolder:
             context: Stage → context.
 
         Raises:
-            RunError: The weights are not there (``hardware.checkpoints: last``), damaged, or of another learner.
+            RunError: The weights were not kept (``hardware.checkpoints``), or are damaged or of another learner.
         """
         index = len(tasks) - 1
         recorded = self.recorded()
