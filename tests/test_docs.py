@@ -114,6 +114,7 @@ ELSEWHERE = {
     r"^(\.venv/bin/)?cil tensorboard ": ("tests/test_board.py", "def test_it_serves_and_stops"),
     r"^cil teach ": ("tests/test_teach_page.py", "def test_a_signal_ends_it_after_the_lesson"),
     r"^cil prepare-data ": ("tests/test_prepare.py", 'app, ["prepare-data"'),
+    r"^python -m scripts\.bench\.heads$": ("tests/test_bench.py", "def test_heads"),
     r"^accelerate launch ": ("tests/test_processes.py", "accelerate.commands.launch"),
 }
 """Pattern → the file that executes such a command, and a text in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,3 +81,31 @@ def wide(file: Path) -> str:
             kept = row["kept_mib"] if measured else row["estimate_kept_mib"]
             lines.append(f"| {head} | {int(width):,} | {seconds} | {kept:,.0f} | {row['estimate_mib']:,.0f} | {peak} |")
     return "\n".join(lines) + "\n"
+
+
+def heads(file: Path) -> str:
+    """One row per head and number of classes; each cell is the other checkout's value, then this one's."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| head | classes | s to learn a fifth of them | s to align or solve | ms per image | checkpoint MiB | peak MiB | "
+        "peak, share of before |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for head, sizes in found["heads"].items():
+        for classes, sides in sizes.items():
+            both = [sides[side] for side in ("against", "ours") if side in sides]
+            cells = [
+                ", ".join(f"{one['seconds']['learn']:.1f}" for one in both),
+                ", ".join(f"{one['seconds'].get('align', one['seconds']['solve']):.1f}" for one in both),
+                ", ".join(f"{1000 * one['seconds']['predict_per_image']:.1f}" for one in both),
+                ", ".join(f"{one['checkpoint_mib']:,.0f}" for one in both),
+                ", ".join(f"{one['peak_mib']:,.0f}" for one in both),
+                _share(both),
+            ]
+            lines.append(f"| {head} | {int(classes):,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _share(both: list[dict[str, Any]]) -> str:
+    """The last peak as a share of the first one, where there are two."""
+    return f"{both[-1]['peak_mib'] / both[0]['peak_mib']:.2f}" if len(both) == 2 else "–"

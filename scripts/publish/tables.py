@@ -12,6 +12,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     ablation      FOLDER/LABEL        accuracies from ablate_merging.py
     throughput    FILE                measurements of bench/throughput.py
     growth        FILE                measurements of bench/growth.py
+    heads         FILE                measurements of bench/heads.py
     one_step      FILE                measurements of bench/steps.py
     wide          FILE                measurements of bench/wide.py
     banks         FOLDER              rules, banks and routers, from studies/banks.py
@@ -222,6 +223,7 @@ def render(page: Path) -> str:
         "matrix": matrix,
         "throughput": benches.throughput,
         "growth": benches.growth,
+        "heads": benches.heads,
         "one_step": benches.one_step,
         "wide": benches.wide,
         "banks": banks.table,
