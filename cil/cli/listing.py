@@ -115,7 +115,9 @@ def rules() -> Listing:
 
 
 def _parts(columns: Sequence[str], facts: Mapping[str, PartFacts]) -> Listing:
-    rows = {name: partial(list, [one["summary"], one["hyper_parameters"]]) for name, one in facts.items()}
+    rows: dict[str, Callable[[], Iterable[str]]] = {
+        name: partial(list, [one["summary"], one["hyper_parameters"]]) for name, one in facts.items()
+    }
     return Listing(columns, {**rows, **_CUSTOM})
 
 

@@ -87,7 +87,7 @@ def heads(file: Path) -> str:
     """One row per head and number of classes; each cell is the other checkout's value, then this one's."""
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = [
-        "| head | classes | s to learn a fifth of them | s to align or solve | ms per image | checkpoint MiB | peak MiB | "
+        "| head | classes | s to learn a fifth | s to align or solve | ms per image | checkpoint MiB | peak MiB | "
         "peak, share of before |",
         "|---|---|---|---|---|---|---|---|",
     ]

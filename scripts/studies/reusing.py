@@ -121,9 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file; what it already holds is not run again")
     parser.add_argument("--streams", nargs="+", choices=["digits", "tiny"], default=["digits", "tiny"])
     parser.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="stop at the end of a cell after so many seconds"
-    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the cell in work then")
     options = parser.parse_args()
     started, settings = time.perf_counter(), {}
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"choices": {}, "runs": {}}
