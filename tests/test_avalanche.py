@@ -54,6 +54,11 @@ OWN = [  # no plain script with a growing head runs these, see the tests further
     ("avalanche_replay", {"name": "DER", "mem_size": 10, "batch_size_mem": 4}),
     ("avalanche_replay", {"name": "ICaRL", "memory_size": 16}),
 ]
+HERDED = [
+    {"name": "Replay", "mem_size": 10, "selection": "herding"},
+    {"name": "DER", "mem_size": 10, "batch_size_mem": 4, "selection": "herding"},
+    {"name": "ER_ACE", "mem_size": 10, "batch_size_mem": 4, "selection": "herding"},
+]
 
 
 @parametrize_learner(
@@ -78,10 +83,11 @@ def test_common_checks_of_variants(case, check):
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"), slow_beyond([STRATEGIES[4], OWN[0]], [STRATEGIES[4], *STRATEGIES[6:], *OWN])
+    ("name", "strategy"),
+    slow_beyond([STRATEGIES[4], OWN[0]], [STRATEGIES[4], *STRATEGIES[6:], *OWN, ("avalanche_replay", HERDED[0])]),
 )
 def test_every_strategy_goes_on_after_an_interruption_as_if_there_had_been_none(name, strategy):
-    CHECKS["resume"](Case(registry.resolve(name), {"strategy": strategy, **SMALL, "epochs": 2}))
+    CHECKS["resume"](Case(registry.resolve(name), {"strategy": strategy, **SMALL, "epochs": 1}))
 
 
 # --- strategies as learners ----------------------------------------------------------------------------------------
@@ -272,6 +278,52 @@ def test_replay_keeps_as_many_images_as_it_may_and_no_more(mem_size):
         assert all(0 <= row < len(learner.tasks[j]) for row in rows)
 
 
+@pytest.mark.parametrize("strategy", slow_beyond(HERDED[:1], HERDED), ids=lambda strategy: strategy["name"])
+def test_herding_keeps_the_first_images_of_every_class(strategy):
+    """Recomputed from the features by a plain loop; a smaller share or a smaller memory drops the last ones."""
+    recipe = {**SMALL, "epochs": 1}
+    case = Case(registry.resolve("avalanche_replay"), {"strategy": strategy, **recipe})
+    learners, tasks = [case.after(stages).learner for stages in (1, 2)], stream(backbone()).tasks
+    places = [rows_of(learner, strategy) for learner in learners]
+    choosers = [case.learner(), learners[0]] if strategy["name"] == "ER_ACE" else learners  # before the task, or after
+    for index, sizes in enumerate([[3, 3, 2, 2], [2]]):
+        images, labels = next(tasks[index].train.batches(999))
+        with torch.inference_mode():
+            x = F.normalize(choosers[index].features(images))
+        for c, size in zip(tasks[index].classes, sizes, strict=True):
+            own = np.flatnonzero(labels == c)
+            assert places[index][c] == [(index, int(own[i])) for i in herded(x[own], size)]
+    assert [len(places[1][c]) for c in range(5)] == [2] * 5
+    assert all(places[1][c] == places[0][c][:2] for c in range(4))
+    fewer = Case(case.cls, {"strategy": {**strategy, "mem_size": 5}, **recipe}).after(1).learner
+    assert all(rows == places[0][c][: len(rows)] for c, rows in rows_of(fewer, strategy).items())
+
+
+def rows_of(learner, strategy):
+    """(task, row) of each exemplar by class, in the order of the memory."""
+    group = ("ReplayPlugin" if strategy["name"] == "Replay" else "strategy") + "/storage_policy/buffer_groups"
+    return {c: [tuple(p) for p in learner.memory[f"{group}/{c}/places"].tolist()] for c in range(learner.seen)}
+
+
+def test_orders_of_a_class_that_returns_are_merged():
+    """Place by place, the image of the newer task first."""
+    from cil.avalanche.data import whole_task
+    from cil.avalanche.herded import Herded
+
+    x = [torch.tensor([[0.0], [5], [1], [3]]), torch.tensor([[9.5], [7], [8]])]
+    herds = None
+    for task, rows in enumerate(x):
+        images = whole_task(task, (None, np.arange(len(rows))), np.zeros(len(rows), np.int64))
+        herds = Herded(9, lambda _, rows=rows: rows, herds)
+        herds.update_from_dataset(images)
+    first, second = (herded(rows, len(rows)) for rows in x)
+    assert (first, second) == ([3, 2, 1, 0], [2, 0, 1])
+    both = [(1, 2), (0, 3), (1, 0), (0, 2), (1, 1), (0, 1), (0, 0)]
+    assert list(herds.buffer.places) == both
+    herds.resize(None, 3)
+    assert list(herds.buffer.places) == both[:3]
+
+
 @pytest.mark.parametrize(
     ("strategy", "kept"),
     [
@@ -358,8 +410,9 @@ def test_icarl_wants_new_classes(image_set):
     case = Case(registry.resolve("avalanche_replay"), {"strategy": "ICaRL", **PLAIN})
     with pytest.raises(StreamError, match="ICaRL is defined for tasks of new classes only"):
         run_stages(case.learner(), Stream(*sets, DomainIncremental()), accelerator=accelerator())
-    learner = Case(registry.resolve("avalanche_replay"), {"strategy": "DER", **PLAIN}).learner()
-    assert len(run_stages(learner, Stream(*sets, DomainIncremental()), accelerator=accelerator())) == 2
+    for strategy in ("DER", HERDED[0], HERDED[1]):
+        learner = Case(registry.resolve("avalanche_replay"), {"strategy": strategy, **PLAIN}).learner()
+        assert len(run_stages(learner, Stream(*sets, DomainIncremental()), accelerator=accelerator())) == 2
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -377,9 +430,9 @@ def test_hyper_parameters_are_those_of_avalanches_constructors():
     for section in (*configs.FREE, *configs.STORING):
         name = section.model_fields["name"].default
         theirs = inspect.signature(getattr(supervised, name).__init__).parameters
-        assert section.model_fields.keys() - {"name"} == theirs.keys() - everywhere - ours, name
+        assert section.model_fields.keys() - {"name", "selection"} == theirs.keys() - everywhere - ours, name
         for key, field in section.model_fields.items():
-            if key != "name" and theirs[key].default is not inspect.Parameter.empty:
+            if key not in ("name", "selection") and theirs[key].default is not inspect.Parameter.empty:
                 assert field.default == theirs[key].default, (name, key)
         assert name in stage.KEPT
     for name in configs.REFUSED:

@@ -54,14 +54,24 @@ class MASConfig(Section):
     alpha: float = Field(0.5, ge=0, le=1, description="weight of old importances: Ω ← α Ω + (1 − α) Ω_new")
 
 
-class ReplayConfig(Section):
-    """Every batch has as many images from a memory as new ones; the memory is a random sample, equal for all tasks."""
+class Chooses(Section):
+    """A strategy whose memory may be chosen by herding; ``selection`` is ours, and no parameter of Avalanche's."""
+
+    selection: Literal["random", "herding"] = Field(
+        "random",
+        description="choice of the kept images; herding: equally many per class, the first ones in an order in which "
+        "every beginning has a mean close to that of the class (iCaRL)",
+    )
+
+
+class ReplayConfig(Chooses):
+    """Every batch has as many images from a memory as new ones; a random memory has equally many of each task."""
 
     name: Literal["Replay"] = "Replay"
     mem_size: PositiveInt = Field(200, description="images kept in memory (total)")
 
 
-class DERConfig(Section):
+class DERConfig(Chooses):
     """DER++: α MSE to the logits stored with each kept image, β CE on its label (2004.07211)."""
 
     name: Literal["DER"] = "DER"
@@ -71,7 +81,7 @@ class DERConfig(Section):
     beta: NonNegativeFloat = Field(0.5, description="factor β on the loss for labels of replayed images; 0: DER")
 
 
-class ERACEConfig(Section):
+class ERACEConfig(Chooses):
     """Experience replay in which the softmax for new images is over new classes only (2104.05025)."""
 
     name: Literal["ER_ACE"] = "ER_ACE"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -20,6 +19,7 @@ from cil.classifiers.heads import LinearHead
 from cil.errors import StreamError
 from cil.features import View
 from cil.learner import Context
+from cil.learners.bases.exemplars import bytes_of_images
 from cil.learners.bases.sequential import SequentialTuning
 from cil.stream import Task, TaskData
 from cil.training import Recipe, Softmax
@@ -126,6 +126,11 @@ class AvalancheReplay(AvalancheLearner):
       Exemplars are selected by herding. The prediction is the nearest class mean of the exemplars and their mirror
       images, all of length 1; the other strategies predict with the head.
 
+    With ``selection: herding``, the memory of Replay, DER and ER_ACE has equally many images of every class: the first
+    ones in the order of herding on features of length 1 (:func:`~cil.learners.bases.exemplars.herding`), by the model
+    after the task, for ER_ACE before it. The order does not depend on the budget, so a smaller share drops the last
+    ones. One more pass per new image.
+
     Passes per epoch: two for Replay and DER, three to four for ICaRL (new images and exemplars, old and new model), for
     the others one plus the exemplars of each step. Avalanche needs a head of the final width for DER and ICaRL; here
     the head grows. DER's MSE leaves out classes that are newer than the exemplar, because its stored logits lack them.
@@ -180,4 +185,4 @@ class AvalancheReplay(AvalancheLearner):
     @property
     def exemplar_bytes(self) -> int:
         """Size in bytes of all exemplars, as uint8 at the backbone's input size."""
-        return self.memory.images * int(np.prod(self.backbone.data_config["input_size"])) * torch.uint8.itemsize
+        return bytes_of_images(self.backbone, self.memory.images)

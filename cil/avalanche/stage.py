@@ -22,14 +22,16 @@ import torch
 from avalanche.benchmarks.scenarios.dataset_scenario import DatasetExperience
 from avalanche.training import supervised
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.storage_policy import ClassBalancedBuffer
 from avalanche.training.utils import ParamData
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from cil.avalanche.codec import Codec
-from cil.avalanche.configs import AGEMConfig, ICaRLConfig, StrategySection
+from cil.avalanche.configs import AGEMConfig, Chooses, ICaRLConfig, ReplayConfig, StrategySection
 from cil.avalanche.data import whole_task
+from cil.avalanche.herded import choose_by_herding, directions
 from cil.avalanche.memory import Memory
 from cil.avalanche.model import Model
 from cil.errors import TrainingError
@@ -56,6 +58,8 @@ KEPT: dict[str, tuple[str, ...]] = {
     ),
 }
 """State that each strategy keeps between tasks: attributes of its plugins, or of the strategy itself."""
+BY_CLASS = ("ReplayPlugin.storage_policy.buffer_groups", "ReplayPlugin.storage_policy.seen_classes")
+"""State of Replay whose memory has groups of classes, not of tasks."""
 TEACHER = {"LwF": "LwFPlugin.lwf.prev_model", "ICaRL": "ICaRLLossPlugin.old_model"}
 """The previous task's model. It equals the model at the start of this task, so it need not be saved."""
 
@@ -105,8 +109,11 @@ def learn(
         strategy = _build(section, model, recipe, ctx, first)
         if task.index:
             _restore(strategy, section, codec.load(memory), task.index)
+        if _herds(section):
+            choose_by_herding(_policy(strategy, section), sorted(set(task.train.labels.tolist())), directions(strategy))
         strategy.train(_experience(task, sizes), eval_streams=[])
-        codec.save({path: _get(strategy, path) for path in KEPT[section.name]}, memory)
+        kept = BY_CLASS if isinstance(section, ReplayConfig) and _herds(section) else KEPT[section.name]
+        codec.save({path: _get(strategy, path) for path in kept}, memory)
     for p in strategy.model.parameters():
         p.grad = None
         p.requires_grad_(False)
@@ -116,12 +123,12 @@ def learn(
 def _build(section: StrategySection, model: Model, recipe: Recipe, ctx: Context, first: int) -> Any:
     parameters = list(model.requires_grad_().parameters())
     ctx.trainable_parameters = max(ctx.trainable_parameters, sum(p.numel() for p in parameters))
-    arguments: dict[str, Any] = section.model_dump(exclude={"name"})
+    arguments: dict[str, Any] = section.model_dump(exclude={"name", "selection"})
     if isinstance(section, ICaRLConfig):
         arguments |= {"feature_extractor": model.features, "classifier": model.head, "buffer_transform": None}
     else:
         arguments |= {"model": model, "criterion": _criterion(recipe, first)}
-    return getattr(supervised, section.name)(
+    strategy = getattr(supervised, section.name)(
         optimizer=build_optimizer([ParamGroup(parameters)], recipe),
         train_mb_size=recipe.train_batch_size,
         train_epochs=recipe.epochs,
@@ -131,6 +138,18 @@ def _build(section: StrategySection, model: Model, recipe: Recipe, ctx: Context,
         evaluator=EvaluationPlugin(),
         **arguments,
     )
+    if isinstance(section, ReplayConfig) and _herds(section):
+        _get(strategy, "ReplayPlugin").storage_policy = ClassBalancedBuffer(section.mem_size)
+    return strategy
+
+
+def _herds(section: StrategySection) -> bool:
+    return isinstance(section, Chooses) and section.selection == "herding"
+
+
+def _policy(strategy: Any, section: StrategySection) -> Any:
+    """The memory of a strategy that has one policy for it."""
+    return _get(strategy, ("ReplayPlugin" if isinstance(section, ReplayConfig) else "strategy") + ".storage_policy")
 
 
 def _criterion(recipe: Recipe, first: int) -> Callable[[Tensor, Tensor], Tensor]:
