@@ -10,11 +10,16 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.linear_model import RidgeCV
 
 from cil import metrics
-from cil.classifiers import LDA, NCM, Ridge
-from cil.classifiers.few_shots import Calibration
+from cil.classifiers import LDA, NCM, Gaussians, Ridge
+from cil.classifiers.few_shots import Calibration, Draws
 from cil.classifiers.ncm import Teen
-from cil.errors import ConfigError, DataError
+from cil.errors import ConfigError, DataError, StreamError
 from cil.learners import build_learner
+from cil.learners.slda import SLDA
+from cil.runner import run_stages
+from cil.runner.supported import require_supported
+from cil.stream import Blurry, ClassIncremental, Online, Stream
+from cil.testing.setting import accelerator, context
 from cil.utils.randomness import generator
 
 COUNTS = (40, 20, 5, 2)  # their least common multiple is 40
@@ -190,3 +195,87 @@ def test_calibration_of_the_learners(backbone):
     assert build_learner("slda", backbone).classifier.calibration is None
     learner = build_learner({"name": "ncm", "calibrate": "nearest", "neighbours": 3}, backbone)
     assert learner.classifier.teen == Calibration("nearest", 5, 3)
+
+
+def few_among_many(seed=0):
+    """Features and labels of three base classes and of two with 5 and 2 samples."""
+    rng = np.random.RandomState(seed)
+    y = np.repeat(range(5), [30, 20, 40, 5, 2])
+    return rng.randn(len(y), 4) * [1, 2, 0.5, 1] + 3 * rng.randn(5, 4)[y], y
+
+
+def by_hand(x, y, sample, k, alpha):
+    """Yang et al., eq. 6, with α in units of the mean variance, for one sample."""
+    means = np.stack([x[y == c].mean(0) for c in range(3)])
+    near = np.argsort(((means - sample) ** 2).sum(1))[:k]
+    spread = np.mean([np.cov(x[y == c].T) for c in near], axis=0)
+    return (sample + means[near].sum(0)) / (k + 1), spread + alpha * np.trace(spread) / 4 * np.eye(4)
+
+
+@pytest.mark.parametrize("k", [1, 2, 9])
+def test_calibrated_gaussians_by_their_formulas(k):
+    x, y = few_among_many()
+    base = Gaussians(4).partial_fit(x[y < 3], y[y < 3])
+    means, spreads = base.calibrated(torch.from_numpy(x[y >= 3]), k, 0.3)
+    for sample, mean, spread in zip(x[y >= 3], means, spreads, strict=True):
+        expected = by_hand(x, y, sample, min(k, 3), 0.3)
+        np.testing.assert_allclose(mean, expected[0], atol=1e-12)
+        np.testing.assert_allclose(spread, expected[1], atol=1e-12)
+    with pytest.raises(DataError, match="no class has samples"):
+        Gaussians(4).calibrated(torch.zeros(1, 4))
+
+
+def test_draws_by_hand():
+    """Every draw is the calibrated Gaussian's, in order; base classes are taken from the same samples."""
+    x, y = few_among_many()
+    base = Gaussians(4)
+    draws = Draws(shots=5, neighbours=2, alpha=0.21, draws=8)
+    features, labels = draws.extended(torch.from_numpy(x), torch.from_numpy(y), base, generator(3))
+    assert base.counts.tolist() == [30, 20, 40]
+    assert (features[: len(y)].numpy() == x).all() and (labels[: len(y)].numpy() == y).all()
+    assert labels[len(y) :].tolist() == [3] * 5 + [4] * 8  # one draw per image of five, four per image of two
+    source, row = generator(3), len(y)
+    for c, count in ((3, 1), (4, 4)):
+        z = torch.randn((y == c).sum(), count, 4, generator=source).double().numpy()
+        for sample, normal in zip(x[y == c], z, strict=True):
+            mean, spread = by_hand(x, y, sample, 2, 0.21)
+            root = np.linalg.cholesky(spread + 1e-4 * np.eye(4))
+            np.testing.assert_allclose(features[row : row + count], mean + normal @ root.T, atol=1e-5)
+            row += count
+    many = base.sample_near(torch.from_numpy(x[-1:]), 20_000, generator(1), 2, 0.21).numpy()
+    mean, spread = by_hand(x, y, x[-1], 2, 0.21)
+    np.testing.assert_allclose(many.mean(0), mean, atol=0.05)
+    np.testing.assert_allclose(np.cov(many.T), spread, atol=0.1)
+    none = Draws().extended(torch.from_numpy(x[y > 2]), torch.from_numpy(y[y > 2]), Gaussians(4), generator(3))
+    assert len(none[0]) == 7  # without base classes nothing is drawn
+
+
+def test_slda_learns_draws_from_its_own_generator(backbone, image_set):
+    train, test = image_set(np.arange(6).repeat([9, 9, 3, 3, 3, 3])), image_set(np.arange(6))
+    learners = [build_learner({"name": "slda", "calibrate": "draws", "shots": 3, "draws": 30}, backbone) for _ in "ab"]
+    before = torch.get_rng_state()
+    for learner in learners:
+        run_stages(learner, Stream(train, test, ClassIncremental("natural", increment=2)), accelerator=accelerator())
+    assert torch.equal(torch.get_rng_state(), before)
+    first, again = (learner.state_dict() for learner in learners)
+    assert first["classifier.counts"].tolist() == [9, 9, 33, 33, 33, 33]  # three images and thirty draws
+    assert first["base.counts"].tolist() == [9, 9]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert learners[0].statistics is None  # what is kept of a class is more than the sums of its images
+
+
+def test_draws_need_whole_classes(backbone, image_set):
+    labels = np.arange(4).repeat(12)
+    learner = build_learner({"name": "slda", "calibrate": "draws"}, backbone)
+    blurry = Stream(image_set(labels), image_set(labels), Blurry(1993, 2, 50, 30))
+    with pytest.raises(StreamError, match="slda with calibrate=draws needs all images of a class in one task"):
+        require_supported(SLDA, blurry, learner.config)
+    whole = ClassIncremental(1993, increment=2)
+    online = Stream(image_set(labels), image_set(labels), whole, online=Online(4, 8))
+    with pytest.raises(StreamError, match=r"slda needs calibrate=none with stream\.online"):
+        require_supported(SLDA, online, learner.config)
+    learner.begin(blurry.tasks[0], context(0))
+    learner.learn(blurry.tasks[0], context(0))
+    learner.begin(blurry.tasks[1], context(1))
+    with pytest.raises(DataError, match=r"slda: class \d has images already; with calibrate: draws"):
+        learner.learn(blurry.tasks[1], context(1))

@@ -1,6 +1,7 @@
-"""Class means of few samples, calibrated by the classes of many samples, the base classes.
+"""Classes of few samples, calibrated by the classes of many samples, the base classes.
 
-All functions depend on sums and counts alone, and so neither on the order of tasks nor on how samples are split.
+:class:`Calibration` depends on sums and counts alone, so neither on the order of tasks nor on how samples are split.
+:class:`Draws` uses the base classes so far, and needs all samples of a class together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cil.classifiers.gaussians import Gaussians
 from cil.errors import ConfigError
 
 
@@ -61,3 +63,41 @@ class Calibration:
                     centre + torch.linalg.solve(between + covariance / n, (novel[rows] - centre).T).T @ between
                 )
         return means.masked_scatter(few[:, None], moved)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Features drawn for classes with at most ``shots`` samples, near each of them (Yang et al., arXiv 2101.06395).
+
+    Args:
+        shots: Largest number of samples of a class that gets draws; classes with more are base classes.
+        neighbours: Number k of base classes, see :meth:`~cil.classifiers.Gaussians.calibrated`.
+        alpha: α there.
+        draws: Number of features per class, divided equally among its samples.
+    """
+
+    shots: int = 5
+    neighbours: int = 2
+    alpha: float = 0.21
+    draws: int = 750
+
+    def extended(
+        self, features: Tensor, labels: Tensor, base: Gaussians, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Features [N + n, F] and labels [N + n]: those given, and the draws if there is a base class.
+
+        Args:
+            features: All samples of the classes, [N, F].
+            labels: int64 [N].
+            base: Gaussians of the base classes so far, which get those of these samples.
+            generator: Source of the draws.
+        """
+        many = torch.bincount(labels)[labels] > self.shots
+        if bool(many.any()):
+            base.partial_fit(features[many], labels[many])
+        parts = [(features, labels)]
+        for c in labels[~many].unique().tolist() if bool(base.counts.any()) else ():
+            own = features[labels == c]
+            drawn = base.sample_near(own, max(1, self.draws // len(own)), generator, self.neighbours, self.alpha)
+            parts.append((drawn.to(features), labels.new_full((len(drawn),), c)))
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])

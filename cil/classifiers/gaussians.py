@@ -80,6 +80,51 @@ class Gaussians(ClassMoments):
         return drawn
 
     @exact()
+    def calibrated(self, samples: Tensor, neighbours: int = 2, alpha: float = 0.21) -> tuple[Tensor, Tensor]:
+        """Gaussians around samples of other classes, of which there are few (Yang et al., arXiv 2101.06395, eq. 6).
+
+        With the k classes b whose means are nearest to a sample x̃ (Euclidean): μ' = (x̃ + Σ_b μ_b) / (k + 1) and
+        Σ' = Σ_b Σ_b / k + α v I, v the mean variance in Σ_b Σ_b / k. The paper's code adds α to every entry of the
+        matrix, in units of its own features. Its power transform is left out: it needs features ≥ 0.
+
+        Args:
+            samples: x̃, [n, F].
+            neighbours: Number k of classes; all that have samples if there are fewer.
+            alpha: α ≥ 0.
+
+        Returns:
+            μ', float64 [n, F], and Σ' without the ridge, float64 [n, F, F].
+
+        Raises:
+            DataError: No class here has samples.
+        """
+        x, known = self.checked(samples).to(self.sums), self.counts.nonzero().flatten()
+        if not len(known):
+            raise DataError("Gaussians: no class has samples, so none can calibrate others")
+        k = min(neighbours, len(known))
+        distances = torch.cdist(x, self.means[known], compute_mode="donot_use_mm_for_euclid_dist")
+        near = known[distances.topk(k, largest=False).indices]
+        own = {c: self.own_or_pooled(c) for c in near.unique().tolist()}
+        spreads = torch.stack([torch.stack([own[c] for c in row]).mean(0) for row in near.tolist()])
+        variances = spreads.diagonal(dim1=1, dim2=2)
+        variances += alpha * variances.mean(1, keepdim=True)
+        return (x + self.means[near].sum(1)) / (k + 1), spreads
+
+    @exact()
+    def sample_near(
+        self, samples: Tensor, count: int, generator: torch.Generator, neighbours: int = 2, alpha: float = 0.21
+    ) -> Tensor:
+        """Draw ``count`` features from N(μ', Σ' + ridge · I) of each of ``samples`` (:meth:`calibrated`).
+
+        Returns:
+            Features, float32 [n · count, F], those of the first sample first.
+        """
+        means, spreads = self.calibrated(samples, neighbours, alpha)
+        z = torch.randn(len(means), count, self.feature_dim, generator=generator, device=generator.device)
+        factors, _ = shifted_cholesky(spreads, self.ridge * self.cached("unit", self._unit))
+        return (means[:, None] + z.to(means) @ factors.mT).flatten(0, 1).float()
+
+    @exact()
     def translate(self, shifts: Tensor, spreads: Tensor | None = None) -> Gaussians:
         """μ_c ← μ_c + shifts[c], as if every sample of class c had moved by it, and Σ_c ← Σ_c + spreads[c]ᵀ spreads[c].
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
+from torch import Tensor
 
-from cil.classifiers import LDA
-from cil.classifiers.few_shots import Calibration
+from cil.backbone import Backbone
+from cil.classifiers import LDA, Gaussians
+from cil.classifiers.base import StatisticsClassifier
+from cil.classifiers.few_shots import Calibration, Draws
 from cil.classifiers.text_prior import TextLDA
+from cil.errors import DataError
 from cil.learner import Context
 from cil.learners.bases.beside_texts import OptionalTexts
 from cil.stream import Task
@@ -23,6 +27,9 @@ class SLDA(OptionalTexts):
     task, as in APER). The paper's running covariance over a stream of single images approximates Σ and depends on their
     order. Keeps F² numbers, and F + 1 per class. One forward pass per image. ``merge`` uses the same classifier, so
     SLDA is its baseline without training.
+
+    With ``calibrate: draws`` (Yang et al., arXiv 2101.06395) a class of few images also has features drawn from one
+    Gaussian near each of them, made from the nearest base classes so far, whose covariances are kept (F² numbers each).
     """
 
     class Config(OptionalTexts.Config):
@@ -40,15 +47,20 @@ class SLDA(OptionalTexts):
             description="whether all classes weigh the same in the covariance, however many images they have; a "
             "class's images must all be in one task",
         )
-        calibrate: Literal["none", "nearest", "between"] = Field(
+        calibrate: Literal["none", "nearest", "between", "draws"] = Field(
             "none",
-            description="calibration of the means of few-shot classes; nearest: mean with those of the nearest base "
-            "classes; between: shrinkage to the mean of all base classes, by the covariance of their means",
+            description="calibration of few-shot classes; nearest: mean with those of the nearest base classes; "
+            "between: shrinkage of the mean to that of all base classes, by the covariance of their means; draws: "
+            "features drawn near each of its images, for which a class's images must all be in one task",
         )
         shots: PositiveInt = Field(
             5, description="largest number of images of a calibrated class; classes with more are base classes"
         )
-        neighbours: PositiveInt = Field(2, description="number of base classes for nearest")
+        neighbours: PositiveInt = Field(2, description="number of base classes for nearest and draws")
+        alpha: float = Field(
+            0.21, ge=0, description="variance added to every feature for draws, as a multiple of the mean variance"
+        )
+        draws: PositiveInt = Field(750, description="number of features drawn per few-shot class")
 
     name = "slda"
     summary = "linear discriminant analysis, one covariance for all classes"
@@ -57,10 +69,18 @@ class SLDA(OptionalTexts):
     paper = "Hayes and Kanan, Lifelong Machine Learning with Deep Streaming LDA, CVPR-W 2020, arXiv 1909.01520"
     classifier: LDA
 
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.base = Gaussians(self.width) if config.calibrate == "draws" else None
+
+    @property
+    def statistics(self) -> StatisticsClassifier | None:
+        return super().statistics if self.base is None else None  # drawn features are no image's
+
     def make_classifier(self) -> LDA:
         config = self.config
         calibration = None
-        if config.calibrate != "none":
+        if config.calibrate in ("nearest", "between"):
             calibration = Calibration(config.calibrate, config.shots, config.neighbours)
         more: dict[str, Any] = {
             "shrinkage": config.shrinkage,
@@ -74,6 +94,19 @@ class SLDA(OptionalTexts):
 
     def usual_weight(self) -> float:
         return self.width / (self.width + int(self.classifier.counts.sum()) - 1)
+
+    def training_features(self, task: Task, ctx: Context) -> tuple[Tensor, Tensor]:
+        features, labels = super().training_features(task, ctx)
+        if self.base is None:
+            return features, labels
+        if len(again := labels[self.classifier.counts[labels] > 0]):
+            raise DataError(
+                f"slda: class {int(again[0])} has images already; with calibrate: draws all images of a class must "
+                "come in one task"
+            )
+        config = self.config
+        draws = Draws(config.shots, config.neighbours, config.alpha, config.draws)
+        return draws.extended(features, labels, self.base, ctx.generator)
 
     def learn(self, task: Task, ctx: Context) -> None:
         super().learn(task, ctx)

@@ -23,8 +23,8 @@ def require_supported(
         noise_filter: The filter of training images; None for none.
 
     Raises:
-        StreamError: The learner needs new classes in every task, or with ``balance`` all images of a class at once, and
-            a task shows old classes again. It keeps old images, and a filter chooses those of the current task.
+        StreamError: The learner needs new classes in every task, or with its settings all images of a class at once,
+            and a task shows old classes again. It keeps old images, and a filter chooses those of the current task.
     """
     if noise_filter is not None and cls.stores_images:
         raise StreamError(
@@ -40,11 +40,17 @@ def require_supported(
             f"{cls.name or cls.__name__} is defined for tasks of new classes only, and this stream shows classes "
             "again; use stream.type=class_incremental, or another learner (ncm, ranpac, …)"
         )
-    if getattr(parameters, "balance", False):
+    for key, wanted in whole_classes(parameters).items():
         raise StreamError(
-            f"{cls.name or cls.__name__} with balance needs all images of a class in one task, and this stream shows "
-            "classes again; use stream.type=class_incremental, or balance=false"
+            f"{cls.name or cls.__name__} with {key} needs all images of a class in one task, and this stream shows "
+            f"classes again; use stream.type=class_incremental, or {wanted}"
         )
+
+
+def whole_classes(parameters: Any) -> dict[str, str]:
+    """Settings that need all images of a class at once, as they are called, and what to set instead."""
+    found = {"balance": "balance=false"} if getattr(parameters, "balance", False) else {}
+    return found | ({"calibrate=draws": "calibrate=none"} if getattr(parameters, "calibrate", "") == "draws" else {})
 
 
 def require_batches(cls: type[Learner], parameters: Any) -> None:
@@ -63,9 +69,11 @@ def require_batches(cls: type[Learner], parameters: Any) -> None:
             f"{name} is not defined for stream.online: it learns from all images of a task together; use ncm, slda or "
             "ranpac, or remove stream.online"
         )
-    if getattr(parameters, "balance", False) or getattr(parameters, "tuner", None) is not None:
-        which = "balance=false" if getattr(parameters, "balance", False) else "tuner=null"
-        raise StreamError(f"{name} needs {which} with stream.online, which gives it a few images at a time")
+    needed = [*whole_classes(parameters).values()]
+    if getattr(parameters, "tuner", None) is not None:
+        needed.append("tuner=null")
+    if needed:
+        raise StreamError(f"{name} needs {needed[0]} with stream.online, which gives it a few images at a time")
     if issubclass(cls, OnFeatures) and layers is not None and layers.scale == "rms":
         raise StreamError(
             f"{name} needs layers.scale=unit or none with stream.online: rms is taken from all images of the first task"
