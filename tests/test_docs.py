@@ -73,6 +73,7 @@ SHORTENED = {
     r"^cil run split_tiny_imagenet100/long_chosen": "'learners=[{name: slda, label: slda_chosen, shrinkage: 0.01}]'",
     r"^cil run split_tiny_imagenet100/records": "'learners=[ncm, {name: loranpac, projection: 64}]'",
     r"^cil run split_tiny_imagenet100/matrix": f"'learners=[{{name: merge, label: lora_opcm_ncm, epochs: 1}}]' {SMALL}",
+    r"^cil run split_tiny_imagenet100/min": "'learners=[ncm]'",
     r"^cil run split_tiny_imagenet100/few_shots": "stream.initial_classes=0 stream.shots=2 'learners=[ncm]'",
     r"^cil run split_tiny_imagenet100/long_tail": "'learners=[ncm]'",
     r"^cil run split_tiny_imagenet100/(blurry|online)": "stream.increment=null stream.tasks=2 'learners=[ncm]'",
