@@ -38,6 +38,7 @@ OF_STREAM = {
     "shots": {"base and novel classes": ["Multiline", ["accuracy/(base|novel|harmonic)$"]]},
     "shots_files": {"base and novel classes": ["Multiline", ["accuracy/(base|novel|harmonic)$"]]},
     "imbalance": {"classes by number of training images": ["Multiline", ["accuracy/(many|medium|few)$"]]},
+    "online": {"accuracy between batches": ["Multiline", ["train/anytime$"]]},
 }
 COSTS = (
     "trainable_parameters",
