@@ -6,7 +6,8 @@ import random
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from cil.learner import Context, Learner, LearnerConfig
 from cil.results import StageRow
 from cil.runner import run_stages
 from cil.runner.checkpoint import RunFolder
-from cil.stream import Stream
+from cil.stream import Stream, TestData
 from cil.stream.protocol import ClassIncremental
 from cil.testing.drawn_text import drawn_texts
 from cil.training import Recipe
@@ -189,18 +190,19 @@ class Case:
         vit = vit or backbone()
         weights, states = {k: v.clone() for k, v in vit.model.state_dict().items()}, random_states()
         learner, tasks = self.learner(vit), stream(vit, names)
-        rows = run_stages(
-            learner,
-            tasks,
-            accelerator=accelerator(),
-            seed=seed,
-            batch_size=16,
-            folder=RunFolder(folder) if folder is not None else None,
-            stop_after=stop_after,
-        )
+        with _closed_reads() as reads:
+            rows = run_stages(
+                learner,
+                tasks,
+                accelerator=accelerator(),
+                seed=seed,
+                batch_size=16,
+                folder=RunFolder(folder) if folder is not None else None,
+                stop_after=stop_after,
+            )
         after, later = vit.model.state_dict(), random_states()
         changed = [k for k in weights | after if k not in weights or k not in after or not after[k].equal(weights[k])]
-        return Finished(learner, tasks, rows, changed, [k for k in states if states[k] != later[k]])
+        return Finished(learner, tasks, rows, changed, [k for k in states if states[k] != later[k]], len(reads))
 
 
 @dataclass
@@ -213,6 +215,7 @@ class Finished:
         rows: One row per finished stage.
         changed: Entries of the shared backbone's state that differ from before the run.
         drawn_from: Global random states that differ from before the run.
+        closed_reads: Number of attempts to read the test split while it was not open for the evaluator.
     """
 
     learner: Learner
@@ -220,6 +223,7 @@ class Finished:
     rows: list[StageRow]
     changed: list[str]
     drawn_from: list[str]
+    closed_reads: int
 
     def counts(self) -> list[tuple[list[int], list[int]]]:
         """Numbers of correct predictions by stage and task, (over all classes seen, with the task given)."""
@@ -228,6 +232,24 @@ class Finished:
     def state(self) -> dict[str, torch.Tensor]:
         """Detached copies of the tensors of the learner's state."""
         return {k: v.detach().clone() for k, v in self.learner.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+@contextmanager
+def _closed_reads() -> Iterator[list[TestData]]:
+    """Within the block, collects the test splits that are asked for anything while they are not open."""
+    reads: list[TestData] = []
+    original = TestData._check
+
+    def record(self: TestData) -> None:
+        if not self.is_open:
+            reads.append(self)
+        original(self)
+
+    TestData._check = record  # type: ignore[method-assign]
+    try:
+        yield reads
+    finally:
+        TestData._check = original  # type: ignore[method-assign]
 
 
 def random_states() -> dict[str, Any]:
