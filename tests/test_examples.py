@@ -423,8 +423,18 @@ def test_a_name_that_is_none_is_refused(tmp_path, monkeypatch, name):
 # --- the notebook -----------------------------------------------------------------------------------------------------
 
 
+SHARED = """
+from functools import partial
+from pathlib import Path
+import cil
+from cil.store import FeatureStore
+cil.run_stages = partial(cil.run_stages, store=FeatureStore(Path({place!r})))
+"""
+"""A first cell for the test: all streams of the notebook read the same frozen features, bit for bit, from one store."""
+
+
 @pytest.mark.slow
-def test_the_notebook_runs_and_says_what_it_said():
+def test_the_notebook_runs_and_says_what_it_said(tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
@@ -433,12 +443,14 @@ def test_the_notebook_runs_and_says_what_it_said():
     to_curves = [line for source in code[:2] for line in source.splitlines() if line.strip()]
     assert len(to_curves) <= 20 and any("plot" in line for line in to_curves)
     committed = said(notebook)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(SHARED.format(place=str(tmp_path / "store"))))
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     assert any("image/png" in out.get("data", ()) for out in outputs(notebook))
     assert re.sub(r"[\d.]+ %", "", said(notebook)) == re.sub(r"[\d.]+ %", "", committed)
     numbers = [[float(x) for x in re.findall(r"([\d.]+) %", text)] for text in (said(notebook), committed)]
     np.testing.assert_allclose(*numbers, atol=1.0)  # another processor may round an image to another class
     assert len(numbers[0]) == 3
+    assert list((tmp_path / "store").rglob("*.safetensors"))
 
 
 def outputs(notebook):
