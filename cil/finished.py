@@ -1,10 +1,10 @@
 """Tells that a benchmark is finished from files alone, before torch is imported.
 
-After ``cil run`` a note in the benchmark's folder holds a digest of all that its runs depend on: configuration,
-versions, and size and time of change of each file of the package, the data, the settings and the finished runs. If the
-digest is the same when the command is repeated, nothing has to be loaded to know that nothing is left to do. A note
-never says more: without one, or with the slightest difference, the runner looks at the data, the backbone and the
-stages themselves. There is none where not every file is known: for downloaded weights and datasets, and custom code.
+After ``cil run`` a note in the benchmark's folder holds digests of all that its runs depend on: configuration,
+versions, and size and time of change of each file of the package, the data, the settings and the finished runs. If they
+are the same when the command is repeated, nothing has to be loaded to know that nothing is left to do. A note never
+says more: without one, or with the slightest difference, the runner looks at the data, the backbone and the stages
+themselves. There is none where not every file is known: for downloaded weights and datasets, and custom code.
 """
 
 from __future__ import annotations
@@ -48,25 +48,44 @@ class _NotKnownError(Exception):
     """A benchmark depends on something other than files that are known."""
 
 
-def note(config: Config, root: Path, runs: Sequence[Path], overview: Sequence[Path]) -> None:
-    """Write the note of a benchmark whose runs are all finished, if every file that it depends on is known.
+def inputs(config: Config) -> str | None:
+    """Digest of all that the runs of a benchmark depend on; None if not every file of it is known.
+
+    It is taken before the runs, so that a file that changes meanwhile counts as changed.
+    """
+    try:
+        return content_digest(
+            {
+                "config": config.model_dump(mode="json", by_alias=True),
+                "versions": {package: _version(package) for package in COMPUTING},
+                "package": _stamps(_below(Path(__file__).parent)),
+                "files": _stamps(_named(config)),
+            }
+        )
+    except (OSError, _NotKnownError):
+        return None
+
+
+def note(config: Config, root: Path, digest: str | None, runs: Sequence[Path], overview: Sequence[Path]) -> None:
+    """Write the note of a benchmark whose runs are all finished.
 
     Args:
         config: The benchmark.
         root: The results folder.
+        digest: What :func:`inputs` gave before the runs; nothing is written if it is None.
         runs: Its run folders, in order.
         overview: The figures and the page about all runs in its folder.
     """
-    folder = root / config.name
-    try:
-        content = {
-            "runs": [str(run) for run in runs],
-            "digest": _digest(config, runs),
-            "overview": [str(path) for path in overview],
-            "overview_digest": _overview_digest(folder, overview),
-        }
-    except _NotKnownError:
+    if digest is None:
         return
+    folder = root / config.name
+    content = {
+        "inputs": digest,
+        "runs": [str(run) for run in runs],
+        "runs_digest": _runs_digest(runs),
+        "overview": [str(path) for path in overview],
+        "overview_digest": _overview_digest(folder, overview),
+    }
     write(folder / NOTE, json.dumps(sealed(content)) + "\n")
 
 
@@ -76,7 +95,7 @@ def unchanged(config: Config, root: Path) -> Finished | None:
     try:
         noted = read_json(folder / NOTE, advice="delete it")
         runs, overview = ([Path(path) for path in noted[key]] for key in ("runs", "overview"))
-        if noted["digest"] != _digest(config, runs):
+        if noted["inputs"] != inputs(config) or noted["runs_digest"] != _runs_digest(runs):
             return None
         fits = noted["overview_digest"] == _overview_digest(folder, overview)
     except (OSError, CilError, KeyError, TypeError, _NotKnownError):  # no note, or nothing that it can say
@@ -84,22 +103,9 @@ def unchanged(config: Config, root: Path) -> Finished | None:
     return Finished(runs, overview if fits else [])
 
 
-def _digest(config: Config, runs: Sequence[Path]) -> str:
-    """Digest of all on which it depends that these runs are finished."""
-    sklearn = find_spec("sklearn")  # whose file of digits is read
-    parts = {
-        "config": config.model_dump(mode="json", by_alias=True),
-        "versions": {package: _version(package) for package in COMPUTING},
-        "package": _stamps(_below(Path(__file__).parent)),
-        "digits": _stamps(
-            [Path(sklearn.origin).parent / "datasets/data/digits.csv.gz"] if sklearn and sklearn.origin else []
-        ),
-        "inputs": _stamps(_inputs(config)),
-        "runs": _stamps(
-            file for run in runs for file in [run / "metrics.json", *sorted(run.glob("stage-*/stage.json"))]
-        ),
-    }
-    return content_digest(parts)
+def _runs_digest(runs: Iterable[Path]) -> str:
+    files = (file for run in runs for file in [run / "metrics.json", *sorted(run.glob("stage-*/stage.json"))])
+    return content_digest({"files": _stamps(files)})
 
 
 def _overview_digest(folder: Path, overview: Iterable[Path]) -> str:
@@ -131,8 +137,8 @@ def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
     return found
 
 
-def _inputs(config: Config) -> Iterator[Path]:
-    """Every file and folder that a configuration names, with what is in it.
+def _named(config: Config) -> Iterator[Path]:
+    """Every file that a configuration names, also by its folder, and that of the digits.
 
     Raises:
         _NotKnownError: There may be others.
@@ -148,6 +154,9 @@ def _inputs(config: Config) -> Iterator[Path]:
     for entry in config.learners:
         if entry.spec not in methods()["learners"] or _has_class(entry.parameters):
             raise _NotKnownError
+    sklearn = find_spec("sklearn")
+    if data.dataset == "digits" and sklearn is not None and sklearn.origin is not None:
+        yield Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz"
     plain = config.model_dump(mode="json", by_alias=True)
     for text in _texts([plain.get(key) for key in ("data", "stream", "backbone", "backbones", "learners")]):
         try:

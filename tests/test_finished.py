@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_runner import settings
 
 from cil import finished
 from cil.cli import benchmark, main
 from cil.config import Config
 
 RUN = "ncm/order1993-seed0"
+FAST = {
+    "name": "t",
+    "backbone": {"name": "vit_tiny_patch16_224", "weights": "random"},
+    "stream": {"increment": 4},
+    "learners": ["ncm"],
+}
 
 
 @pytest.fixture
@@ -31,13 +37,13 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def config(**changes) -> Config:
-    return settings(**{"data": {"dataset": "folder", "root": "data"}, **changes})
+    return Config.model_validate({**FAST, "data": {"dataset": "folder", "root": "data"}, **changes})
 
 
 def noted(config: Config) -> finished.Finished | None:
     """What a second command finds after the note of a first one."""
     root = Path("results")
-    finished.note(config, root, [root / "t" / RUN], [root / "t/compare.html"])
+    finished.note(config, root, finished.inputs(config), [root / "t" / RUN], [root / "t/compare.html"])
     return finished.unchanged(config, root)
 
 
@@ -67,6 +73,13 @@ CHANGES = {
 def test_any_change_of_files_leaves_it_to_the_runner(place, change):
     assert noted(config()) is not None
     CHANGES[change]()
+    assert finished.unchanged(config(), Path("results")) is None
+
+
+def test_what_changes_during_the_runs_counts_as_changed(place):
+    before = finished.inputs(config())
+    CHANGES["an image more"]()
+    finished.note(config(), Path("results"), before, [Path("results/t") / RUN], [])
     assert finished.unchanged(config(), Path("results")) is None
 
 
@@ -118,7 +131,7 @@ def test_the_command_does_not_reach_the_runner(place, monkeypatch, capsys):
     )
     monkeypatch.setattr(benchmark, "show_results", lambda folder, overview: shown.append((folder, overview)))
     monkeypatch.setattr("sys.argv", ["cil", "run", "c.yaml"])
-    monkeypatch.setattr("cil.runner.run", None)
+    monkeypatch.setitem(sys.modules, "cil.runner", None)  # its import would fail
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code and f"ncm order1993-seed0  finished already: results/c/{RUN}" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from marks import slow_beyond
 from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_runner import settings
@@ -409,7 +410,7 @@ def again(tasks: Stream) -> tuple:
     return first.classes, first.seen, first.names, first.train
 
 
-@all_three
+@pytest.mark.parametrize("name", slow_beyond(["l2p"], list(SMALL)))
 def test_usage_sums_over_the_queries_of_the_last_epoch(name):
     """Where training changes next to nothing, these select what the clean images select under the final keys."""
     cls, small = SMALL[name]

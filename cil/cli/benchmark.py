@@ -60,6 +60,7 @@ def run(
             say(f"{folder.parent.name} {folder.name}  finished already: {folder}")
         show_results(results / settings.name, found.overview)
         return
+    inputs = finished.inputs(settings)
     with console.status("loading torch, data and backbone …"):
         from cil.runner import run as run_benchmark
         from cil.runner.display import Display
@@ -70,7 +71,7 @@ def run(
         raise typer.Exit(130) from None
     if not is_main_process():
         return
-    finished.note(settings, results, folders, show_results(results / settings.name))
+    finished.note(settings, results, inputs, folders, show_results(results / settings.name))
 
 
 def announcement(settings: Config, results: Path) -> str:

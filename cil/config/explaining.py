@@ -146,4 +146,5 @@ def _is_called(kind: Any, part: str) -> bool:
 
 
 def is_model(kind: Any) -> bool:
+    """Whether a type is a class of keys, such as a section."""
     return isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, BaseModel)
