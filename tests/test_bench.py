@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import json
@@ -122,6 +123,44 @@ def test_heads(script, tmp_path, monkeypatch):
             kept = {"ranpac": 24 * 25 // 2}.get(head, int(classes) * 8 * 9 // 2) * 8 / 2**20
             assert kept < sides["ours"]["checkpoint_mib"] < kept + 0.03
             assert ("align" in sides["ours"]["seconds"]) == (head not in ("ranpac", "fecam"))
+
+
+@pytest.mark.slow
+def test_records(script, tmp_path):
+    out = tmp_path / "records.json"
+    script("bench.records", "--tasks", "3", "--out", out).main()
+    found = json.loads(out.read_text(encoding="utf-8"))
+    stream = found["streams"]["3"]
+    assert found["machine"]["processor"] and stream["tasks"] == 3 and stream["computing"] > 0
+    assert list(stream["parts"]) == ["stage_folder", "checksum", "metrics", "tensorboard"]
+    assert sum(stream["parts"].values()) > 0 and 0 < stream["recording_stage"] <= stream["recording"]
+    assert stream["bytes"]["learner.safetensors"] > 0
+
+
+def test_the_gpu_kit_needs_a_gpu_and_says_so(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    script("bench.gpu", "--out", tmp_path / "gpu.json").main()
+    assert "no CUDA device here: nothing is measured" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_gpu_kit(script, tmp_path, monkeypatch):
+    """All of them on the CPU, with small models; the process that shares the device runs in this one."""
+    out, kit = tmp_path / "gpu.json", importlib.import_module("scripts.bench.gpu")
+    monkeypatch.setattr(kit.Kit, "two_processes", lambda self: {"1": [self.forwards()]})
+    script("bench.gpu", "--quick", "--device", "cpu", "--out", out).main()
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["left_out"] == [] and found["equality"] == {"ncm": 0.0}  # a device equals itself
+    assert list(found["shares"]) == ["small bf16", "small fp32"] and found["two_processes"]["1"][0] > 0
+    assert all(found["shares"]["small fp32"][what][side]["share"] > 0 for what, side in SHARES)
+    assert min(found["input"].values()) > 0 and found["memory"]["linear_probe"]["peak_mib"] >= 0
+    script("bench.gpu", "--quick", "--device", "cpu", "--out", out, "--minutes", "0").main()
+    rest = json.loads(out.read_text(encoding="utf-8"))
+    assert rest["left_out"] == [f"{part} {what}".strip() for part, what, _ in kit.Kit(QUICK).parts()]
+
+
+SHARES = (("evaluation", "steady"), ("evaluation", "decoding"), ("adapter", "plain"), ("adapter", "augmented"))
+QUICK = argparse.Namespace(quick=True, device="cpu")
 
 
 def test_flatness_by_hand(script):
