@@ -138,7 +138,7 @@ def test_weights_are_those_of_held_out_images_and_stay_where_none_can_be(probe):
 def test_scores_without_differences_get_no_weight():
     y = torch.tensor([0, 1, 2] * 10)
     good = F.one_hot(y, 3) + 0.3 * torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
-    a, b = fusion_weights(torch.ones(30, 3), good, y)
+    a, b = fusion_weights([torch.ones(30, 3), good], y)
     assert a == 0 and b > 0
     draw = torch.Generator().manual_seed(0)
     assert (

@@ -98,14 +98,14 @@ def test_weights_are_at_the_minimum():
     y = torch.from_numpy(rng.randint(0, 3, 200))
     good = torch.from_numpy(rng.normal(size=(200, 3))) + 1.5 * F.one_hot(y, 3)
     other = torch.from_numpy(40 * rng.normal(size=(200, 3))) + 50 * F.one_hot(y, 3)
-    weights = torch.tensor(fusion_weights(good, other, y), dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor(fusion_weights([good, other], y), dtype=torch.float64, requires_grad=True)
     F.cross_entropy(weights[0] * good + weights[1] * other, y).backward()
     assert (weights > 0).all() and (weights.grad * torch.tensor([1, 40])).abs().max() < 1e-6
     # with two classes and one kind of scores it is a logistic regression without an offset
     two = y < 2
     difference = (good[two][:, 1] - good[two][:, 0]).numpy()[:, None]
     fitted = LogisticRegression(C=1e12, fit_intercept=False, tol=1e-10).fit(difference, y[two])
-    a, _ = fusion_weights(good[two][:, :2], torch.zeros(int(two.sum()), 2), y[two])
+    a, _ = fusion_weights([good[two][:, :2], torch.zeros(int(two.sum()), 2)], y[two])
     assert a == pytest.approx(fitted.coef_.item(), rel=1e-5)
 
 
@@ -114,9 +114,9 @@ def test_scores_that_say_nothing_or_the_contrary_get_no_weight():
     y = torch.from_numpy(rng.randint(0, 4, 4000))
     good = torch.from_numpy(rng.normal(size=(4000, 4))) + 2.0 * F.one_hot(y, 4)
     noise = torch.from_numpy(rng.normal(size=(4000, 4)))
-    a, b = fusion_weights(noise, good, y)
+    a, b = fusion_weights([noise, good], y)
     assert a < 0.05 * b
-    assert fusion_weights(noise - good, good, y)[0] < 1e-6
+    assert fusion_weights([noise - good, good], y)[0] < 1e-6
 
 
 def test_weights_come_from_images_that_were_held_out(monkeypatch):

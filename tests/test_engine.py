@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from cil.classifiers import LDA
-from cil.errors import ConfigError
+from cil.classifiers.averaged import AveragedPrecision
+from cil.errors import ConfigError, DataError
 from cil.learners.bases.old_vectors import WithMeans
+from cil.learners.engine import Engine
 from cil.learners.registry import build_learner
 from cil.prompts import Descriptors
 from cil.runner import run_stages
@@ -121,6 +123,64 @@ def test_a_single_class_has_no_rivals(tmp_path, probe):
     joint = learner.text.project(probe)
     z = torch.ones(len(probe), 1)
     assert learner.reranked(joint, z) is z and bool(learner.logits(probe).isfinite().all())
+
+
+def test_published_gaussians_are_the_authors_recursion():
+    rng = np.random.RandomState(0)
+    labels = np.repeat(np.arange(5), 9)
+    x = unit(rng.normal(size=(5, 6))[labels] + 0.4 * rng.normal(size=(45, 6)) * np.linspace(0.2, 1, 6))
+    made, precision, means = AveragedPrecision(6), None, np.zeros((0, 6))
+    for known, total in ((0, 2), (2, 3), (3, 5)):
+        own = (labels >= known) & (labels < total)
+        made.partial_fit(x[own], labels[own])
+        new = np.stack([x[labels == c].mean(0) for c in range(known, total)])
+        rest = x[own] - new[labels[own] - known]
+        covariance, count = np.cov(rest.T), own.sum()
+        inverse = 6 * np.linalg.pinv((count - 1) * covariance + np.trace(covariance) * np.eye(6))
+        if precision is None:
+            precision = inverse
+            lda = LDA(6, "samples", "uniform").partial_fit(x[own], labels[own])
+            assert torch.equal(made.logits(x).argmax(1), lda.logits(x).argmax(1))  # one task alone is exact
+        else:
+            apart = (means.mean(0) - new.mean(0))[:, None]
+            share, added = known / total, (total - known) / total
+            precision = share * precision + added * inverse + share * added / total**2 * apart @ apart.T * total
+        means = np.concatenate([means, new])
+    expected = x @ precision @ means.T - np.einsum("cf,fg,cg->c", means, precision, means) / 2 - math.log(5)
+    np.testing.assert_allclose(made.logits(x).numpy(), expected, atol=1e-8)
+    with pytest.raises(DataError, match="class 1 has samples already"):
+        made.partial_fit(x[labels == 1], labels[labels == 1])
+    learner = learned(gaussians=1, published=True)
+    assert isinstance(learner.classifier, AveragedPrecision) and learner.classifier.counts.tolist()[5] == 1
+
+
+def test_weights_come_from_images_that_neither_maps_nor_gaussians_know(tmp_path, monkeypatch, probe):
+    trained, scored = [], []
+    train, parts = Engine._trained, Engine._parts
+
+    def spy(self, joint, labels, *rest):
+        trained.append(len(labels))
+        return train(self, joint, labels, *rest)
+
+    def listen(self, features, image_map, text_map, classifier):
+        scored.append((len(features), int(classifier.counts.sum()), image_map is self.image_map))
+        return parts(self, features, image_map, text_map, classifier)
+
+    monkeypatch.setattr(Engine, "_trained", spy)
+    monkeypatch.setattr(Engine, "_parts", listen)
+    learner = learned(stages=2, weight="each_task", descriptors=written(tmp_path / "pairs.json"))
+    first, second = trained[:6], trained[6:]
+    assert first[-1] == 48 and sum(48 - n for n in first[:-1]) == 48 and len(first) == 6
+    assert second[-1] == 12 and sum(12 - n for n in second[:-1]) == 12
+    held_out = [each for each in scored if not each[2]]
+    assert [n + known for n, known, _ in held_out] == [48] * 5 + [60] * 5  # statistics of the others, and of old tasks
+    assert bool((learner.weights >= 0).all()) and bool(learner.weights.any())
+    g, r, z = parts(learner, probe, learner.image_map, learner.text_map, learner.classifier)
+    a, b, c = learner.weights.tolist()
+    assert (learner.logits(probe) - (a * g + b * r + c * z)).abs().max() < 1e-5
+    monkeypatch.undo()
+    alone = learned(stages=1, sizes=(1, 7), weight="each_task")  # a single class has nothing to weigh
+    assert alone.weights.tolist() == pytest.approx([0.8, 0.1, 0.1])
 
 
 def test_the_loss_is_that_of_the_paper(described):

@@ -1,8 +1,8 @@
-"""The weights of two kinds of class scores, fitted to images that neither has seen."""
+"""The weights of several kinds of class scores, fitted to images that none of them has seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -32,36 +32,39 @@ def folds(labels: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, 
         yield torch.from_numpy(fitted).to(labels.device), torch.from_numpy(held_out).to(labels.device)
 
 
-def fusion_weights(first: Tensor, second: Tensor, labels: Tensor) -> tuple[float, float]:
-    """a, b ≥ 0 that minimise the mean cross-entropy of softmax(a · first + b · second), which is convex in (a, b).
+def fusion_weights(scores: Sequence[Tensor], labels: Tensor) -> tuple[float, ...]:
+    """The weights w_k ≥ 0 that minimise the mean cross-entropy of softmax(Σ_k w_k · scores_k), which is convex in w.
 
     Args:
-        first: Class scores [N, C], finite.
-        second: Other class scores of the same images, [N, C], finite.
+        scores: Class scores of the same images, finite, [N, C] each.
         labels: int64 [N].
+
+    Returns:
+        One weight per kind of scores; 0 for scores that are the same for all classes.
     """
-    scores = np.stack([one.detach().cpu().double().numpy() for one in (first, second)])
-    scores -= scores.mean(2, keepdims=True)  # only differences between classes matter
-    units = scores.std((1, 2))
+    kinds = np.stack([one.detach().cpu().double().numpy() for one in scores])
+    kinds -= kinds.mean(2, keepdims=True)  # only differences between classes matter
+    units = kinds.std((1, 2))
     says_something = units > 0
     units[~says_something] = 1
-    scores /= units[:, None, None]
+    kinds /= units[:, None, None]
     rows, truth = np.arange(len(labels)), labels.cpu().numpy()
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        logs = log_softmax(np.tensordot(weights, scores, 1), axis=1)
-        slopes = (np.exp(logs) * scores).sum(2).mean(1) - scores[:, rows, truth].mean(1)
+        logs = log_softmax(np.tensordot(weights, kinds, 1), axis=1)
+        slopes = (np.exp(logs) * kinds).sum(2).mean(1) - kinds[:, rows, truth].mean(1)
         return -float(logs[rows, truth].mean()), slopes
 
     precise = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
-    found = minimize(loss, np.ones(2), jac=True, bounds=[(0, None)] * 2, method="L-BFGS-B", options=precise)
-    a, b = np.where(says_something, found.x / units, 0)
-    return float(a), float(b)
+    found = minimize(
+        loss, np.ones(len(kinds)), jac=True, bounds=[(0, None)] * len(kinds), method="L-BFGS-B", options=precise
+    )
+    return tuple(np.where(says_something, found.x / units, 0).tolist())
 
 
 def held_out_weights(
     first: Tensor, second: Callable[[Tensor, Tensor], Tensor], labels: Tensor, generator: torch.Generator
-) -> tuple[float, float] | None:
+) -> tuple[float, ...] | None:
     """:func:`fusion_weights` of a task's images, each scored by a model that does not know it.
 
     Args:
@@ -76,4 +79,7 @@ def held_out_weights(
     if first.shape[1] < 2:
         return None
     found = [(first[out], second(fitted, out), labels[out]) for fitted, out in folds(labels, generator)]
-    return fusion_weights(*(torch.cat(parts) for parts in zip(*found, strict=True))) if found else None
+    if not found:
+        return None
+    *scores, truth = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return fusion_weights(scores, truth)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -98,6 +99,29 @@ class NamesClasses(Learner):
     def prototype(self, name: str, ctx: Context) -> Tensor:
         """The prototype [d] of a class, float32, of length 1."""
         return name_prototype(name, self.config, self.backbone, ctx)
+
+
+class MapsTexts(NamesClasses):
+    """The same, with a raw text vector per class, for learners that map texts.
+
+    Buffers:
+        raw: float32 [C, d], mean of a class's sentences e_k, not normalised.
+    """
+
+    raw: Tensor
+
+    def make_parts(self, joint: int) -> None:
+        self.register_buffer("raw", torch.zeros(0, joint))
+
+    def begin(self, task: Task, ctx: Context) -> None:
+        super().begin(task, ctx)
+        self.raw = F.pad(self.raw, (0, 0, 0, len(task.seen) - len(self.raw)))
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        super().learn(task, ctx)
+        for c in task.classes:
+            texts = sentences(task.names[c], self.config.templates, self.config.phrases)
+            self.raw[c] = ctx.texts(self.backbone, texts).mean(0)
 
 
 class DescribesClasses(NamesClasses):
