@@ -163,6 +163,14 @@ class Learner(nn.Module, ABC):
         """Whether the learner uses the classifier that the backbone was pre-trained with, under these parameters."""
         return False
 
+    @classmethod
+    def keeps_samples(cls, parameters: Any) -> bool:
+        """Whether it keeps old images, or a feature of each, under these hyper-parameters; results say so.
+
+        An override is for a learner to which a memory of features is an option (:attr:`exemplars_kept`).
+        """
+        return cls.stores_images
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a subclass that states its features outside :meth:`views`.
 
@@ -277,9 +285,14 @@ class Learner(nn.Module, ABC):
             return self.logits(self.features(images).float()).argmax(1)
 
     @property
+    def exemplars_kept(self) -> Sequence[Tensor]:
+        """Buffers with a row per old image, e.g. its feature; they count as exemplars and not as statistics."""
+        return []
+
+    @property
     def exemplar_bytes(self) -> int:
-        """Size of the old images that the learner keeps, in bytes; 0 unless it declares ``stores_images``."""
-        return 0
+        """Size of the old images that the learner keeps, or of what it keeps of each, in bytes."""
+        return sum(rows.numel() * rows.element_size() for rows in self.exemplars_kept)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         match_saved_shapes(self, state_dict, prefix, rows_only=False)

@@ -185,7 +185,7 @@ class Header(TypedDict):
 
     learner: str  # its title: the label, the registered name or the class's name
     paper: str
-    stores_images: bool  # whether it keeps old images, as replay methods and upper bounds do
+    stores_images: bool  # whether it keeps old images or a feature of each, as replay and upper bounds do
     trains_backbone: bool
     chosen_by: str  # how its hyper-parameters were chosen
     tested_on: str  # test, or validation for images held out of the training split

@@ -439,7 +439,7 @@ def test_joint_features_survive_export(settings, tmp_path):
 LEARNERS = {
     "zero_shot": {},
     "clip_gda": {"space": "joint", "text_prior": 2.0, "published": True},
-    "tip_adapter": {},
+    "tip_adapter": {"keys": "images"},
     "rapf": {"epochs": 1, "milestones": [1]},
     "engine": {"epochs": 1},
 }
@@ -461,6 +461,7 @@ OPTIONS = {
 def test_learners_on_texts_give_their_logits_in_exported_models(settings, tmp_path, monkeypatch, name, form):
     settings["learners"] = [{"name": name, **(LEARNERS | OPTIONS)[name]}]
     [folder] = run(Config(**settings), tmp_path / "results")
+    assert results.read_header(folder)["stores_images"] == (name == "tip_adapter")
     monkeypatch.setattr(Tower, "__init__", lambda *_: pytest.fail("the text tower was built"))
     exported = load(export(folder, tmp_path / "exported", form))
     expected = open_run(folder)(images(32))[0]

@@ -17,6 +17,7 @@ from cil.learners.bases.old_vectors import WithOldClasses
 from cil.learners.rapf import RAPF, fused
 from cil.learners.registry import build_learner
 from cil.runner import run_stages
+from cil.runner.checkpoint import state_bytes
 from cil.stream import Task
 from cil.stream.stream import TaskData
 from cil.testing.setting import NAMES, accelerator, backbone, context, probe_images, stream
@@ -200,6 +201,42 @@ def test_with_one_shot_it_is_the_papers_formula():
     near = F.normalize(learner.text.project(f), dim=1) @ torch.cat(keys).T
     expected = learner.text.logits(f) + 1.5 * torch.exp(-3 * (1 - near))
     assert (learner.logits(f) - expected).abs().max() < 1e-4 and len(tasks) == 3
+
+
+def test_a_key_per_image_is_the_papers_formula():
+    learner, _ = learned("tip_adapter", alpha=1.5, beta=3, keys="images", shots=5)
+    keys, labels = [], []
+    for task in stream(learner.backbone).tasks:
+        f, y = (x.numpy() for x in context().features(learner, task.train))
+        for c in task.classes:
+            own = f[y == c][:5] @ learner.text.projection.numpy()
+            keys.append(own / np.linalg.norm(own, axis=1, keepdims=True))
+            labels += [c] * len(own)
+    assert learner.keys.labels.tolist() == labels
+    f = features_of(learner)
+    near = F.normalize(learner.text.project(f), dim=1).numpy() @ np.concatenate(keys).T
+    part = np.stack([np.exp(-3 * (1 - near[:, np.array(labels) == c])).sum(1) for c in range(8)], axis=1)
+    expected = learner.text.logits(f).numpy() + 1.5 * part
+    np.testing.assert_allclose(learner.logits(f).numpy(), expected, atol=2e-4)
+    flat = learner.keys.affinities(learner.normalised(f).double(), 1e-6)
+    slope = (flat - learner.keys.counts) / 1e-6  # for β → 0 it is Σ (f̂ · k_i − 1): classes of more images score less
+    sums = np.stack([(near[:, np.array(labels) == c] - 1).sum(1) for c in range(8)], axis=1)
+    np.testing.assert_allclose(slope.numpy(), sums, atol=1e-4)
+    nearest = torch.from_numpy(np.array(labels)[near.argmax(1)])  # for β → ∞ the nearest image decides
+    assert torch.equal(learner.keys.affinities(learner.normalised(f).double(), 2e3).argmax(1), nearest)
+    assert torch.equal(learner.keys.logits(learner.normalised(f)).argmax(1), nearest)
+
+
+def test_keys_of_images_count_as_exemplars():
+    images, means = (learned("tip_adapter", stages=1, keys=keys, shots=5)[0] for keys in ("images", "means"))
+    assert images.chosen[0] > 0 and images.keys.counts.tolist() == [5, 5, 5, 5]
+    assert [state_bytes(one)["exemplar_bytes"] for one in (images, means)] == [20 * 48 * 4, 0]
+    total = sum(b.numel() * b.element_size() for b in images.buffers())
+    assert state_bytes(images)["statistics_bytes"] == total - 20 * 48 * 4  # counted once
+    assert images.keeps_samples(images.config) and not means.keeps_samples(means.config)
+    one, other = (learned("tip_adapter", shots=1, keys=keys)[0] for keys in ("images", "means"))
+    f = features_of(one)
+    assert (one.logits(f) - other.logits(f)).abs().max() < 1e-4
 
 
 def test_small_and_large_sharpness():

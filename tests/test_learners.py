@@ -57,7 +57,7 @@ def test_common_checks(case, check):
         ("loranpac", {"projection": 100, "block": 7}),
         ("clip_gda", {}),
         ("tip_adapter", {}),
-        ("tip_adapter", {"shots": None, "alpha": 2, "beta": 5}),
+        ("tip_adapter", {"keys": "images", "shots": None}),
         ("rapf", {"epochs": 3, "milestones": [2], "lr": 0.01, "threshold": 1.3}),
         ("rapf", {"epochs": 2, "milestones": [1], "init": "identity", "shrink": True, "bias": 0.2}),
         ("engine", {"epochs": 3, "noise": 0.5, "train_batch_size": 8}),

@@ -143,7 +143,7 @@ def training(facts: Facts) -> str:
     if protocol["precision"] != "fp32":
         text += f" The run and its results used {protocol['precision']}; this model is float32."
     if learner["stores_images"]:
-        text += " The learner stores the images of old tasks, so this is an upper bound, not a continual learner."
+        text += " The learner keeps images of old tasks, or a feature of each: compare it with learners that do."
     return text
 
 

@@ -1,9 +1,10 @@
-"""Tip-Adapter without stored images: texts, and one key per class that is the mean of its images."""
+"""Tip-Adapter: texts, and keys made of images, one per class that is the mean of its images, or one per image."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from cil.classifiers import NCM
 from cil.classifiers.fusion import folds
+from cil.classifiers.keys import ImageKeys, MeanKeys
 from cil.learner import Context
 from cil.learners.bases.texts import NamesClasses
 from cil.stream import Task
@@ -24,17 +25,22 @@ PUBLISHED = (1.17, 1.0)
 
 
 class TipAdapter(NamesClasses):
-    """Tip-Adapter (Zhang et al., ECCV 2022, arXiv 2207.09519) with class means as keys.
+    """Tip-Adapter (Zhang et al., ECCV 2022, arXiv 2207.09519).
 
-    logits_c = z_c + α exp(−β (1 − f̂ · k_c)), with z_c of ``zero_shot``, f̂ the normalised feature in the joint space,
-    and the key k_c the normalised mean of f̂ over images of class c, at most ``shots``, the first ones. The paper has
-    one key per image; means keep no image's feature. α and β have the most correct held-out images of the first task,
-    in five folds, and then stay. Keeps 2 d + 1 numbers per class. One forward pass per image.
+    logits_c = z_c + α Σ_{i: y_i = c} exp(−β (1 − f̂ · k_i)), with z_c of ``zero_shot``, f̂ the normalised feature in the
+    joint space, and keys k_i of class c from at most ``shots`` of its images, the first ones. With ``keys: means`` a
+    class has one key, the normalised mean of its images' f̂, and no image's feature is kept. With ``keys: images``, as
+    in the paper, every image's f̂ is a key: results then count the keys as exemplars and mark the run. α and β have the
+    most correct held-out images of the first task, in five folds, and then stay. Keeps 2 d + 1 numbers per class, or d
+    per class and d per key. One forward pass per image.
     """
 
     class Config(NamesClasses.Config):
+        keys: Literal["means", "images"] = Field(
+            "means", description="keys of a class: the mean of its images, or the feature of each image, as published"
+        )
         shots: PositiveInt | None = Field(
-            16, description="number of images of a class in its key, the first ones; null: all"
+            16, description="number of images of a class in its keys, the first ones; null: all"
         )
         alpha: Annotated[float, Field(ge=0)] | None = Field(
             None, description="weight α ≥ 0 of the keys; null: chosen on held-out images of the first task"
@@ -44,13 +50,22 @@ class TipAdapter(NamesClasses):
         )
 
     name = "tip_adapter"
-    summary = "texts, and a key per class from the mean of its images (Tip-Adapter without images)"
+    summary = "texts, and a key per class, the mean of its images, or one per image (Tip-Adapter)"
     trains = "nothing"
     paper = "Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, ECCV 2022"
+    keys: MeanKeys | ImageKeys
     chosen: Tensor
 
+    @classmethod
+    def keeps_samples(cls, parameters: Any) -> bool:
+        return bool(parameters.keys == "images")
+
+    @property
+    def exemplars_kept(self) -> Sequence[Tensor]:
+        return [self.keys.rows] if isinstance(self.keys, ImageKeys) else []
+
     def make_parts(self, joint: int) -> None:
-        self.keys = NCM(joint)
+        self.keys = ImageKeys(joint) if self.config.keys == "images" else MeanKeys(joint)
         given = zip((self.config.alpha, self.config.beta), PUBLISHED, strict=True)
         # (α, β)
         self.register_buffer("chosen", torch.tensor([usual if own is None else own for own, usual in given]))
@@ -87,9 +102,10 @@ class TipAdapter(NamesClasses):
         f, z, tried = self.normalised(features), self.text.logits(features), False
         for fitted, held_out in folds(labels, ctx.generator):
             keys, tried = deepcopy(self.keys).partial_fit(f[fitted], labels[fitted]), True
-            near, truth = keys.logits(f[held_out]), labels[held_out]
+            parts = {beta: keys.affinities(f[held_out], beta) for beta in betas}
+            truth = labels[held_out]
             for (alpha, beta), score in scores.items():
-                logits = z[held_out] + alpha * torch.exp(-beta * (1 - near))
+                logits = z[held_out] + alpha * parts[beta]
                 loss = float(F.cross_entropy(logits, truth, reduction="sum"))
                 score += [int((logits.argmax(1) == truth).sum()), -loss]
         if tried:
@@ -101,5 +117,4 @@ class TipAdapter(NamesClasses):
 
     def logits(self, features: Tensor) -> Tensor:
         alpha, beta = self.chosen.to(features.dtype)
-        near = self.keys.logits(self.normalised(features))  # −∞ for a class without images: no key, and 0 here
-        return self.text.logits(features) + alpha * torch.exp(-beta * (1 - near))
+        return self.text.logits(features) + alpha * self.keys.affinities(self.normalised(features), beta)

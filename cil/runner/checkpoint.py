@@ -317,9 +317,10 @@ def write_json(file: Path, value: Any) -> None:
 
 def state_bytes(learner: Learner) -> StateBytes:
     """What a learner keeps between tasks, in bytes: trained parameters, statistics (buffers), exemplars."""
+    exemplars = {id(rows) for rows in learner.exemplars_kept}
     return {
         "parameter_bytes": sum(p.numel() * p.element_size() for p in learner.parameters()),
-        "statistics_bytes": sum(b.numel() * b.element_size() for b in learner.buffers()),
+        "statistics_bytes": sum(b.numel() * b.element_size() for b in learner.buffers() if id(b) not in exemplars),
         "exemplar_bytes": learner.exemplar_bytes,
     }
 

@@ -115,7 +115,7 @@ def header_of(
     header: Header = {
         "learner": plan.entry.title,
         "paper": plan.cls.paper,
-        "stores_images": plan.cls.stores_images,
+        "stores_images": plan.cls.keeps_samples(plan.parameters),
         "trains_backbone": plan.cls.trains_backbone,
         "chosen_by": plan.config.chosen_by,
         "tested_on": plan.config.stream.test_on,
