@@ -442,6 +442,7 @@ LEARNERS = {
     "tip_adapter": {"keys": "images"},
     "rapf": {"epochs": 1, "milestones": [1]},
     "engine": {"epochs": 1},
+    "proof": {"epochs": 1},
 }
 """Every learner on texts, at a setting that trains little."""
 OPTIONS = {
@@ -461,7 +462,7 @@ OPTIONS = {
 def test_learners_on_texts_give_their_logits_in_exported_models(settings, tmp_path, monkeypatch, name, form):
     settings["learners"] = [{"name": name, **(LEARNERS | OPTIONS)[name]}]
     [folder] = run(Config(**settings), tmp_path / "results")
-    assert results.read_header(folder)["stores_images"] == (name == "tip_adapter")
+    assert results.read_header(folder)["stores_images"] == (name in ("tip_adapter", "proof"))
     monkeypatch.setattr(Tower, "__init__", lambda *_: pytest.fail("the text tower was built"))
     exported = load(export(folder, tmp_path / "exported", form))
     expected = open_run(folder)(images(32))[0]

@@ -60,6 +60,7 @@ def test_common_checks(case, check):
         ("tip_adapter", {"keys": "images", "shots": None}),
         ("rapf", {"epochs": 3, "milestones": [2], "lr": 0.01, "threshold": 1.3}),
         ("rapf", {"epochs": 2, "milestones": [1], "init": "identity", "shrink": True, "bias": 0.2}),
+        ("proof", {"epochs": 10, "lr": 0.003, "train_batch_size": 16, "memory": 16}),
         ("engine", {"epochs": 3, "noise": 0.5, "train_batch_size": 8}),
         ("clip_gda", {"space": "joint", "text_prior": 4, "weight": "first_task", "published": True}),
         ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),

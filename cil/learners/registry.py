@@ -70,6 +70,7 @@ BUILTIN = {
     "tip_adapter": "cil.learners.tip_adapter:TipAdapter",
     "rapf": "cil.learners.rapf:RAPF",
     "engine": "cil.learners.engine:Engine",
+    "proof": "cil.learners.proof:Proof",
 }
 """Place of every built-in learner's class, by name; lists and tables have this order."""
 
