@@ -59,6 +59,7 @@ LEARNERS = {
     "ssiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1},
     "cds": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1},
     "rsiat": {"epochs": 1, "first_epochs": 1, "samples": 8, "alignment_epochs": 1, "code": 8},
+    "macil": {"epochs": 1, "first_epochs": 1, "rank": 2, "samples": 8, "alignment_epochs": 1},
     "tuna": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
     "mos": {"epochs": 1, "bottleneck": 4, "alignment_epochs": 1, "samples": 8},
     "care": {"epochs": 1, "bottleneck": 4, "shared": 4, "alignment_epochs": 1, "samples": 8},

@@ -69,6 +69,7 @@ NOT_RUN_YET = {
     "inflora",
     "loda",
     "sd_lora",
+    "macil",
     "e2_lora",
     "acil",
     "air",

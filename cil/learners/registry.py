@@ -44,6 +44,7 @@ BUILTIN = {
     "ssiat": "cil.learners.ssiat:SSIAT",
     "cds": "cil.learners.cds:CDS",
     "rsiat": "cil.learners.rsiat:RSIAT",
+    "macil": "cil.learners.macil:MACIL",
     "min": "cil.learners.min:MIN",
     "moal": "cil.learners.moal:MoAL",
     "l2p": "cil.learners.l2p:L2P",

@@ -23,6 +23,24 @@ from cil.tuning import Tuner, TunerConfig, build_tuner
 from cil.tuning.configs import AdapterConfig
 
 
+class CorrectedRecipe(AlignedRecipe, ReuseRecipe):
+    """How the tuner is trained, and how the Gaussians follow it."""
+
+    first_epochs: PositiveInt = Field(20, description="epochs on the first task")
+    epochs: int = Field(10, gt=0, description="epochs per task after the first")
+    train_batch_size: int = Field(48, gt=0, description="images per optimiser step")
+    weight_decay: float = Field(2e-4, ge=0, description="L2 penalty, in training and alignment")
+    scale: float = Field(20.0, gt=0, description="factor s > 0 on the cosines in every softmax")
+    margin: float = Field(0.1, ge=0, lt=2, description="margin m of CosFace, a cosine in [0, 2)")
+    drift_bandwidth: float | None = Field(
+        4.0,
+        gt=0,
+        description="standard deviation σ > 0, in units of the features, of the Gaussian kernel that weights the "
+        "images around a class mean in its drift; null: means are not corrected",
+    )
+    ridge: float = Field(1e-3, gt=0, description="constant > 0 added to each variance of the Gaussians")
+
+
 class SSIAT(TaskOfClass, ReusingTuning):
     """SSIAT: semantic shift and incremental adapter tuning (Tan et al., arXiv 2403.19979), with any tuner.
 
@@ -34,21 +52,8 @@ class SSIAT(TaskOfClass, ReusingTuning):
     class. One pass per image at test, for any number of tasks. ``anchor``, ``distill`` and ``bss`` add to the training.
     """
 
-    class Config(AlignedRecipe, ReuseRecipe):
+    class Config(CorrectedRecipe):
         tuner: TunerConfig = Field(AdapterConfig(), description="tuner trained through all tasks")
-        first_epochs: PositiveInt = Field(20, description="epochs on the first task")
-        epochs: int = Field(10, gt=0, description="epochs per task after the first")
-        train_batch_size: int = Field(48, gt=0, description="images per optimiser step")
-        weight_decay: float = Field(2e-4, ge=0, description="L2 penalty, in training and alignment")
-        scale: float = Field(20.0, gt=0, description="factor s > 0 on the cosines in every softmax")
-        margin: float = Field(0.1, ge=0, lt=2, description="margin m of CosFace, a cosine in [0, 2)")
-        drift_bandwidth: float | None = Field(
-            4.0,
-            gt=0,
-            description="standard deviation σ > 0, in units of the features, of the Gaussian kernel that weights the "
-            "images around a class mean in its drift; null: means are not corrected",
-        )
-        ridge: float = Field(1e-3, gt=0, description="constant > 0 added to each variance of the Gaussians")
 
     name = "ssiat"
     summary = "head re-trained on class Gaussians that are corrected for feature drift"
@@ -62,12 +67,15 @@ class SSIAT(TaskOfClass, ReusingTuning):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.tuner = build_tuner(config.tuner, backbone)
+        self.tuner = self.make_tuner(backbone)
         self.anchor_to(self.tuner)
         width = feature_width(backbone, self.tuner)
         self.head = CosineHead(width, config.scale)
         self.head.sigma.requires_grad_(False)  # it stays at s
         self.gaussians = Gaussians(width, config.ridge)
+
+    def make_tuner(self, backbone: Backbone) -> Tuner:
+        return build_tuner(self.config.tuner, backbone)
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)

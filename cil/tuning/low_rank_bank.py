@@ -84,11 +84,16 @@ class LowRankBank(Tuner):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draw A from U(±1/√D), Kaiming-uniform with a = √5; set B and Δ to zero."""
+        """Set Δ to zero, and draw A as :meth:`renew` does."""
+        self.renew(generator)
+        self.folded.zero_()
+
+    @torch.no_grad()
+    def renew(self, generator: torch.Generator) -> None:
+        """Draw A from U(±1/√D), Kaiming-uniform with a = √5, and set B to zero, for another task."""
         bound = 1 / math.sqrt(self.down.shape[-1])
         self.down.copy_(torch.empty(self.down.shape).uniform_(-bound, bound, generator=generator))
         self.up.zero_()
-        self.folded.zero_()
 
     @torch.no_grad()
     def give(self, down: Tensor) -> None:

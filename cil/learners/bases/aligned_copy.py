@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 
 from pydantic import Field
-from torch import Tensor
 
 from cil.classifiers import Gaussians
 from cil.classifiers.heads import Head
 from cil.learner import Context
-from cil.learners.bases.alignment import AlignedRecipe, align, mean_scales, normalized_cross_entropy
+from cil.learners.bases.alignment import AlignedRecipe, align, mean_scales, normalized_softmax_of
 from cil.learners.bases.new_classes import TaskOfClass
 from cil.stream import Task
 from cil.training import ParamGroup
@@ -53,11 +52,6 @@ class AlignedCopy(TaskOfClass):
 
     def align(self, ctx: Context) -> None:
         """Minimise CE(z / (n τ), y) on vectors from N(s_c μ_c, Σ_c), with smaller s_c for older classes."""
-        temperature = self.config.temperature
-
-        def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
-            logits = self.aligned(features)
-            return normalized_cross_entropy(logits, labels, self.task_of, temperature, reduction), logits
-
+        loss = normalized_softmax_of(self.aligned, self.task_of, self.config.temperature)
         scales = mean_scales(self.task_of)
         align(loss, ParamGroup(self.aligned.rows), self.gaussians, scales, self.config, ctx)

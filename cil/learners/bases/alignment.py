@@ -44,6 +44,18 @@ def softmax_of(scores: Callable[[Tensor], Tensor]) -> Alignment:
     return loss
 
 
+def normalized_softmax_of(
+    scores: Callable[[Tensor], Tensor], task_of_class: Tensor, temperature: float = 0.1
+) -> Alignment:
+    """:func:`normalized_cross_entropy` of the scores, as a loss for :func:`align`."""
+
+    def loss(features: Tensor, labels: Tensor, reduction: str = "mean") -> tuple[Tensor, Tensor]:
+        logits = scores(features)
+        return normalized_cross_entropy(logits, labels, task_of_class, temperature, reduction), logits
+
+    return loss
+
+
 def align(
     loss: Alignment, group: ParamGroup, gaussians: Gaussians, scales: Tensor | None, config: AlignedRecipe, ctx: Context
 ) -> None:

@@ -1,4 +1,4 @@
-"""Losses of RSIAT and CDS, and RSIAT's residual projector, which limit feature drift in a tuner that trains on."""
+"""Losses of RSIAT, CDS and MACIL, and RSIAT's projector, which limit feature drift while a tuner is trained on."""
 
 from __future__ import annotations
 
@@ -111,3 +111,45 @@ def similarity_change(features: Tensor, old: Tensor, means: Tensor) -> Tensor:
     """
     turned = F.normalize(features.to(means), dim=1) - F.normalize(old.to(means), dim=1)
     return (turned @ F.normalize(means, dim=1).T).square().sum(1).mean()
+
+
+@without_autocast()
+def distance_change(features: Tensor, old: Tensor, labels: Tensor, whitening: Tensor) -> Tensor:
+    """(1/B) Σ_{i<j, y_i=y_j} |d(φ_t(x_i), φ_t(x_j)) − d(φ_{t−1}(x_i), φ_{t−1}(x_j))|: classes keep their shape (MACIL).
+
+    d(a, b) = ‖L_c⁻¹ (a/‖a‖ − b/‖b‖)‖ is the Mahalanobis distance of a class c with covariance L_c L_cᵀ. A distance of 0
+    has no gradient.
+
+    Args:
+        features: New features φ_t(x), [B, F].
+        old: Old features φ_{t−1}(x) of the same images, [B, F].
+        labels: Rows of ``whitening``, int64 [B].
+        whitening: L_c⁻¹ of each class, [C, F, F].
+
+    Returns:
+        A scalar of the type of ``whitening``.
+    """
+    total = whitening.new_zeros(())
+    for c in labels.unique():
+        rows = labels == c
+        new, before = (torch.pdist(F.normalize(x[rows].to(whitening), dim=1) @ whitening[c].T) for x in (features, old))
+        total = total + (new - before).abs().sum()
+    return total / max(1, len(labels))
+
+
+@without_autocast()
+def patch_change(patches: Tensor, old: Tensor, classes: Tensor) -> Tensor:
+    """mean over images and patches of (angle(c, p) / π) · ‖p/‖p‖ − p'/‖p'‖‖: patches that differ from c stay (MACIL).
+
+    Args:
+        patches: New patch tokens p, [B, N, D].
+        old: Old patch tokens p' of the same images, [B, N, D].
+        classes: New class tokens c, [B, D]; the angles get no gradient.
+
+    Returns:
+        A float32 scalar.
+    """
+    patches, old, classes = patches.float(), old.float(), classes.float()
+    cosines = F.cosine_similarity(classes[:, None], patches, dim=2).detach().clamp(-1, 1)
+    moved = torch.linalg.vector_norm(F.normalize(patches, dim=2) - F.normalize(old, dim=2), dim=2)
+    return (cosines.acos() / math.pi * moved).mean()
