@@ -84,6 +84,7 @@ LEARNERS = {
     "loda": {"epochs": 1, "rank": 2},
     "inflora": {"epochs": 1, "rank": 2},
     "sd_lora": {"epochs": 1, "rank": 2},
+    "cl_lora": {"epochs": 1, "rank": 2},
     "e2_lora": {"epochs": 1, "schedule": "constant", "milestones": [], "samples": 8, "alignment_epochs": 1},
     "avalanche": {"epochs": 1},
     "avalanche_replay": {"epochs": 1},
@@ -103,7 +104,7 @@ def make_run(tmp_path_factory):
     """A factory: learner and hyper-parameters → the folder of a run that finished two of three tasks."""
 
     def make(spec, parameters=None, **changes):
-        depth = 2 if spec == "dualprompt" else 1
+        depth = 2 if spec in ("dualprompt", "cl_lora") else 1
         config = Config.model_validate(
             {
                 "name": "checks",

@@ -70,6 +70,7 @@ NOT_RUN_YET = {
     "loda",
     "sd_lora",
     "macil",
+    "cl_lora",
     "e2_lora",
     "acil",
     "air",

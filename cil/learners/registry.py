@@ -55,6 +55,7 @@ BUILTIN = {
     "loda": "cil.learners.loda:LoDA",
     "inflora": "cil.learners.inflora:InfLoRA",
     "sd_lora": "cil.learners.sd_lora:SDLoRA",
+    "cl_lora": "cil.learners.cl_lora:CLLoRA",
     "e2_lora": "cil.learners.e2_lora:E2LoRA",
     "avalanche": "cil.avalanche.learner:AvalancheLearner",
     "avalanche_replay": "cil.avalanche.learner:AvalancheReplay",

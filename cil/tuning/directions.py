@@ -13,6 +13,7 @@ from cil.backbone.views import require_views
 from cil.backbone.vit import Tuner, attention_width, query_value_rows
 from cil.errors import BackboneError
 from cil.tuning.frozen import Frozen
+from cil.tuning.query_value import added
 
 
 class Directions(Tuner):
@@ -91,13 +92,7 @@ class Directions(Tuner):
         if old:
             factors = torch.stack(old).repeat_interleave(self.rank, 0).movedim(0, -1)  # [L or 1, 2 or 1, (T − 1) r]
             update = update + (self.ups * factors[:, :, None]) @ self.downs
-        weights: dict[str, Tensor] = {}
-        for rows, parts in zip(self.rows, update, strict=True):
-            for (name, first), part in zip(rows, parts, strict=True):
-                weight = weights[name] if name in weights else self._frozen.model.get_parameter(name)
-                end = first + len(part)
-                weights[name] = torch.cat([weight[:first], weight[first:end] + part, weight[end:]])
-        return weights
+        return added(self._frozen.model, self.rows, update)
 
     def _new(self) -> Tensor:
         shape = (1, len(self.rows), 2) if self.keep else (1, 1, 1)
