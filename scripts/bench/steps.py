@@ -42,7 +42,7 @@ from scripts import ROOT
 from scripts.bench.growth import MIB, Found, peak_bytes, reset_peak
 
 LEARNERS = ["e2_lora", "loda", "inflora", "cds", "min", "moal", "care", "care_ensemble", "acmap", "cofima", "duct"]
-LEARNERS += ["acil", "ds_al", "air", "gkeal", "ssiat", "ranpac"]
+LEARNERS += ["acil", "ds_al", "air", "gkeal", "ssiat", "macil", "ranpac", "slca", "sd_lora", "cl_lora"]
 SHORT = {"epochs": 1, "first_epochs": 1, "head_epochs": 1, "alignment_epochs": 1, "samples": 16}
 TASKS = 2
 
