@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,12 +69,14 @@ class MACIL(SSIAT):
         if task.index:
             self.tuner.renew(ctx.generator)
         if task.index and (self.config.distance_weight or self.config.patch_weight):
-            self.anchor(task, cosface_loss, groups, recipe, ctx)
+            self.train_held(task, cosface_loss, groups, recipe, ctx)
         else:
             super().train_on(task, cosface_loss, groups, recipe, ctx)
         self.tuner.fold()
 
-    def anchor(self, task: Task, cosface_loss: Loss, groups: list[ParamGroup], recipe: Recipe, ctx: Context) -> None:
+    def train_held(
+        self, task: Task, cosface_loss: Loss, groups: list[ParamGroup], recipe: Recipe, ctx: Context
+    ) -> None:
         """Minimise L + λ_M L_M + λ_P L_P, with W_{t−1} in a copy of the tuner that is dropped afterwards."""
         config, first = self.config, task.classes[0]
         vit: Any = self.backbone.model
@@ -91,7 +94,7 @@ class MACIL(SSIAT):
             value, logits = cosface_loss(features, labels)
             if whitening is not None:
                 rows = (features.float(), old_features.float(), labels - first)
-                change = across_processes(lambda *x: distance_change(*x, whitening), ctx.accelerator, *rows)
+                change = across_processes(partial(distance_change, whitening=whitening), ctx.accelerator, *rows)
                 value = value + config.distance_weight * change
             prefix = vit.num_prefix_tokens
             classes = features if features.shape[1] == new.shape[2] else new[:, 0]  # a joint space may be narrower

@@ -101,7 +101,8 @@ class TipAdapter(NamesClasses):
         scores = {(alpha, beta): np.zeros(2) for alpha in alphas for beta in betas}  # correct images, minus the loss
         f, z, tried = self.normalised(features), self.text.logits(features), False
         for fitted, held_out in folds(labels, ctx.generator):
-            keys, tried = deepcopy(self.keys).partial_fit(f[fitted], labels[fitted]), True
+            keys, tried = deepcopy(self.keys), True
+            keys.partial_fit(f[fitted], labels[fitted])
             parts = {beta: keys.affinities(f[held_out], beta) for beta in betas}
             truth = labels[held_out]
             for (alpha, beta), score in scores.items():

@@ -65,7 +65,7 @@ class QueryValueLora(Tuner):
             self.lengths.copy_(torch.empty(self.lengths.shape).uniform_(0.5, 1.5, generator=generator))
 
     def weights(self) -> Mapping[str, Tensor]:
-        up = self.up
+        up: Tensor = self.up
         if self.gradient_factors is not None:
             up = up.detach() + self.gradient_factors[..., None] * (up - up.detach())
         return added(self._frozen.model, self.rows, self.lengths[..., None, None] * (up @ self.down))
