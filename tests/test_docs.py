@@ -51,7 +51,9 @@ FEW_DIGITS = "data.dataset=digits data.root=null data.train=null data.test=null 
 SMALL = "precision=fp32 backbone.weights=random 'backbone.options={depth: 2}'"
 EMBEDDED = "backbone.name=vit_tiny_patch8_64.tinyimagenet100 transform.resize=null"
 SHORTENED = {
-    r"^cil run quickstart$": "'orders=[1993]'",
+    r"^cil run quickstart$": "'orders=[1993]' learners.finetune.epochs=1 learners.joint.epochs=1",
+    r"^cil run quickstart .*\bmy_rule\b": "learners.average.epochs=1 learners.mean_direction.epochs=1",
+    r"^cil run quickstart .*\bmy_tuner\b": "learners.aper_shift.epochs=1",
     r"^cil run quickstart .*\branpac\b": "learners.ranpac.projection=64",
     r"^cil run quickstart .*\blayers\b": "data.per_class=9",
     r"^cil run quickstart .* confidence=true": "stream.validation=0.3",
@@ -117,6 +119,7 @@ ELSEWHERE = {
     r"^cil prepare-data ": ("tests/test_prepare.py", 'app, ["prepare-data"'),
     r"^python -m scripts\.bench\.heads$": ("tests/test_bench.py", "def test_heads"),
     r"^accelerate launch ": ("tests/test_processes.py", "accelerate.commands.launch"),
+    r"^python -m scripts\.publish\.slim --check$": ("tests/test_slim.py", 'slim.main(["--check"])'),
 }
 """Pattern → the file that executes such a command, and a text in it."""
 
