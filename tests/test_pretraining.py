@@ -6,8 +6,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fresh import Started
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
@@ -112,19 +111,17 @@ def test_augmented_and_mixed_images(part):
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs pretrain_backbone.py on dark and bright pictures, and returns what it says."""
+    """Runs pretrain_backbone.py on dark and bright images with a network of one block, and returns what it says."""
     labels = torch.arange(120) % 2
     split = images(120) // 2 + (labels * 127).to(torch.uint8).view(-1, 1, 1, 1), labels
     torch.save({key: split for key in ("pre_train", "pre_val", "str_train", "str_val")}, tmp_path / "data.pt")
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "scripts.pretraining.pretrain_backbone", *arguments, "--data", "data.pt"]
-        found = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*command, "--depth", "1"], cwd=tmp_path, env=found, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        given = ["pretrain_backbone", *arguments, "--data", "data.pt", "--depth", "1", "--dim", "64"]
+        code = f"import sys\nfrom scripts.pretraining.pretrain_backbone import main\nsys.argv = {given!r}\nmain()\n"
+        status, out, err = Started(code, tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)}).finish(300)
+        assert status == 0, err
+        return out
 
     return run
 
@@ -139,7 +136,7 @@ def test_a_short_run_learns_is_exported_and_goes_on(tmp_path, script):
     script(*evaluated, "--export", "run.safetensors", "--report", "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ema"]["pretrain_val_top1"] > 80 and report["ema"]["stream100_logistic"] > 80
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=192, depth=1, num_heads=3,
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=64, depth=1, num_heads=1,
                               num_classes=0).eval()  # fmt: skip
     model.load_state_dict(load_file(tmp_path / "run.safetensors"))
     again = script(*TRAIN, "--images", "960", "--workers", "1", "--out", "run", "--resume")
