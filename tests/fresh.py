@@ -49,10 +49,11 @@ class Started:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-            pytest.fail(f"after {timeout:g} s the process still ran: {self._printed()}")
-        return (self.process.exitcode, *self._printed())
+            pytest.fail(f"after {timeout:g} s the process still ran: {self.printed()}")
+        return (self.process.exitcode, *self.printed())
 
-    def _printed(self) -> list[str]:
+    def printed(self) -> list[str]:
+        """Output and error output so far."""
         return [file.read_text() if file.exists() else "" for file in self.files]
 
 

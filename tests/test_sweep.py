@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from fresh import Started
+from fresh import command as code_of
 from safetensors.torch import load_file
 from test_cli import cil, write  # noqa: F401 (a fixture)
 from test_runner import settings as configured
@@ -344,6 +346,12 @@ def test_printed_commands_give_the_same_folders_in_a_shell(cil, place, workers):
         same_run(swept, place / "by hand" / swept.relative_to(place / "results"))
 
 
+def started_sweep(place: Path, *arguments: str) -> Started:
+    """A driver in a session of its own, as that of a terminal."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return Started("import os\nos.setsid()\n" + code_of("sweep", "c.yaml", *arguments), place, environment)
+
+
 @contextlib.contextmanager
 def stage_1_and_no_further(place, driver):
     """Until a run of the driver waits in stage 1; yields the processes that the driver has started. All end with it."""
@@ -352,14 +360,16 @@ def stage_1_and_no_further(place, driver):
         until(
             lambda: (waiting.exists() and waiting.read_text()) or driver.poll() is not None,
             200,
-            lambda: f"no run has come to stage 1: {(place / 'out').read_text()}",
+            lambda: f"no run has come to stage 1: {driver.printed()}",
         )
-        assert driver.poll() is None, (place / "out").read_text()
-        started += driver.children(recursive=True)
+        assert driver.poll() is None, driver.printed()
+        started += psutil.Process(driver.process.pid).children(recursive=True)
         yield started
     finally:
         (place / "wait").unlink(missing_ok=True)
-        for process in (driver, *started):
+        if driver.poll() is None:
+            driver.send_signal(signal.SIGKILL)
+        for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -370,33 +380,18 @@ def test_a_driver_that_is_stopped_or_killed_loses_nothing(cil, place, workers): 
     write(place / "c.yaml", learners=[{"class": "strange.py:Waits"}])
     folder = place / "results/t/Waits" / RUN
 
-    def start() -> psutil.Popen:
-        command = [sys.executable, "-m", "cil", "sweep", "c.yaml"]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        with (place / "out").open("w") as out:
-            return psutil.Popen(
-                command,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                env=environment,
-                cwd=place,
-                # a background shell, such as CI's, hands its children SIGINT ignored; a terminal does not
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-
     def stop_in_stage_1(stop) -> tuple[int, str]:
         (place / "wait").touch()
         waiting = place / "waiting"
         waiting.unlink(missing_ok=True)
-        driver = start()
+        driver = started_sweep(place)
         with stage_1_and_no_further(place, driver) as started:
             assert int(waiting.read_text()) in {process.pid for process in started}
-            stop(driver.pid)
-            code = driver.wait(60)
+            stop(driver.process.pid)
+            code, *said = driver.finish(60)
             _, left = psutil.wait_procs(started, timeout=60)
             assert not left, "processes outlive their driver"
-        return code, (place / "out").read_text()
+        return code, "".join(said)
 
     code, out = stop_in_stage_1(lambda pid: os.killpg(pid, signal.SIGINT))
     assert code == 130 and "stopped. Finished stages are kept" in out
@@ -417,17 +412,15 @@ def test_a_dead_daemon_is_started_again(place, daemon):
     pytest.importorskip("ray")
     write(place / "c.yaml", learners=[{"class": "strange.py:Waits"}])
     (place / "wait").touch()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "cil", "sweep", "c.yaml", "--seeds", "0,1", "--jobs", "1"]
-    with (place / "out").open("w") as out:
-        driver = psutil.Popen(command, env=environment, cwd=place, stdout=out, stderr=out)
+    driver = started_sweep(place, "--seeds", "0,1", "--jobs", "1")
     with stage_1_and_no_further(place, driver) as started:
         [victim] = [process for process in started if process.name() == daemon]
         victim.kill()
         time.sleep(LOOK + 1)
         (place / "wait").unlink()
-        assert driver.wait(200) == 0
-    said = (place / "out").read_text()
+        code, *printed = driver.finish(200)
+        assert code == 0
+    said = "".join(printed)
     assert said.count(f"Ray's {daemon} on this machine has died; Ray is started again") == 1
     assert "2 runs: " in said and " 0 failed" in said and "attempt 1" not in said
     [alone] = run(load_config("c.yaml"), "alone")
