@@ -62,7 +62,8 @@ class QuadraticForms:
         return torch.cat([self._distances(part, classes) for part in parts])
 
     def _distances(self, x: Tensor, classes: int) -> Tensor:
-        found, order = [x.new_zeros(len(x), 1)], [-1]  # a column for classes that are not set
+        # a column for classes that are not set; len(x) would fix the batch size of an exported program
+        found, order = [x.new_zeros(x.shape[0], 1)], [-1]
         if self._low:
             found.append(self._low_rank(x))
             order += sorted(self._low)
