@@ -87,9 +87,9 @@ def heads(file: Path) -> str:
     """One row per head and number of classes; each cell is the other checkout's value, then this one's."""
     found = json.loads(file.read_text(encoding="utf-8"))
     lines = [
-        "| head | classes | s to learn a fifth | s to align or solve | ms per image | checkpoint MiB | peak MiB | "
-        "peak, share of before |",
-        "|---|---|---|---|---|---|---|---|",
+        "| head | classes | s to learn a fifth | s to align or solve | ms per image | s to write | checkpoint MiB | "
+        "peak MiB | peak, share of before |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for head, sizes in found["heads"].items():
         for classes, sides in sizes.items():
@@ -97,7 +97,8 @@ def heads(file: Path) -> str:
             cells = [
                 ", ".join(f"{one['seconds']['learn']:.1f}" for one in both),
                 ", ".join(f"{one['seconds'].get('align', one['seconds']['solve']):.1f}" for one in both),
-                ", ".join(f"{1000 * one['seconds']['predict_per_image']:.1f}" for one in both),
+                ", ".join(f"{1000 * one['seconds']['predict_per_image']:.2f}" for one in both),
+                ", ".join(f"{one['seconds']['write']:.1f}" for one in both),
                 ", ".join(f"{one['checkpoint_mib']:,.0f}" for one in both),
                 ", ".join(f"{one['peak_mib']:,.0f}" for one in both),
                 _share(both),
