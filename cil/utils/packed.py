@@ -6,6 +6,7 @@ are kept in it, one per class or of thousands of features, because it halves wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -85,11 +86,9 @@ def _places(width: int, device: torch.device) -> Tensor:
     return (higher * (higher + 1) // 2 + lower).flatten()
 
 
-def _blocks(width: int, device: torch.device) -> list[tuple[slice, slice, Tensor]]:
+def _blocks(width: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of rows, the part of the packed form that holds each, and which entries [rows, stop] they contain."""
-    blocks = []
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         mask = torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril_(start)
-        blocks.append((slice(start, stop), slice(packed_size(start), packed_size(stop)), mask))
-    return blocks
+        yield slice(start, stop), slice(packed_size(start), packed_size(stop)), mask
