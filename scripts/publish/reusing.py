@@ -14,7 +14,7 @@ PLAIN = "plain"
 
 
 def table(argument: Path) -> str:
-    """``FILE/STREAM``: for each way and learner the chosen weight, A_last, and A_last less the plain learner's.
+    """``FILE/STREAM``: per way and learner the chosen weight, A_last, and A_last and forgetting less the plain one's.
 
     Means ± standard deviations over the class orders, the differences per order. Ways that lack an order are left out.
     """
@@ -22,8 +22,8 @@ def table(argument: Path) -> str:
     found = json.loads(file.read_text(encoding="utf-8"))
     learners = [name for name in found["learners"] if ends(found, stream, name, PLAIN)]
     ways = dict.fromkeys(key.split(" ", 2)[2] for key in found["runs"] if key.startswith(f"{stream} "))
-    heads = " | ".join(f"weight | {name}: A_last % | less plain" for name in learners)
-    lines = [f"| way | {heads} |", "|" + "---|" * (1 + 3 * len(learners))]
+    heads = " | ".join(f"weight | {name}: A_last % | less plain | forgetting less plain" for name in learners)
+    lines = [f"| way | {heads} |", "|" + "---|" * (1 + 4 * len(learners))]
     for way in ways:
         cells = [cell for name in learners for cell in cells_of(found, stream, name, way)]
         if any(cells):
@@ -31,22 +31,23 @@ def table(argument: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ends(found: dict[str, Any], stream: str, learner: str, way: str) -> dict[str, float]:
-    """A_last in percent by class order; empty unless all orders of the study are there."""
+def ends(found: dict[str, Any], stream: str, learner: str, way: str, key: str = "accuracy_last") -> dict[str, float]:
+    """A value of the summary in percent by class order; empty unless all orders are there, and trained to the end."""
     runs = found["runs"].get(f"{stream} {learner} {way}", {})
-    if {str(order) for order in found["orders"]} - runs.keys():
-        return {}
-    return {order: 100 * run["accuracy_last"] for order, run in runs.items()}
+    values = {order: 100 * run[key] for order, run in runs.items() if "failed" not in run}
+    return {} if {str(order) for order in found["orders"]} - values.keys() else values
 
 
-def cells_of(found: dict[str, Any], stream: str, learner: str, way: str) -> tuple[str, str, str]:
-    """Weight, A_last and difference of one way of a learner."""
-    mine, plain = ends(found, stream, learner, way), ends(found, stream, learner, PLAIN)
+def cells_of(found: dict[str, Any], stream: str, learner: str, way: str) -> tuple[str, str, str, str]:
+    """Weight, A_last and the two differences of one way of a learner."""
+    mine = ends(found, stream, learner, way)
     if not mine:
-        return "", "", ""
+        return "", "", "", ""
     accuracy = report.spread(np.array(list(mine.values())))
     if way == PLAIN:
-        return "", accuracy, ""
-    gains = np.array([value - plain[order] for order, value in mine.items()])
-    weight = found["choices"][f"{stream} {learner} {way}"]["weight"]
-    return f"{weight:g}", accuracy, report.spread(gains, "+.1f")
+        return "", accuracy, "", ""
+    less = []
+    for key in ("accuracy_last", "forgetting"):
+        values, plain = (ends(found, stream, learner, one, key) for one in (way, PLAIN))
+        less.append(report.spread(np.array([value - plain[order] for order, value in values.items()]), "+.1f"))
+    return f"{found['choices'][f'{stream} {learner} {way}']['weight']:g}", accuracy, *less

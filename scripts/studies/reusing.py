@@ -23,6 +23,7 @@ from cil.backbone import load_backbone
 from cil.config import Augmentation, BackboneConfig, TransformConfig
 from cil.data.images import ImageSet, load_images, subset
 from cil.data.sources import ImageSource, digits, folder, rank_in_class
+from cil.errors import TrainingError
 from cil.learners.registry import build_learner
 from cil.results import summarise
 from cil.runner import run_stages
@@ -90,16 +91,20 @@ class Setting:
         part = subset(source, np.flatnonzero((rank >= first) & (rank < end)), f"{first} to {end}")
         return load_images(part, split, self.backbone, self.transform)
 
-    def measure(self, learner: str, section: dict[str, Any], order: int, *, choosing: bool = False) -> dict[str, float]:
-        """Accuracies and seconds of one run; for a choice of weights, of its first tasks on held-out images."""
+    def measure(self, learner: str, section: dict[str, Any], order: int, *, choosing: bool = False) -> dict[str, Any]:
+        """Accuracies and seconds of one run; for a choice of weights, of its first tasks on held-out images.
+
+        A training that fails has the reason, and no accuracies.
+        """
         started = time.perf_counter()
         tested = self.held_out if choosing else self.test
         stream = Stream(self.train, tested, ClassIncremental(order, increment=self.classes // TASKS))
         built = build_learner({"name": learner, **LEARNERS[learner], **section}, self.backbone)
-        rows = run_stages(
-            built, stream, accelerator=hardware.accelerator("cpu"), stop_after=FIRST if choosing else None
-        )
-        summary = summarise(rows)
+        accelerator, stages = hardware.accelerator("cpu"), FIRST if choosing else None
+        try:
+            summary = summarise(run_stages(built, stream, accelerator=accelerator, stop_after=stages))
+        except TrainingError as error:
+            return {"failed": str(error), "seconds": time.perf_counter() - started}
         keys = ("accuracy_last", "accuracy_average", "forgetting")
         return {key: summary[key] for key in keys} | {"seconds": time.perf_counter() - started}
 
@@ -121,7 +126,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file; what it already holds is not run again")
     parser.add_argument("--streams", nargs="+", choices=["digits", "tiny"], default=["digits", "tiny"])
     parser.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the cell in work then")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop at the end of a cell after so many seconds"
+    )
     options = parser.parse_args()
     started, settings = time.perf_counter(), {}
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"choices": {}, "runs": {}}
@@ -134,7 +141,7 @@ def main() -> None:
         setting, (section, weights) = settings[stream], WAYS.get(way, ({}, ()))
         if order is None:
             tried = {str(w): setting.measure(learner, weighted(section, w), ORDERS[0], choosing=True) for w in weights}
-            best = max(weights, key=lambda w: tried[str(w)]["accuracy_last"])
+            best = max(weights, key=lambda w: tried[str(w)].get("accuracy_last", -1.0))
             found["choices"][key] = {"weight": best, "tried": tried}
         else:
             chosen = {} if way == PLAIN else weighted(section, found["choices"][key]["weight"])
