@@ -137,6 +137,29 @@ def test_records(script, tmp_path):
     assert stream["bytes"]["learner.safetensors"] > 0
 
 
+def test_step_variants_train_the_same_weights(script, tmp_path):
+    out, variants = tmp_path / "v.json", ["same", "micro", "no_graph", "prefix"]
+    script(
+        "bench.step_variants",
+        "--tuners",
+        "late_adapter",
+        "--variants",
+        *variants,
+        "--images",
+        4,
+        "--pairs",
+        1,
+        "--out",
+        out,
+    ).main()
+    found = json.loads(out.read_text(encoding="utf-8"))["tuners"]["late_adapter"]
+    assert list(found) == ["same", "micro", "no_graph", "prefix"]
+    assert {name: one["difference"] for name, one in found.items() if name != "micro"} == dict.fromkeys(
+        ("same", "no_graph", "prefix"), 0.0
+    )
+    assert found["micro"]["difference"] < 1e-4 and found["prefix"]["kept_bytes_per_image"] == 65 * 192 * 4
+
+
 def test_the_gpu_kit_needs_a_gpu_and_says_so(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     script("bench.gpu", "--out", tmp_path / "gpu.json").main()
