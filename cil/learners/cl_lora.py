@@ -53,7 +53,7 @@ class CLLoRA(TaskOfClass):
         orthogonality: float = Field(1e-4, ge=0, description="weight ≥ 0 of the cosines between tasks' μ")
 
     name = "cl_lora"
-    summary = "a shared low-rank update in the first blocks, one per task in the others, class prototypes in each"
+    summary = "a shared low-rank update in first blocks, one per task in others, class means in each"
     trains = "queries and values by low-rank updates, head"
     paper = "He et al., CL-LoRA: Continual Low-Rank Adaptation for Rehearsal-Free CIL, CVPR 2025, arXiv 2505.24816"
 
