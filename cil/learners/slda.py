@@ -29,7 +29,8 @@ class SLDA(OptionalTexts):
     SLDA is its baseline without training.
 
     With ``calibrate: draws`` (Yang et al., arXiv 2101.06395) a class of few images also has features drawn from one
-    Gaussian near each of them, made from the nearest base classes so far, whose covariances are kept (F² numbers each).
+    Gaussian near each of them, made from the nearest base classes so far. Their covariances are kept, F (F + 1) / 2
+    numbers each.
     """
 
     class Config(OptionalTexts.Config):
