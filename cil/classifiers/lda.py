@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cil.classifiers.base import Array, StatisticsClassifier
+from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.few_shots import Calibration
 from cil.classifiers.memory import DOUBLE
 from cil.classifiers.moments import zero_constant_
+from cil.classifiers.selection import Score, Selection, SelectsFeatures, variance_ratios, variances_within
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, symmetric_inverse
 from cil.utils.precision import exact, without_autocast
@@ -34,7 +35,7 @@ def shrink_(covariance: Tensor, shrinkage: float, scale: float) -> Tensor:
     return covariance
 
 
-class LDA(StatisticsClassifier):
+class LDA(SelectsFeatures):
     """logit_c = xᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c + log π_c with one within-class covariance Σ for all classes.
 
     Σ = (Σ x xᵀ − Σ_c n_c μ_c μ_cᵀ) / N, shrunk to (1 − s) Σ + s · tr(Σ)/F · I. This is scikit-learn's
@@ -65,6 +66,9 @@ class LDA(StatisticsClassifier):
         balance: Whether every class has the same weight in Σ, as if all had the same number of samples. All samples of
             a class must come in one call.
         calibration: Calibration of the means of few samples, in the scores and not in Σ; None for none.
+        select: Features that are used: the discriminant is that of these alone, with their own shrinkage. A feature's
+            score ``ridge`` is Σ_c (w_c − w̄)² of its weights w = Σ⁻¹μ_c on all features, times its variance within
+            classes. None: all.
 
     Buffers:
         sums: float64 [C, F]; outer: float64 [F, F], Σ x xᵀ over all classes; counts: int64 [C].
@@ -87,6 +91,7 @@ class LDA(StatisticsClassifier):
         blocks: int | Sequence[int] = 1,
         balance: bool = False,
         calibration: Calibration | None = None,
+        select: Selection | None = None,
     ) -> None:
         super().__init__(feature_dim)
         if shrinkage not in ("gcv", "samples") and not (isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1):
@@ -99,7 +104,7 @@ class LDA(StatisticsClassifier):
         if priors not in ("counts", "uniform"):
             raise ConfigError(f"LDA: priors is {priors!r}; it must be 'counts' or 'uniform'")
         self.shrinkage, self.priors, self.blocks, self.balance = shrinkage, priors, widths, balance
-        self.calibration = calibration
+        self.calibration, self.select = calibration, select
         self.require_memory()
         self.register_buffer("sums", torch.zeros(0, feature_dim, dtype=torch.float64))
         self.register_buffer("outer", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
@@ -138,14 +143,26 @@ class LDA(StatisticsClassifier):
 
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
-        features = self.checked(features)
-        weights, bias, _ = self.cached("rule", self._solve)
+        features, columns = self.checked(features), self.selected
+        weights, bias, _ = self.cached("rule", lambda: self._solve(columns))
+        if columns is not None:
+            features = features[:, columns]
         return self.only_seen(features @ weights.T.to(features.dtype) + bias.to(features.dtype))
 
     @property
     def shrinkages(self) -> list[float]:
         """The shrinkage s in use for each part of the features."""
-        return self.cached("rule", self._solve)[2]
+        return self.cached("rule", lambda: self._solve(self.selected))[2]
+
+    def feature_scores(self, score: Score) -> Tensor | None:
+        moments = self.outer.diagonal(), self.means, self.totals
+        variances = variances_within(*moments)
+        if not bool(variances.any()):
+            return None
+        if score == "f":
+            return variance_ratios(*moments)
+        weights = self._solve()[0][self.counts > 0]
+        return variances * (weights - weights.mean(0)).square().sum(0)
 
     @property
     def means(self) -> Tensor:
@@ -166,16 +183,26 @@ class LDA(StatisticsClassifier):
         """The class means in the decision rule, float64 [C, F]; a subclass may know more than the samples."""
         return self.means
 
-    def _solve(self) -> tuple[Tensor, Tensor, list[float]]:
+    def _parts(self, columns: Tensor | None) -> list[tuple[slice, slice | Tensor]]:
+        """Every part of the features, by its place among ``columns`` and by its features; only parts with columns."""
+        ends = list(accumulate(self.blocks, initial=0))
+        if columns is None:
+            return [(slice(a, b), slice(a, b)) for a, b in pairwise(ends)]
+        found = torch.searchsorted(columns, torch.tensor(ends, device=columns.device)).tolist()
+        return [(slice(a, b), columns[a:b]) for a, b in pairwise(found) if a < b]
+
+    def _solve(self, columns: Tensor | None = None) -> tuple[Tensor, Tensor, list[float]]:
+        """The rule on the features ``columns`` (None: on all): weights [C, k], biases [C], shrinkage of each part."""
         covariance, means = self.covariance, self.decision_means
+        if columns is not None:
+            covariance, means = covariance[columns[:, None], columns], means[:, columns]
         unit = self.scale_of(covariance)
         parts, centres, shrinkages = [], [], []
-        for end, width in zip(accumulate(self.blocks), self.blocks, strict=True):
-            part = slice(end - width, end)
-            block = covariance[part, part]
+        for place, part in self._parts(columns):
+            block = covariance[place, place]
             scale = float(block.diagonal().mean()) or unit
             chosen = self._shrinkage_of(block, part, scale)
-            shrunk, centre = shrink_(block, chosen, scale), means[:, part].contiguous()
+            shrunk, centre = shrink_(block, chosen, scale), means[:, place].contiguous()
             if self.calibration is not None:
                 centre = self.calibration.calibrated(centre, self.counts, shrunk)
             parts.append(centre @ symmetric_inverse(shrunk, scale))
@@ -190,19 +217,19 @@ class LDA(StatisticsClassifier):
             bias = bias - float((self.counts > 0).sum().clamp(min=1).double().log())
         return weights, bias, shrinkages
 
-    def _shrinkage_of(self, covariance: Tensor, part: slice, scale: float) -> float:
+    def _shrinkage_of(self, covariance: Tensor, part: slice | Tensor, scale: float) -> float:
         """The shrinkage of the features ``part`` with within-class covariance [F', F']."""
         if self.shrinkage == "samples":
             return len(covariance) / max(len(covariance), int(self.counts.sum()) - 1 + len(covariance))
         return self._choose(covariance, part, scale) if isinstance(self.shrinkage, str) else self.shrinkage
 
-    def _choose(self, covariance: Tensor, part: slice, scale: float) -> float:
+    def _choose(self, covariance: Tensor, part: slice | Tensor, scale: float) -> float:
         """The shrinkage with the smallest error for the features ``part`` with within-class covariance [F', F']."""
         errors = self.generalised_errors(covariance, part, scale)
         best = RATIOS[errors.index(min(errors))] if math.isfinite(min(errors)) else UNCHOSEN
         return best / (1 + best)
 
-    def generalised_errors(self, covariance: Tensor, part: slice, scale: float) -> list[float]:
+    def generalised_errors(self, covariance: Tensor, part: slice | Tensor, scale: float) -> list[float]:
         """The error of every candidate on all samples so far; see the class."""
         samples, seen = int(self.counts.sum()), self.counts > 0
         if samples < 1:

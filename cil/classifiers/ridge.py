@@ -14,6 +14,7 @@ from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
 from cil.classifiers.memory import DOUBLE
 from cil.classifiers.random_features import RandomFeatures
+from cil.classifiers.selection import Score, Selection, SelectsFeatures, variance_ratios
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, ridge_solve
 from cil.utils.packed import add_packed_gram_, diagonals, pack, packed_size, unpack
@@ -31,7 +32,7 @@ UNSCALED = (1e-6, 1e10)
 """Mean squares of the random features for which the candidates are taken as they are."""
 
 
-class Ridge(RandomFeatures):
+class Ridge(SelectsFeatures, RandomFeatures):
     """Ridge regression of one-hot labels Y on random features H = ReLU(X R), R ~ N(0, 1): RanPAC (arXiv 2307.02251).
 
     G = Σ HᵀH and Q = Σ HᵀY are sums, so W = (G + λI)⁻¹Q equals joint ridge regression on all samples seen: for a given
@@ -66,6 +67,8 @@ class Ridge(RandomFeatures):
         balance: Whether a sample of class c weighs 1/n_c in G, Q and the criteria for λ, as if every class had one
             sample: classes with few samples are then predicted as often as others. All samples of a class must come in
             one call. A fixed λ is relative to these weights.
+        select: Columns of H that are used; W is that of these columns, with the λ of all. A column's score ``ridge`` is
+            ‖W_j‖² of the solution on all columns, times the mean square of the column. None: all.
 
     Buffers:
         triangle: float64 [M (M + 1) / 2], the lower triangle of G, row by row. targets: float64 [C, M], Qᵀ. counts:
@@ -90,8 +93,9 @@ class Ridge(RandomFeatures):
         strength: Strength = "holdout",
         decision: Decision = "linear",
         balance: bool = False,
+        select: Selection | None = None,
     ) -> None:
-        super().__init__(feature_dim, projection, strength=strength)
+        super().__init__(feature_dim, projection, strength=strength, select=select)
         if isinstance(strength, str) and strength not in get_args(Choice):
             raise ConfigError(f"Ridge: strength is {strength!r}; it must be 'holdout', 'loo', 'gcv' or a number")
         if not isinstance(strength, str) and not 0 < strength < math.inf:
@@ -108,7 +112,10 @@ class Ridge(RandomFeatures):
 
     def peak_bytes(self, classes: int, width: int) -> float:
         rows = 3 * super().kept_bytes(classes, width) + 3 * DOUBLE * BLOCK * width
-        return rows + (3.5 if isinstance(self.strength, str) else 1.5) * DOUBLE * width**2
+        matrices = 3.5 if isinstance(self.strength, str) else 1.5
+        if self.select is not None:  # G beside what is selected of it
+            matrices = max(matrices, 1.5 + self.select.fraction**2)
+        return rows + matrices * DOUBLE * width**2
 
     @property
     def gram(self) -> Tensor:
@@ -212,13 +219,28 @@ class Ridge(RandomFeatures):
 
     @without_autocast()
     def logits(self, features: Array) -> Tensor:
-        features = self.checked(features)
-        return self.only_seen(self.expand(features) @ self.weights.to(features.dtype))
+        features, columns = self.checked(features), self.selected
+        if columns is None:
+            return self.only_seen(self.expand(features) @ self.weights.to(features.dtype))
+        weights, projection = self.cached("used", lambda: (self.weights[columns], self._projection_of(columns)))
+        h = features[:, columns] if projection is None else (features @ projection.to(features.dtype)).relu_()
+        return self.only_seen(h @ weights.to(features.dtype))
+
+    def _projection_of(self, columns: Tensor) -> Tensor | None:
+        return None if self.projection is None else self.projection[:, columns]
 
     @property
     def weights(self) -> Tensor:
-        """W, float64 [M, C], with columns of norm 1 for the decision ``cosine``."""
+        """W, float64 [M, C], with columns of norm 1 for the decision ``cosine``; 0 for what is not selected."""
         return self.cached("weights", self._solve)
+
+    def feature_scores(self, score: Score) -> Tensor | None:
+        if not bool((self.counts > 1).any()):
+            return None
+        squares = diagonals(self.triangle, self.width)
+        if score == "f":
+            return variance_ratios(squares, self.targets / self.totals.clamp(min=1)[:, None], self.totals)
+        return squares * self._solution(None).square().sum(1)
 
     def solved_gram(self) -> Tensor:
         """G of the regression, a new tensor; a subclass may know more than the samples."""
@@ -228,10 +250,22 @@ class Ridge(RandomFeatures):
         """Qᵀ of the regression; as :meth:`solved_gram`."""
         return self.targets
 
+    def _solution(self, columns: Tensor | None) -> Tensor:
+        """(G + λI)⁻¹Q of some columns of H, [k, C]; None: of all."""
+
+        def gram() -> Tensor:  # a function, so that no copy is kept beside the factor
+            whole = self.solved_gram()
+            return whole if columns is None else whole[columns[:, None], columns]
+
+        targets = self.solved_targets() if columns is None else self.solved_targets()[:, columns]
+        return ridge_solve(gram, targets.T, float(self.strength_))
+
     def _solve(self) -> Tensor:
         if not bool((self.counts > 1).any()):
             return self.nearest_mean(self.solved_targets())
-        weights = ridge_solve(self.solved_gram, self.solved_targets().T, float(self.strength_))
+        weights = self._solution(columns := self.selected)
+        if columns is not None:
+            weights = weights.new_zeros(self.width, self.num_classes).index_copy_(0, columns, weights)
         return F.normalize(weights, dim=0) if self.decision == "cosine" else weights
 
     def _errors(

@@ -13,6 +13,7 @@ from cil.classifiers import Ridge
 from cil.classifiers.base import StatisticsClassifier
 from cil.classifiers.ridge import Choice, Strength
 from cil.learner import Context
+from cil.learners.bases.selecting import selection_of
 from cil.learners.ranpac import RanPAC
 from cil.stream import Task
 from cil.utils.linalg import BLOCK
@@ -49,7 +50,7 @@ class ACIL(RanPAC):
         strength: Strength = c.strength
         if not isinstance(strength, str):
             strength *= self.unit
-        return Ridge(self.width, c.projection, strength, c.decision, c.balance)
+        return Ridge(self.width, c.projection, strength, c.decision, c.balance, selection_of(c.select))
 
 
 class AIR(ACIL):

@@ -11,6 +11,7 @@ from cil.classifiers.ridge import Choice
 from cil.classifiers.text_prior import TextRidge
 from cil.learner import Context
 from cil.learners.bases.beside_texts import OptionalTexts
+from cil.learners.bases.selecting import Selected, selection_of
 from cil.stream import Task
 from cil.tuning import TunerConfig
 
@@ -42,6 +43,7 @@ class RanPAC(OptionalTexts):
             description="whether all classes weigh the same, however many images they have, so that few-shot classes "
             "are predicted, too; a class's images must all be in one task",
         )
+        select: Selected = None
 
     name = "ranpac"
     summary = "ridge regression on random projections of the features"
@@ -52,7 +54,7 @@ class RanPAC(OptionalTexts):
 
     def make_classifier(self) -> Ridge:
         config = self.config
-        more = config.projection, config.strength, config.decision, config.balance
+        more = config.projection, config.strength, config.decision, config.balance, selection_of(config.select)
         if config.text is None or not config.text.prior:
             return Ridge(self.width, *more)
         return TextRidge(self.width, lambda: self.text.prototypes, config.text.prior, *more)

@@ -15,6 +15,7 @@ from cil.classifiers.text_prior import TextLDA
 from cil.errors import DataError
 from cil.learner import Context
 from cil.learners.bases.beside_texts import OptionalTexts
+from cil.learners.bases.selecting import Selected, selection_of
 from cil.stream import Task
 
 
@@ -62,6 +63,7 @@ class SLDA(OptionalTexts):
             0.21, ge=0, description="variance added to every feature for draws, as a multiple of the mean variance"
         )
         draws: PositiveInt = Field(750, description="number of features drawn per few-shot class")
+        select: Selected = None
 
     name = "slda"
     summary = "linear discriminant analysis, one covariance for all classes"
@@ -88,6 +90,7 @@ class SLDA(OptionalTexts):
             "priors": config.priors,
             "balance": config.balance,
             "calibration": calibration,
+            "select": selection_of(config.select),
         }
         if config.text is None or not config.text.prior:
             return LDA(self.width, **more)
