@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cil.classifiers.base import Array
+from cil.classifiers.base import Array, Classifier
 from cil.classifiers.ncm import NCM
 from cil.errors import DataError
 from cil.utils.precision import exact, without_autocast
 
 
-class AveragedPrecision(NCM):
+class AveragedPrecision(Classifier):
     """g_c = f P μ_c − μ_c P μ_c / 2 − log C, with P as ENGINE's authors update it; for their published numbers.
 
     A call brings N samples of new classes. With S their unbiased covariance around the class means, they give
@@ -21,16 +21,27 @@ class AveragedPrecision(NCM):
     depends on how classes are divided over calls.
 
     Buffers:
-        precision: P, float64 [F, F]; sums and counts as in NCM.
+        precision: P, float64 [F, F]. The class means are those of ``classes``, an :class:`~cil.classifiers.NCM`.
     """
 
-    removed_with = None
-    over_classes = None
     precision: Tensor
 
     def __init__(self, feature_dim: int) -> None:
         super().__init__(feature_dim)
+        self.classes = NCM(feature_dim)
         self.register_buffer("precision", torch.zeros(feature_dim, feature_dim, dtype=torch.float64))
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes.num_classes
+
+    def grow(self, classes: int) -> None:
+        self.classes.grow(classes)
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of samples of each class, int64 [C]."""
+        return self.classes.counts
 
     @exact()
     def partial_fit(self, features: Array, labels: Array) -> AveragedPrecision:
@@ -39,8 +50,8 @@ class AveragedPrecision(NCM):
         old = self.counts > 0
         if bool((new & old).any()):
             raise DataError(f"AveragedPrecision: class {int((new & old).nonzero()[0])} has samples already")
-        super().partial_fit(x, y)
-        centred = x - self.means[y]
+        means = self.classes.partial_fit(x, y).means
+        centred = x - means[y]
         covariance = centred.T @ centred / max(1, len(x) - 1)
         spread = torch.eye(self.feature_dim).to(covariance) * covariance.trace()
         precision = self.feature_dim * torch.linalg.pinv((len(x) - 1) * covariance + spread, hermitian=True)
@@ -49,7 +60,7 @@ class AveragedPrecision(NCM):
             return self
         before, added = int(old.sum()), int(new.sum())
         share = before / (before + added)
-        apart = self.means[old].mean(0) - self.means[new].mean(0)
+        apart = means[old].mean(0) - means[new].mean(0)
         mixed = share * self.precision + (1 - share) * precision
         self.precision.copy_(mixed + share * (1 - share) / (before + added) * torch.outer(apart, apart))
         return self
@@ -58,9 +69,10 @@ class AveragedPrecision(NCM):
     def logits(self, features: Array) -> Tensor:
         features = self.checked(features)
         weights, bias = self.cached("rule", self._solve)
-        return self.only_seen(features @ weights.T.to(features.dtype) + bias.to(features.dtype))
+        return self.classes.only_seen(features @ weights.T.to(features.dtype) + bias.to(features.dtype))
 
     def _solve(self) -> tuple[Tensor, Tensor]:
-        weights = self.means @ self.precision
-        bias = -(weights * self.means).sum(1) / 2 - (self.counts > 0).sum().clamp(min=1).double().log()
+        means = self.classes.means
+        weights = means @ self.precision
+        bias = -(weights * means).sum(1) / 2 - (self.counts > 0).sum().clamp(min=1).double().log()
         return weights, bias

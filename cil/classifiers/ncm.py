@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +67,8 @@ class NCM(StatisticsClassifier):
     """
 
     per_class = ("sums", "counts")
-    removed_with: ClassVar[Literal["nothing", "samples"] | None] = "nothing"
-    over_classes: ClassVar[tuple[str, ...] | None] = ()
+    removed_with = "nothing"
+    over_classes = ()
     sums: Tensor
     block_weights: Tensor
 
