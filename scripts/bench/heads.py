@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def measure(head: str, classes: int, per_class: int, width: int, projection: int
     seconds: dict[str, float] = {}
     for task in range(TASKS):
         x, y = features(range(task * step, (task + 1) * step), per_class, width, 0)
-        seconds["learn"], _ = timed(lambda x=x, y=y: model.partial_fit(x, y))
+        seconds["learn"], _ = timed(partial(model.partial_fit, x, y))
     if isinstance(model, Gaussed):
         seconds["align"], _ = timed(lambda: model.align(TASKS - 1))
     test, labels = features(range(step * TASKS), 1, width, 1)
@@ -135,7 +136,7 @@ def in_own_process(head: str, classes: int, given: argparse.Namespace, checkout:
     done = subprocess.run(
         [str(c) for c in command], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    return json.loads(done.stdout)
 
 
 def main() -> None:
