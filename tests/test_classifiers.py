@@ -33,6 +33,7 @@ from cil.classifiers import (
 )
 from cil.classifiers.lda import RATIOS
 from cil.classifiers.ridge import STRENGTHS
+from cil.classifiers.selection import Selection
 from cil.errors import ConfigError, DataError
 from cil.learners.bases.alignment import SampledFeatures, mean_scales, normalized_cross_entropy
 from cil.utils import packed
@@ -56,6 +57,8 @@ FROM_SUMS = {
     "lda uniform": lambda: LDA(12, 0.1, "uniform"),
     "lda gcv": lambda: LDA(12, "gcv"),
     "lda of parts": lambda: PartsLDA(12, [range(0, 12, 2), range(1, 12, 2)]),
+    "ridge selected": lambda: Ridge(12, 40, "gcv", select=Selection(0.4)).draw(generator(7)),
+    "lda selected": lambda: LDA(12, 0.1, "uniform", select=Selection(0.8, "f")),
     "gaussians": lambda: Gaussians(12),
 }
 """Classifiers that are functions of sums, on features of width 12."""
