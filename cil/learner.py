@@ -144,6 +144,9 @@ class Learner(nn.Module, ABC):
     """True for a method whose predictions depend on the names of the classes (of those seen, as all else)."""
     needs_new_classes: ClassVar[bool] = False
     """True for a method that is only defined for tasks of new classes (not for domain-incremental streams)."""
+    takes_teachers: ClassVar[bool] = False
+    """True for a method that sees images through the first of several backbones, with a tuner or without; the others
+    take part in training alone."""
 
     learns_batches: ClassVar[bool] = False
     """True for a method whose :meth:`learn` may be called many times in a task, each time with a few of its images."""

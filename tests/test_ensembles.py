@@ -39,6 +39,7 @@ from cil.errors import BackboneError, DataError, RunError
 from cil.export import export, load
 from cil.features import FeatureCache
 from cil.learner import Learner
+from cil.learners import registry
 from cil.learners.bases.heads import held_out
 from cil.prediction import find_images, open_run, predict
 from cil.results import read_run
@@ -480,6 +481,10 @@ def test_learners_that_need_one_backbone_are_refused_by_name(name):
         assert rows[-1]["costs"]["test_passes"] == 2 * sum(rows[-1]["total"]) - 2 * sum(rows[0]["total"])
         scores = learner.logits(learner.features(batch(images_for(both))))
         assert scores.shape == (48, 4) and bool(scores.isfinite().all())
+    elif registry.resolve(name).takes_teachers:
+        assert [view.index for view in build_learner(name, both).views().values()] == [0]
+        with pytest.raises(BackboneError, match=r"several backbones .* are used by their frozen features alone"):
+            build_learner(name, pair(heads="logit"))
     else:
         with pytest.raises(BackboneError, match=r"several backbones .* are used by their frozen features alone"):
             build_learner(name, both)

@@ -47,6 +47,7 @@ LEARNERS = {
     "finetune": {"epochs": 1},
     "joint": {"epochs": 1},
     "aper": {"epochs": 1},
+    "amalgamate": {"epochs": 1},
     "ranpac": {"projection": 50},
     "acil": {"projection": 50},
     "air": {"projection": 50},

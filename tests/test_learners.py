@@ -48,6 +48,7 @@ def test_common_checks(case, check):
 @parametrize_learner(
     [
         *[("aper", {"tuner": tuner, "epochs": 3, "lr": 0.1}) for tuner in OTHER_TUNERS],
+        ("amalgamate", {"epochs": 3, "lr": 0.1}),
         ("linear_probe", {"loss": "local", "optimizer": "adam", "lr": 0.01}),
         ("joint", {"trains": "head", "lr": 0.05, "epochs": 10}),
         ("ranpac", {"projection": 100, "strength": "gcv"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cil.backbone.backbone import FROZEN, Backbone
 from cil.backbone.loading import load_backbone
-from cil.backbone.vit import Tuner
+from cil.backbone.vit import Tuner, feature_width
 from cil.config import CombineConfig, Config
 from cil.errors import BackboneError
 
@@ -26,18 +27,26 @@ ONE_ONLY = (
 class Member:
     """The view of one backbone of several: packed images → its features.
 
+    Args:
+        backbones: The backbones.
+        index: Place of the one.
+        tuner: Tuner that is inserted into it; None: none.
+
     Attributes:
         backbone: The backbone.
         index: Its place among them.
+        tuner: The tuner.
+        view: The view of the backbone's own images: the backbone, or ``partial(backbone, tuner=…)``.
     """
 
-    def __init__(self, backbones: Backbones, index: int) -> None:
-        self.backbone, self.index, self._cut = backbones.members[index], index, backbones.cut
+    def __init__(self, backbones: Backbones, index: int, tuner: Tuner | None = None) -> None:
+        self.backbone, self.index, self.tuner, self._cut = backbones.members[index], index, tuner, backbones.cut
+        self.view = self.backbone if tuner is None else partial(self.backbone, tuner=tuner)
 
     @property
     def feature_dim(self) -> int:
-        """Width of the backbone's features."""
-        return self.backbone.feature_dim
+        """Width of the features."""
+        return feature_width(self.backbone, self.tuner)
 
     @property
     def model(self) -> NoReturn:
@@ -49,7 +58,7 @@ class Member:
         raise BackboneError(ONE_ONLY)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.backbone(self._cut(images, self.index))
+        return self.view(self._cut(images, self.index))
 
 
 class Backbones(Backbone):
@@ -133,7 +142,7 @@ class Backbones(Backbone):
         Raises:
             BackboneError: A view is not that of a member.
         """
-        if not all(isinstance(view, Member) for view in views):
+        if not all(isinstance(view, Member) and view.tuner is None for view in views):
             raise BackboneError(ONE_ONLY)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Backbones:

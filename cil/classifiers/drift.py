@@ -25,15 +25,15 @@ class AffineMap:
     """x ↦ A x + b.
 
     Attributes:
-        matrix: A, float64 [F, F].
-        offset: b, float64 [F].
+        matrix: A, float64 [F, F]; [F', F] for a map to other features.
+        offset: b, float64 [F], or [F'].
     """
 
     matrix: Tensor
     offset: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Map features [N, F] → [N, F]."""
+        """Map features [N, F] → [N, F], or [N, F']."""
         return features @ self.matrix.T.to(features) + self.offset.to(features)
 
     def sums(self, sums: Tensor, counts: Tensor) -> Tensor:
@@ -100,12 +100,38 @@ def ridge_map(before: Tensor, after: Tensor, shrinkage: float = 0.05) -> AffineM
         DataError: The shapes differ, or there is no image.
     """
     before, after = _paired(before, after)
-    x = torch.cat([before, before.new_ones(len(before), 1)], dim=1)
+    change = _regression(before, after - before, shrinkage)  # M − [I 0]
+    eye = torch.eye(len(change), dtype=change.dtype, device=change.device)
+    return AffineMap(change[:, :-1] + eye, change[:, -1])
+
+
+@exact()
+def read_out(features: Tensor, others: Tensor, shrinkage: float = 0.05) -> AffineMap:
+    """Fit the map from features to those of another model, as :func:`ridge_map` where their widths are equal.
+
+    Otherwise there is no identity, and the penalty is γ ‖M‖².
+
+    Args:
+        features: [N, F].
+        others: Features of the same images, [N, F'].
+        shrinkage: As for :func:`ridge_map`.
+
+    Raises:
+        DataError: The numbers of images differ, or there is none.
+    """
+    if features.shape[1:] == others.shape[1:] or len(features) != len(others) or not len(features):
+        return ridge_map(features, others, shrinkage)
+    found = _regression(features.double(), others.double(), shrinkage)
+    return AffineMap(found[:, :-1], found[:, -1])
+
+
+def _regression(x: Tensor, y: Tensor, shrinkage: float) -> Tensor:
+    """argmin_M Σ ‖y − M [x; 1]‖² + γ ‖M‖², [F', F + 1], of x [N, F] and y [N, F'], with the γ of :func:`ridge_map`."""
+    x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
     gram = x.new_zeros(x.shape[1], x.shape[1])
     add_gram_(gram, x)
     gamma = max(shrinkage, 1e-12) * float(gram.diagonal().mean())  # few images leave M undetermined at γ = 0
-    change = ridge_solve(gram, x.T @ (after - before), gamma).T  # M − [I 0], [F, F + 1]
-    return AffineMap(change[:, :-1] + torch.eye(len(change), dtype=x.dtype, device=x.device), change[:, -1])
+    return ridge_solve(gram, x.T @ y, gamma).T
 
 
 @exact()

@@ -265,7 +265,7 @@ class FeatureCache:
 
 def as_seen(view: View, images: ImageSet) -> tuple[View, ImageSet]:
     """A view and the images that it is asked about; for one of several backbones, it and the images it sees."""
-    return (view.backbone, images.through(view.index)) if isinstance(view, Member) else (view, images)
+    return (view.view, images.through(view.index)) if isinstance(view, Member) else (view, images)
 
 
 class _Kept:

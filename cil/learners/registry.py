@@ -26,6 +26,7 @@ BUILTIN = {
     "finetune": "cil.learners.finetune:Finetune",
     "joint": "cil.learners.joint:Joint",
     "aper": "cil.learners.aper:APER",
+    "amalgamate": "cil.learners.amalgamate:Amalgamate",
     "ranpac": "cil.learners.ranpac:RanPAC",
     "acil": "cil.learners.analytic:ACIL",
     "air": "cil.learners.analytic:AIR",
@@ -163,7 +164,8 @@ def instantiate(cls: type[Learner], parameters: LearnerConfig, backbone: Backbon
     with isolated(0):
         joint = backbone.combine.heads == "joint"
         learner = cls(parameters, backbone) if joint else Heads(cls, parameters, backbone)
-    backbone.require_frozen(learner.views().values())
+    if not (joint and cls.takes_teachers):
+        backbone.require_frozen(learner.views().values())
     return learner
 
 

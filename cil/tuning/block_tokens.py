@@ -59,7 +59,7 @@ class _Keeping:
             behind = front + tokens.shape[1] - own  # of foreign tokens at the front
             kept.append(torch.cat([tokens[:, :front], tokens[:, behind:]], dim=1) if front else tokens[:, :own])
         self.keeper.tokens = kept
-        return tuner.pool(vit, vit.norm(tokens))
+        return tuner.finish(vit, tokens)
 
     def forward_head(self, features: Tensor, pre_logits: bool) -> Tensor:
         return features

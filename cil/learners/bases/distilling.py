@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from cil.backbone import Backbone, Tuner
-from cil.classifiers.drift import AffineMap, ridge_map
+from cil.backbone import Backbone, Tuner, feature_width
+from cil.classifiers.drift import AffineMap, read_out
 from cil.config import Section
+from cil.errors import ConfigError
+from cil.features import View
 from cil.learner import Context
 from cil.stream import Task
 from cil.training.distillation import feature_distance, relation_distance, score_distance, token_distance
@@ -87,6 +90,12 @@ class Distillation:
         self.teacher: Tuner | None = None
         if config.teacher == "previous":
             self.teacher = copy.deepcopy(tuner).requires_grad_(False).eval()
+        widths = [feature_width(backbone, one) for one in (tuner, self.teacher)]
+        if config.what == "features" and config.map == "none" and widths[0] != widths[1]:
+            raise ConfigError(
+                f"distill: the tuner's features have the width {widths[0]} and the teacher's {widths[1]}; set "
+                "map: linear or what: relations, or teacher: previous"
+            )
         if config.what == "logits":
             self.scores, self.known = old_scores, known
             self.old_scores = copy.deepcopy(old_scores).requires_grad_(False).eval()
@@ -103,7 +112,7 @@ class Distillation:
     def begin_epoch(self) -> None:
         """Fit the map of features again, from the task's images under the test transform."""
         if self.targets is not None:
-            self.map = ridge_map(self._clean(self.student), self.targets)
+            self.map = read_out(self._clean(self.student), self.targets)
 
     def features(self, images: Tensor) -> Tensor:
         """The student's features of images [B, 3, H, W]; call it before :meth:`term`."""
@@ -129,16 +138,20 @@ class Distillation:
         with without_autocast():
             return feature_distance(self.map(features.float()), target)
 
-    @torch.no_grad()
     def _clean(self, tuner: Tuner | None) -> Tensor:
-        """Features [N, F] of the task's images under the test transform, without dropout."""
-        mode = tuner is not None and tuner.training
-        if tuner is not None:
-            tuner.eval()
-        found = []
-        for images, _ in self.task.train.batches(self.ctx.cache.batch_size, device=self.ctx.device):
-            with self.ctx.accelerator.autocast():
-                found.append(self.backbone(images, tuner).float())
-        if tuner is not None:
-            tuner.train(mode)
-        return torch.cat(found)
+        return clean_features(partial(self.backbone, tuner=tuner), tuner, self.task, self.ctx)
+
+
+@torch.no_grad()
+def clean_features(view: View, tuner: Tuner | None, task: Task, ctx: Context) -> Tensor:
+    """Features [N, F] of a task's training images under the test transform, without dropout of the view's tuner."""
+    mode = tuner is not None and tuner.training
+    if tuner is not None:
+        tuner.eval()
+    found = []
+    for images, _ in task.train.batches(ctx.cache.batch_size, device=ctx.device):
+        with ctx.accelerator.autocast():
+            found.append(view(images).float())
+    if tuner is not None:
+        tuner.train(mode)
+    return torch.cat(found)

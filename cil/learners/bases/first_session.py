@@ -12,7 +12,7 @@ from cil.learners.bases.new_classes import task_head
 from cil.learners.bases.on_features import ClassifierOnFeatures
 from cil.stream import Task
 from cil.training import ParamGroup, Recipe, cross_entropy, fit
-from cil.tuning import TunerConfig, build_tuner
+from cil.tuning import Tuner, TunerConfig, build_tuner
 
 
 class AdaptOnce(ClassifierOnFeatures):
@@ -31,7 +31,13 @@ class AdaptOnce(ClassifierOnFeatures):
         weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
-        super().__init__(config, backbone, build_tuner(config.tuner, backbone) if config.tuner is not None else None)
+        inserted = None if config.tuner is None else build_tuner(config.tuner, self.tuned(backbone))
+        super().__init__(config, backbone, inserted)
+
+    @classmethod
+    def tuned(cls, backbone: Backbone) -> Backbone:
+        """The backbone into which the tuner is inserted."""
+        return backbone
 
     def begin(self, task: Task, ctx: Context) -> None:
         super().begin(task, ctx)
@@ -42,7 +48,11 @@ class AdaptOnce(ClassifierOnFeatures):
 
     def learn(self, task: Task, ctx: Context) -> None:
         if task.index == 0 and self.tuner is not None:
-            head = task_head(CosineHead(feature_width(self.backbone, self.tuner)), task, ctx)
-            loss = cross_entropy(lambda images: head(self.backbone(images, self.tuner)), self.config)
-            fit(loss, [ParamGroup([*self.tuner.parameters(), *head.parameters()])], task.train, self.config, ctx)
+            self.adapt(self.tuner, task, ctx)
         super().learn(task, ctx)
+
+    def adapt(self, tuner: Tuner, task: Task, ctx: Context) -> None:
+        """Train the tuner and a head that is then dropped."""
+        head = task_head(CosineHead(feature_width(self.backbone, tuner)), task, ctx)
+        loss = cross_entropy(lambda images: head(self.backbone(images, tuner)), self.config)
+        fit(loss, [ParamGroup([*tuner.parameters(), *head.parameters()])], task.train, self.config, ctx)
