@@ -44,7 +44,7 @@ def write(tmp_path, text, name="c.yaml"):
         ("learners: [{metric: cosine}]", "give a learner either a name or a class"),
         ("- a\n- b", "expected keys and values, got list"),
         ("a: [", "not valid YAML"),
-        ("learner: ncm\nprecision: fp8", "precision: should be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
+        ("learner: ncm\nprecision: fp8", "precision: should be 'fp32', 'bf16', 'fp16' or 'auto', got 'fp8'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, message):

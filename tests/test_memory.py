@@ -125,7 +125,7 @@ def test_every_class_counts(monkeypatch):
 
 
 def test_a_run_is_refused_before_the_first_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "memory_bytes", lambda device: GIB / 128)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: GIB / 256)
     monkeypatch.setattr(ImageSource, "read", lambda self, index: pytest.fail("an image was read"))
     learners = [{"name": "ncm"}, {"name": "fecam", "label": "wide"}]
     config = Config(data={"dataset": "digits"}, stream={"increment": 5}, learners=learners)

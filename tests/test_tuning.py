@@ -731,7 +731,7 @@ def test_configurations_round_trip_and_document_every_field(kind):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"tuner": "vpt"}, "tuner: unknown 'vpt'; known here: adapter"),
+        ({"tuner": "vpt"}, "tuner: unknown 'vpt' (did you mean 'vqt'?); known here: adapter"),
         ({"tuner": {"name": "lora", "ranc": 1}}, "unknown key tuner.ranc (did you mean 'rank'?)"),
         ({"many": ["lora", {"name": "lora", "ranc": 1}]}, "unknown key many.1.ranc (did you mean 'rank'?)"),
         ({"tuner": {"rank": 1}}, "tuner.name is missing"),
