@@ -23,6 +23,7 @@ import psutil
 import torch
 
 from cil.classifiers import LDA, NCM, Classifier, Mahalanobis, Ridge
+from cil.errors import ConfigError
 from cil.runner.checkpoint import to_json
 from cil.runner.provenance import versions
 from cil.utils import hardware
@@ -96,7 +97,11 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {head: {} for head in given.heads}
     for width in given.widths:
         for head in given.heads:
-            kept, peak = (size / MIB for size in estimate(head, width))
+            try:
+                kept, peak = (size / MIB for size in estimate(head, width))
+            except ConfigError:  # this machine has too little memory even for one class
+                rows[head][str(width)] = {"refused": True}
+                continue
             row = {"estimate_kept_mib": kept, "estimate_mib": peak}
             if peak <= given.memory * 1024 and not (head.endswith(DECOMPOSING) and width > given.decomposed):
                 row |= in_own_process(head, width, given)

@@ -75,6 +75,9 @@ def wide(file: Path) -> str:
     ]
     for head, rows in found["heads"].items():
         for width, row in rows.items():
+            if "refused" in row:
+                lines.append(f"| {head} | {int(width):,} | refused | | | | |")
+                continue
             measured = "learn" in row
             seconds = f"{row['learn']:.1f} | {row['solve']:.1f}" if measured else "not run |"
             peak = f"{row['peak_mib']:,.0f}" if measured else ""
