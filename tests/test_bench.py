@@ -75,6 +75,7 @@ def test_every_tuner_is_benched(script):
     assert set(script("bench.throughput").TUNERS["tiny"]) == names
 
 
+@pytest.mark.slow
 def test_growth(script, tmp_path, monkeypatch):
     bench = script("bench.growth", "--quick", "--out", tmp_path)
 

@@ -112,6 +112,7 @@ def test_the_loss_holds_similarities_to_old_classes():
     assert 0 < changes[50.0] < 0.7 * changes[0.0]
 
 
+@pytest.mark.slow
 def test_the_first_head_learns_faster_and_nothing_of_the_snapshot_is_kept():
     slow = shared(CDS, first_head_lr_factor=1.0).after(1).learner
     fast = shared(CDS, first_head_lr_factor=10.0).after(1).learner

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -153,7 +155,9 @@ except SystemExit as ended:
     assert not ended.code
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    same_copy = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # of cil, not an installed one
+    command = [sys.executable, "-c", code]
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100, env=same_copy)
     assert again.returncode == 0 and again.stdout.count("finished already") == 2 and "A_last %" in again.stdout
     assert again.stdout.endswith("['numpy']\n"), again.stdout  # neither torch nor matplotlib
     compared = cil("compare", tmp_path / "results", "--out", tmp_path / "out", cwd=tmp_path)

@@ -128,6 +128,7 @@ def test_mixture_weights_fulfil_the_conditions_of_optimality(inside):
         torch.testing.assert_close(w, true, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_run_whose_images_are_alike_comes_first(runs, pictures):
     for names, first in ((LOW, "low"), (HIGH, "high")):
         found = find([runs["low"], runs["high"]], pictures(names, flat=True))

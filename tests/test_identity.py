@@ -227,6 +227,7 @@ def test_a_folder_without_a_finished_stage_is_no_run(tmp_path):
         shutil.rmtree(place)
 
 
+@pytest.mark.slow
 def test_a_lower_lr_after_a_nan(tmp_path, cil, monkeypatch):  # noqa: F811
     """In the first stage the repaired command runs; later it says what depends on the rate, and --redo does it."""
     monkeypatch.chdir(tmp_path)

@@ -112,6 +112,7 @@ class Leaky(L2P):
         return PooledPrompts(self.backbone, self.prompts[self.vote(self.choose(query))].flatten(1, 2))
 
 
+@pytest.mark.slow
 def test_the_common_checks_catch_a_vote_at_test():
     spread = {**SMALL_L2P, "lr": 0.05, "epochs": 5}
     with pytest.raises(AssertionError, match="scores depend on the rest of the batch"):

@@ -46,6 +46,7 @@ def place(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_it_finds_what_ordinary_runs_on_held_out_images_find(place):
     """The accuracy of a setting is that of ``cil run … stream.test_on=validation`` after as many stages."""
     file = write(place / "c.yaml", learners=[PROBE], seeds=[0, 1])
