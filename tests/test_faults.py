@@ -40,10 +40,10 @@ with FileLock(folder / "run.lock"):
 MOMENTS = {
     "before anything of the stage is written": f"""
 original, calls = c.split_state, []
-def patched(state):
+def patched(state, **more):
     calls.append(1)
     if len(calls) == 2: {DIE}
-    return original(state)
+    return original(state, **more)
 c.split_state = patched
 """,
     "between two files of a checkpoint": f"""

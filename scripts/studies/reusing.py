@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from cil.utils.files import write
 ORDERS = (1993, 1994, 1995)
 TASKS, FIRST = 5, 2
 """Number of tasks, and of those on which weights are chosen."""
-TRAIN, HELD_OUT, TEST = 20, 20, 20
+IMAGES = (20, 20, 20)
 """Images per class to train on, those after them to choose weights on, and to test on."""
 LEARNERS: dict[str, dict[str, Any]] = {
     "finetune": {"loss": "local", "optimizer": "sgd", "lr": 0.01, "warmup": 0, "train_batch_size": 16, "epochs": 3},
@@ -68,9 +68,10 @@ class Setting:
     Args:
         name: ``digits`` or ``tiny``.
         data: Folder with the tar files of the stream.
+        images: Images per class to train on, to choose weights on, and to test on.
     """
 
-    def __init__(self, name: str, data: Path) -> None:
+    def __init__(self, name: str, data: Path, images: Sequence[int]) -> None:
         self.backbone = load_backbone(BackboneConfig(options={"img_size": 32}))
         sources = (digits(split) for split in ("train", "test"))
         augment = Augmentation()
@@ -79,10 +80,11 @@ class Setting:
         else:  # a mirrored digit is another digit
             augment = Augmentation(scale=(0.6, 1.0), ratio=(0.9, 1.1), flip=0)
         train, test = sources
+        trained, held_out, tested = images
         self.transform = TransformConfig(augment=augment)
-        self.train = self._images(train, "train", 0, TRAIN)
-        self.held_out = self._images(train, "test", TRAIN, TRAIN + HELD_OUT)
-        self.test = self._images(test, "test", 0, TEST)
+        self.train = self._images(train, "train", 0, trained)
+        self.held_out = self._images(train, "test", trained, trained + held_out)
+        self.test = self._images(test, "test", 0, tested)
         self.classes = len(train.class_names)
 
     def _images(self, source: ImageSource, split: str, first: int, end: int) -> ImageSet:
@@ -129,6 +131,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="stop at the end of a cell after so many seconds"
     )
+    parser.add_argument(
+        "--images", nargs=3, type=int, default=IMAGES, metavar=("TRAIN", "CHOOSE", "TEST"), help="images per class"
+    )
     options = parser.parse_args()
     started, settings = time.perf_counter(), {}
     found = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"choices": {}, "runs": {}}
@@ -137,7 +142,7 @@ def main() -> None:
         if key in found["choices"] if order is None else str(order) in found["runs"].get(key, {}):
             continue
         if stream not in settings:
-            settings[stream] = Setting(stream, options.data)
+            settings[stream] = Setting(stream, options.data, options.images)
         setting, (section, weights) = settings[stream], WAYS.get(way, ({}, ()))
         if order is None:
             tried = {str(w): setting.measure(learner, weighted(section, w), ORDERS[0], choosing=True) for w in weights}
@@ -147,7 +152,8 @@ def main() -> None:
             chosen = {} if way == PLAIN else weighted(section, found["choices"][key]["weight"])
             found["runs"].setdefault(key, {})[str(order)] = setting.measure(learner, chosen, int(order))
         print(key, order, round(time.perf_counter() - started), flush=True)
-        facts = {"orders": ORDERS, "learners": LEARNERS, "images": {"train": TRAIN, "held_out": HELD_OUT, "test": TEST}}
+        images = dict(zip(("train", "held_out", "test"), options.images, strict=True))
+        facts = {"orders": ORDERS, "learners": LEARNERS, "images": images}
         write(options.out, json.dumps({**facts, "versions": versions(), **found}, indent=1) + "\n")
         if time.perf_counter() - started > options.seconds:
             break
