@@ -34,9 +34,15 @@ def waits(**options):
     time.sleep(300)  # in a collective operation that will never end
 
 
-def process(rank, port, world, command, out):
-    """What a launched process does with the command, its standard error in a file."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def process(rank, port, there, world, command, out):
+    """What a launched process does with the command once the store is there, its standard error in a file."""
+    there.wait(60)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port.value),
+    }
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     sys.stderr, launched.PATIENCE = out.open("w", buffering=1), 1.0
     cli.app = command
@@ -46,18 +52,21 @@ def process(rank, port, world, command, out):
 @pytest.fixture
 def together(tmp_path):
     """Run one command per process; returns exit codes and what each printed. The store is this process's, as that of a
-    launcher is."""
+    launcher is; it begins when all are forked, since a fork would copy the locks that its thread holds just then."""
     context = multiprocessing.get_context("fork")
 
     def run(*commands):
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+        port, there = context.Value("i", 0), context.Event()
         outs = [tmp_path / f"{rank}.txt" for rank in range(len(commands))]
         parts = [
-            context.Process(target=process, args=(rank, store.port, len(commands), command, outs[rank]))
+            context.Process(target=process, args=(rank, port, there, len(commands), command, outs[rank]))
             for rank, command in enumerate(commands)
         ]
         for part in parts:
             part.start()
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+        port.value = store.port
+        there.set()
         for part in parts:
             part.join(60)
             if part.is_alive():
