@@ -10,8 +10,6 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -22,17 +20,6 @@ from torch.distributed import TCPStore
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["cil.cli", "cil.runner", "cil.learners.registry", "cil.cli.output"])
-
-
-@contextmanager
-def chdir(folder: Path) -> Iterator[None]:
-    """The folder as the working folder; ``contextlib.chdir`` is not there in Python 3.10."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 class Started:
@@ -49,7 +36,8 @@ class Started:
         self.files = [cwd / f"{name}.{stream}" for stream in ("out", "err")]
         arguments = (code, str(cwd), dict(os.environ if environment is None else environment), self.files)
         self.process = CONTEXT.Process(target=_execute, args=arguments)
-        with chdir(ROOT):  # from where the server imports these tests' copy of the library, not an installed one
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)  # from where the server imports these tests' copy of the library, not an installed one
             forkserver.ensure_running()
         self.process.start()
 
