@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from scripts.publish.banks import table
 from scripts.studies import banks
 
 SMALL = [
@@ -35,6 +36,14 @@ def test_every_rule_and_router_is_measured_on_updates_trained_once(tmp_path, mon
     assert found["sum"]["mb"] == pytest.approx(layers / 1e6)
     low_rank = 2 * 2 * 2 * (192 + 3 * 192) * 4  # two factors of rank two, two blocks, two tasks
     assert found["smile"]["mb"] == pytest.approx(low_rank / 1e6, rel=0.01)
+
+    shown = [line.split(" | ") for line in table(tmp_path / "out").splitlines()[2:]]
+    assert len(shown) == len(found)
+    ranked = sorted((row["a_last"] for row in found.values()), reverse=True)
+    assert [cells[1] for cells in shown] == [f"{accuracy:.1f}" for accuracy in ranked]
+    named = {cells[0].removeprefix("| "): cells for cells in shown}
+    assert named["smile"][2:4] == ["", ""]
+    assert named["routed gates all"][2] == f"{found['routed gates all']['router']:.1f}"
 
     trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.safetensors")}
     assert len(trained) == 2

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from scripts.publish.markdown import table
+
 
 def throughput(file: Path) -> str:
     """Our throughput as a share of the bare one, median and range over the pairs."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    lines = ["| backbone | what | bare, images/s | ours, share of bare |", "|---|---|---|---|"]
+    rows = []
     for size, parts in found["sizes"].items():
         measured = {k: v for part in ("evaluation", "training", "attention") for k, v in parts.get(part, {}).items()}
         for what, sides in measured.items():
@@ -21,80 +23,73 @@ def throughput(file: Path) -> str:
                 for side, m in sides.items()
                 if side != "bare"
             )
-            lines.append(f"| {size} | {what} | {sides['bare']['images_per_second']:.1f} | {shares} |")
-    return "\n".join(lines) + "\n"
+            rows.append([size, what, f"{sides['bare']['images_per_second']:.1f}", shares])
+    return table(["backbone", "what", "bare, images/s", "ours, share of bare"], rows)
 
 
 def growth(file: Path) -> str:
     """Costs of the run with the most tasks, and the ratio of last to first stages for every number of tasks."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    lines = [
-        "| classifier | ms per class to learn and solve: first fifth of the stages, last | last over first, by tasks | "
-        "ms to predict an image: first, last stage | MiB kept at the end | peak MiB |",
-        "|---|---|---|---|---|---|",
+    head = [
+        "classifier",
+        "ms per class to learn and solve: first fifth of the stages, last",
+        "last over first, by tasks",
+        "ms to predict an image: first, last stage",
+        "MiB kept at the end",
+        "peak MiB",
     ]
-    for head, runs in found["heads"].items():
-        rows = runs[max(runs, key=int)]
-        fifth = len(rows) // 5
-        each = [1000 * (row["learn"] + row["solve"]) / rows[0]["classes"] for row in rows[1:]]
+    rows = []
+    for name, runs in found["heads"].items():
+        stages = runs[max(runs, key=int)]
+        fifth = len(stages) // 5
+        each = [1000 * (row["learn"] + row["solve"]) / stages[0]["classes"] for row in stages[1:]]
         first, last = np.median(each[:fifth]), np.median(each[-fifth:])
-        flat = ", ".join(f"{tasks}: {f['learn_and_solve']:.1f}" for tasks, f in found["last_over_first"][head].items())
-        predict = [1000 * row["predict_per_image"] for row in (rows[0], rows[-1])]
-        peak = max(row["peak_mib"] for row in rows)
-        lines.append(
-            f"| {head} | {first:.1f}, {last:.1f} | {flat} | {predict[0]:.2f}, {predict[1]:.2f} | "
-            f"{rows[-1]['kept_mib']:.0f} | {peak:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+        flat = ", ".join(f"{tasks}: {f['learn_and_solve']:.1f}" for tasks, f in found["last_over_first"][name].items())
+        predict = [1000 * row["predict_per_image"] for row in (stages[0], stages[-1])]
+        peak = max(row["peak_mib"] for row in stages)
+        costs = [f"{first:.1f}, {last:.1f}", flat, f"{predict[0]:.2f}, {predict[1]:.2f}"]
+        rows.append([name, *costs, f"{stages[-1]['kept_mib']:.0f}", f"{peak:.0f}"])
+    return table(head, rows)
 
 
 def one_step(file: Path) -> str:
     """Costs of the second task: its step, all of it, its passes, and memory."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    lines = [
-        "| learner | numbers trained | seconds of a step | seconds of the task | passes per image | peak MiB | "
-        "MiB kept | of them per task |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["learner", "numbers trained", "seconds of a step", "seconds of the task", "passes per image", "peak MiB"]
+    rows = []
     for name, row in sorted(found["learners"].items()):
         task = row["tasks"][-1]
         step = "–" if task["seconds_step"] is None else f"{task['seconds_step']:.1f}"
-        lines.append(
-            f"| {name} | {task['trained']:,} | {step} | {task['seconds']:.1f} | {task['passes']:.0f} | "
-            f"{task['peak_mib']:,.0f} | {task['kept_mib']:,.1f} | {row['grows_mib']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        costs = [f"{task['trained']:,}", step, f"{task['seconds']:.1f}", f"{task['passes']:.0f}"]
+        memory = [f"{task['peak_mib']:,.0f}", f"{task['kept_mib']:,.1f}", f"{row['grows_mib']:.1f}"]
+        rows.append([name, *costs, *memory])
+    return table([*head, "MiB kept", "of them per task"], rows)
 
 
 def wide(file: Path) -> str:
     """Per width, processor seconds to learn and to solve, bytes kept, and peak; of what was not run, its estimates."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    lines = [
-        "| classifier | width F | seconds to learn 1,000 | to solve | MiB kept | peak MiB: estimate | measured |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for head, rows in found["heads"].items():
-        for width, row in rows.items():
+    head = ["classifier", "width F", "seconds to learn 1,000", "to solve", "MiB kept", "peak MiB: estimate", "measured"]
+    rows = []
+    for name, widths in found["heads"].items():
+        for width, row in widths.items():
             if "refused" in row:
-                lines.append(f"| {head} | {int(width):,} | refused | | | | |")
-                continue
-            measured = "learn" in row
-            seconds = f"{row['learn']:.1f} | {row['solve']:.1f}" if measured else "not run |"
-            peak = f"{row['peak_mib']:,.0f}" if measured else ""
-            kept = row["kept_mib"] if measured else row["estimate_kept_mib"]
-            lines.append(f"| {head} | {int(width):,} | {seconds} | {kept:,.0f} | {row['estimate_mib']:,.0f} | {peak} |")
-    return "\n".join(lines) + "\n"
+                cells = ["refused", "", "", "", ""]
+            elif "learn" in row:
+                seconds = [f"{row[key]:.1f}" for key in ("learn", "solve")]
+                cells = [*seconds, *(f"{row[key]:,.0f}" for key in ("kept_mib", "estimate_mib", "peak_mib"))]
+            else:
+                cells = ["not run", "", f"{row['estimate_kept_mib']:,.0f}", f"{row['estimate_mib']:,.0f}", ""]
+            rows.append([name, f"{int(width):,}", *cells])
+    return table(head, rows)
 
 
 def heads(file: Path) -> str:
     """One row per head and number of classes; each cell is the other checkout's value, then this one's."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    lines = [
-        "| head | classes | s to learn a fifth | s to align or solve | ms per image | s to write | checkpoint MiB | "
-        "peak MiB | peak, share of before |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for head, sizes in found["heads"].items():
+    head = ["head", "classes", "s to learn a fifth", "s to align or solve", "ms per image", "s to write"]
+    rows = []
+    for name, sizes in found["heads"].items():
         for classes, sides in sizes.items():
             both = [sides[side] for side in ("against", "ours") if side in sides]
             cells = [
@@ -106,8 +101,8 @@ def heads(file: Path) -> str:
                 ", ".join(f"{one['peak_mib']:,.0f}" for one in both),
                 _share(both),
             ]
-            lines.append(f"| {head} | {int(classes):,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([name, f"{int(classes):,}", *cells])
+    return table([*head, "checkpoint MiB", "peak MiB", "peak, share of before"], rows)
 
 
 def _share(both: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +29,7 @@ from cil.merging.configs import FINALISERS, RULES, FinaliserSection, RuleSection
 from cil.merging.finalisers import Finaliser
 from cil.tuning.configs import TunerSection
 from scripts import ROOT
+from scripts.publish.markdown import table
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 OPENING = re.compile(r"^<!-- (methods|tuners|rules|finalisers) -->$", re.MULTILINE)
@@ -77,12 +78,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
 def described(cls: type[Rule] | type[Finaliser]) -> str:
     """A summary with its source."""
     return f"{cls.summary} ({cls.paper})" if cls.paper else cls.summary
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    first, *others = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in (head, *rows)]
-    return first + "|" + "---|" * len(head) + "\n" + "".join(others)
 
 
 def index() -> str:
