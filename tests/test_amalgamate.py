@@ -13,6 +13,7 @@ from test_runner import stable
 from cil import Context, build_learner
 from cil.classifiers.drift import read_out, ridge_map
 from cil.classifiers.joining import Joined
+from cil.classifiers.leave_one_out import fixed_point, thin_svd
 from cil.config import TransformConfig
 from cil.data.images import ImageSet
 from cil.data.transforms import Transforms
@@ -37,7 +38,7 @@ def taught(backbone, targets="features", **more):
     return learner, Teachers(learner, learner.tuner, targets, 0.05, task, ctx), images
 
 
-@pytest.mark.parametrize("targets", ["features", "relations"])
+@pytest.mark.parametrize("targets", ["features", "relations", "logme"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(targets):
     learner, teachers, images = taught(copies(2), targets)
     [see] = learner.views().values()
@@ -85,6 +86,29 @@ def test_maps_scales_and_weights_are_those_of_the_images_of_the_task():
     assert value == pytest.approx(float(expected.numpy() @ distances), rel=1e-4)
 
 
+def test_scores_of_maps_with_most_evidence_are_mixed():
+    """B-Tuning by numpy, given the ratios α/β of the fixed point that LogME's own tests check."""
+    backbone = pair(weights="logme")
+    _, teachers, images = taught(backbone, "logme")
+    task = stream_for(backbone, 3).tasks[0]
+    images, labels = next(iter(task.train.batches(99)))
+    with torch.inference_mode():
+        raw = [member(backbone.cut(images, k)).double().numpy() for k, member in enumerate(backbone.members)]
+    scaled = [features / np.sqrt(np.mean(features**2)) for features in raw]
+    targets, scores = np.eye(3)[labels], []
+    for x, found in zip(scaled, teachers.maps, strict=True):
+        alpha, beta = fixed_point(*thin_svd(torch.from_numpy(x)), torch.from_numpy(targets))
+        pairs = zip((alpha / beta).tolist(), targets.T, strict=True)
+        rows = [np.linalg.solve(x.T @ x + ratio * np.eye(x.shape[1]), x.T @ target) for ratio, target in pairs]
+        np.testing.assert_allclose(found.matrix.numpy(), rows, atol=1e-5)
+        scores.append(x @ np.array(rows).T)
+    with torch.inference_mode():
+        value = float(teachers.term(torch.from_numpy(raw[0]).float(), images))
+    assert teachers.weights.tolist() == [1.0] and value == pytest.approx(
+        np.mean((scores[0] - scores[1]) ** 2), rel=1e-3
+    )
+
+
 def test_a_map_between_widths_is_ridge_regression_and_else_the_map_of_drift():
     rng = np.random.RandomState(0)
     x, y = torch.from_numpy(rng.randn(30, 4)), torch.from_numpy(rng.randn(30, 7))
@@ -118,7 +142,7 @@ def test_without_weight_it_is_slda_with_a_tuner_on_the_first_backbone():
     assert torch.equal(ours.predict(images), alone.predict(both.cut(images, 0)))
 
 
-@pytest.mark.parametrize("targets", ["features", "relations"])
+@pytest.mark.parametrize("targets", ["features", "relations", "logme"])
 def test_one_step_follows_the_gradient_of_the_term(targets):
     """SGD at a constant rate, one step of all images: γ adds −lr · γ · ∇ term, with the maps of the start."""
     more = {"tuner": "ssf", "epochs": 1, "train_batch_size": 99, "schedule": "constant", "targets": targets}

@@ -121,10 +121,10 @@ def test_ways_are_paired_with_the_plain_learner_and_shown_if_all_orders_are_ther
         return {str(order): {"accuracy_last": value, "forgetting": 1 - 2 * value} for order, value in runs}
 
     runs = {"digits finetune plain": of(0.5, 0.6), "digits finetune bss": of(0.52, 0.66), "digits finetune l2": of(0.9)}
-    choices = {f"digits finetune {way}": {"weight": 0.001} for way in ("bss", "l2")}
+    choices = {f"digits finetune {way}": {"weight": 0.001} for way in ("bss", "l2", "plain")}
     found = {"orders": [1, 2], "learners": {"finetune": {}, "ssiat": {}}, "choices": choices, "runs": runs}
     (tmp_path / "r.json").write_text(json.dumps(found), encoding="utf-8")
     assert reusing.table(tmp_path / "r.json" / "digits").splitlines()[2:] == [
-        "| plain |  | 55.0 ± 7.1 |  |  |",
+        "| plain | rate 0.001 | 55.0 ± 7.1 |  |  |",
         "| `bss` | 0.001 | 59.0 ± 9.9 | +4.0 ± 2.8 | -8.0 ± 5.7 |",
     ]

@@ -1,4 +1,4 @@
-"""Closed forms on the singular values of features: leave-one-out predictions of ridge regression, and log evidence.
+"""Closed forms on the singular values of features: leave-one-out predictions of ridge regression, and LogME's evidence.
 
 :mod:`cil.selection.transferability` scores backbones with them, and :mod:`cil.classifiers.joining` weights several.
 """
@@ -94,6 +94,20 @@ def fixed_point(u: Tensor, s: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if bool(((alpha / beta - tau).abs() <= 1e-8 * tau).all()):
             break
     return alpha, beta
+
+
+def posterior_means(x: Tensor, y: Tensor) -> Tensor:
+    """The linear maps of maximal evidence from features to each class's indicator, float64 [C, F].
+
+    Row c is (XᵀX + τ_c I)⁻¹ Xᵀ t_c with τ_c = α_c/β_c of :func:`fixed_point`: the posterior mean of LogME's weights.
+
+    Args:
+        x: Features X, float64 [N, F].
+        y: Labels 0…C−1, int64 [N].
+    """
+    (u, s), targets = thin_svd(x), F.one_hot(y).double()
+    alpha, beta = fixed_point(u, s, targets)
+    return (u.T @ targets / (s.square()[:, None] + alpha / beta)).T @ u.T @ x
 
 
 def log_evidence(u: Tensor, s: Tensor, width: int, targets: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ class Amalgamate(AdaptOnce):
     with a temporary head W and the scaled features z_k of the other backbones, the teachers. The maps (M_k, m_k) are
     ridge regressions of z_k on the student's features of the task, computed at the start of every epoch
     (:class:`~cil.learners.bases.teachers.Teachers`). With ``targets: relations`` the teachers' distances and angles
-    between images take the place of their features. Then θ is frozen and no teacher is called again: every task adds
-    its features to the sums of LDA or ridge regression. With a single ``backbone``, its own frozen features teach.
+    between images take the place of their features, and with ``logme`` linear scores of the task's classes. Then θ is
+    frozen and no teacher is called again: every task adds its features to the sums of LDA or ridge regression. With a
+    single ``backbone``, its own frozen features teach.
     Keeps θ and these sums. One forward pass per image after the first task, in which a step also takes one per teacher.
     """
 
@@ -43,8 +44,8 @@ class Amalgamate(AdaptOnce):
         gamma: NonNegativeFloat = Field(1.0, description="weight γ ≥ 0 of the teachers in the loss; 0: no teachers")
         targets: Targets = Field(
             "features",
-            description="what the student takes from a teacher: features, through an affine map, or relations, the "
-            "distances and angles between the images of a step",
+            description="what the student takes from a teacher: features, through an affine map; relations, the "
+            "distances and angles between the images of a step; logme, scores of LogME's linear maps (B-Tuning)",
         )
         map_shrinkage: NonNegativeFloat = Field(0.05, description="shrinkage ≥ 0 of the maps to the teachers' features")
         head: Literal["lda", "ridge"] = Field(

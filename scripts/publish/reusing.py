@@ -14,7 +14,7 @@ PLAIN = "plain"
 
 
 def table(argument: Path) -> str:
-    """``FILE/STREAM``: per way and learner the chosen weight, A_last, and A_last and forgetting less the plain one's.
+    """``FILE/STREAM``: per way and learner the chosen weight (of plain: the rate), A_last, and differences to plain.
 
     Means ± standard deviations over the class orders, the differences per order. Ways that lack an order are left out.
     """
@@ -39,15 +39,16 @@ def ends(found: dict[str, Any], stream: str, learner: str, way: str, key: str = 
 
 
 def cells_of(found: dict[str, Any], stream: str, learner: str, way: str) -> tuple[str, str, str, str]:
-    """Weight, A_last and the two differences of one way of a learner."""
+    """Weight (of the plain learner: rate), A_last and the two differences of one way of a learner."""
     mine = ends(found, stream, learner, way)
     if not mine:
         return "", "", "", ""
     accuracy = report.spread(np.array(list(mine.values())))
+    weight = f"{found['choices'][f'{stream} {learner} {way}']['weight']:g}"
     if way == PLAIN:
-        return "", accuracy, "", ""
+        return f"rate {weight}", accuracy, "", ""
     less = []
     for key in ("accuracy_last", "forgetting"):
         values, plain = (ends(found, stream, learner, one, key) for one in (way, PLAIN))
         less.append(report.spread(np.array([value - plain[order] for order, value in values.items()]), "+.1f"))
-    return f"{found['choices'][f'{stream} {learner} {way}']['weight']:g}", accuracy, *less
+    return weight, accuracy, *less

@@ -1,9 +1,10 @@
 """Which ways of holding a tuner to what it was help finetune and ssiat, paired with the plain learner per class order.
 
 The streams are the digits and Split-Tiny-ImageNet-100, in five tasks, with few images per class of 32 × 32 pixels, so
-that two cores can train all cells. Each way has three weights. The one with the highest accuracy on other training
-images of the first two tasks of the first class order is used for all class orders; no later task and no test image
-takes part in the choice. A finished cell is in ``--out`` and is not computed again.
+that two cores can train all cells. The plain learner has three rates, and each way three weights at the plain learner's
+rate. Those with the highest accuracy on other training images of the first two tasks of the first class order are used
+for all class orders; no later task and no test image takes part in the choice. A finished cell is in ``--out`` and is
+not computed again.
 
     python -m scripts.studies.reusing --data ../shared/data --out results/bench/reusing.json
 """
@@ -11,6 +12,7 @@ takes part in the choice. A finished cell is in ``--out`` and is not computed ag
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -39,10 +41,12 @@ TASKS, FIRST = 5, 2
 IMAGES = (20, 20, 20)
 """Images per class to train on, those after them to choose weights on, and to test on."""
 LEARNERS: dict[str, dict[str, Any]] = {
-    "finetune": {"loss": "local", "optimizer": "sgd", "lr": 0.01, "warmup": 0, "train_batch_size": 16, "epochs": 3},
+    "finetune": {"loss": "local", "optimizer": "sgd", "warmup": 0, "train_batch_size": 16, "epochs": 3},
     "ssiat": {"first_epochs": 4, "epochs": 3, "train_batch_size": 16},
 }
+PLAIN = "plain"
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    PLAIN: ({"lr": None}, (0.003, 0.01, 0.03)),
     "anchor: l2": ({"anchor": {"norm": "l2", "beta": 0, "alpha": None}}, (0.1, 1, 10)),
     "anchor: l1": ({"anchor": {"norm": "l1", "beta": 0, "alpha": None}}, (1e-4, 1e-3, 1e-2)),
     "anchor: fisher": ({"anchor": {"norm": "fisher", "beta": 0, "alpha": None}}, (0.1, 1, 10)),
@@ -53,8 +57,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "distill: relations": ({"distill": {"what": "relations", "weight": None}}, (1, 10, 100)),
     "bss": ({"bss": None}, (1e-4, 1e-3, 1e-2)),
 }
-"""Way → section in which None stands for the weight, and the weights to choose from."""
-PLAIN = "plain"
+"""Way → section in which None stands for the weight, for the plain learner for the rate, and those to choose from."""
 
 
 def weighted(section: dict[str, Any], weight: float) -> dict[str, Any]:
@@ -113,13 +116,7 @@ class Setting:
 
 def cells(streams: list[str], learners: list[str]) -> Iterator[tuple[str, str, str, int | float | None]]:
     """(stream, learner, way, None) for the choice of a weight, and (stream, learner, way, order) for a run."""
-    for stream in streams:
-        for learner in learners:
-            for way in (PLAIN, *WAYS):
-                if way != PLAIN:
-                    yield stream, learner, way, None
-                for order in ORDERS:
-                    yield stream, learner, way, order
+    return itertools.product(streams, learners, WAYS, (None, *ORDERS))
 
 
 def main() -> None:
@@ -143,14 +140,16 @@ def main() -> None:
             continue
         if stream not in settings:
             settings[stream] = Setting(stream, options.data, options.images)
-        setting, (section, weights) = settings[stream], WAYS.get(way, ({}, ()))
+        setting, (section, weights), choices = settings[stream], WAYS[way], found["choices"]
+        rate = {} if way == PLAIN else {"lr": choices[f"{stream} {learner} {PLAIN}"]["weight"]}
+        sections = {w: rate | weighted(section, w) for w in weights}
         if order is None:
-            tried = {str(w): setting.measure(learner, weighted(section, w), ORDERS[0], choosing=True) for w in weights}
+            tried = {str(w): setting.measure(learner, s, ORDERS[0], choosing=True) for w, s in sections.items()}
             best = max(weights, key=lambda w: tried[str(w)].get("accuracy_last", -1.0))
-            found["choices"][key] = {"weight": best, "tried": tried}
+            choices[key] = {"weight": best, "tried": tried}
         else:
-            chosen = {} if way == PLAIN else weighted(section, found["choices"][key]["weight"])
-            found["runs"].setdefault(key, {})[str(order)] = setting.measure(learner, chosen, int(order))
+            chosen = sections[choices[key]["weight"]]
+            found["runs"].setdefault(key, {})[str(order)] = setting.measure(learner, chosen, order)
         print(key, order, round(time.perf_counter() - started), flush=True)
         images = dict(zip(("train", "held_out", "test"), options.images, strict=True))
         facts = {"orders": ORDERS, "learners": LEARNERS, "images": images}

@@ -11,9 +11,10 @@ from torch import Tensor
 from cil.backbone import Backbones
 from cil.classifiers.drift import AffineMap, read_out
 from cil.classifiers.joining import Joined
+from cil.classifiers.leave_one_out import posterior_means, scorable
 from cil.classifiers.scales import BlockScales
 from cil.config import CombineConfig
-from cil.errors import ConfigError
+from cil.errors import ConfigError, DataError
 from cil.features import View
 from cil.learner import Context, Learner
 from cil.learners.bases.distilling import clean_features
@@ -24,8 +25,9 @@ from cil.training.processes import across_processes
 from cil.tuning import Tuner
 from cil.utils.precision import without_autocast
 
-Targets = Literal["features", "relations"]
-"""What a student takes from a teacher: features, through an affine map, or relations between the images of a step."""
+Targets = Literal["features", "relations", "logme"]
+"""What a student takes from a teacher: features, through an affine map, relations between the images of a step, or the
+scores of LogME's linear maps."""
 
 
 class Teachers:
@@ -39,6 +41,10 @@ class Teachers:
       epoch, and held through it.
     * ``relations``: d_k compares distances and angles between the images of a step
       (:func:`cil.training.distillation.relation_distance`).
+    * ``logme``: the term is ‖M_0 x − Σ_k w_k M_k z_k‖² / C, a mean over the images. M are the linear maps to the
+      task's C classes with most evidence on features from before the training
+      (:func:`cil.classifiers.leave_one_out.posterior_means`), and are held. With ``combine.weights: logme`` this is
+      B-Tuning (You et al., JMLR 2022).
 
     The backbones of the learner after the first are the teachers; a single one is its own teacher, by its frozen
     features. The teachers see the images of a step as the student does, each through its own transforms.
@@ -52,12 +58,12 @@ class Teachers:
         ctx: Context of the stage.
 
     Attributes:
-        maps: (M_k, m_k) of every teacher.
+        maps: (M_k, m_k) of every teacher; with ``logme`` (M_k, 0), of the student first.
         weights: w, float64 [K].
 
     Raises:
         ConfigError: ``combine.weights`` leaves no teacher.
-        DataError: ``combine.weights`` cannot be computed on the task.
+        DataError: ``combine.weights`` or ``logme`` cannot be computed on the task.
     """
 
     maps: list[AffineMap]
@@ -81,6 +87,8 @@ class Teachers:
         self.clean = self._scaled(clean)
         own = self._student_features()
         self.own_scale = BlockScales([own.shape[1]], combine.scale).to(ctx.device).fit(own)
+        if targets == "logme":
+            self.maps = [evident_map(part, labels) for part in (self.own_scale(own), *self.clean)]
         self.begin_epoch()
 
     @property
@@ -100,12 +108,16 @@ class Teachers:
         with torch.no_grad(), self.ctx.accelerator.autocast():
             taught = torch.cat([view(images) for view in self.views.values()], dim=1)
         x, z = self.own_scale(features.float()), self._scaled(taught.float())
+        weights = self.weights.to(x)
+        if self.targets == "logme":
+            scores, *theirs = [map_(part) for map_, part in zip(self.maps, (x, *z), strict=True)]
+            return feature_distance(scores, torch.einsum("k,kbc->bc", weights, torch.stack(theirs)))
         if self.targets == "relations":
             accelerator = self.ctx.accelerator
             distances = [across_processes(relation_distance, accelerator, x, target) for target in z]
         else:
             distances = [feature_distance(map_(x), target) for map_, target in zip(self.maps, z, strict=True)]
-        return (self.weights.to(x) * torch.stack(distances)).sum()
+        return (weights * torch.stack(distances)).sum()
 
     def _scaled(self, features: Tensor) -> tuple[Tensor, ...]:
         """z_k of the features [B, ΣF_k] of all teachers."""
@@ -113,3 +125,13 @@ class Teachers:
 
     def _student_features(self) -> Tensor:
         return clean_features(self.student, self.tuner, self.task, self.ctx)
+
+
+def evident_map(features: Tensor, labels: Tensor) -> AffineMap:
+    """The linear map with most evidence from features [N, F] to the indicators of their C classes; its offset is 0."""
+    try:
+        x, y = scorable(features, labels)
+    except DataError as error:
+        raise DataError(f"targets: logme cannot be computed on the first task: {error}; take features") from None
+    means = posterior_means(x, y)
+    return AffineMap(means, means.new_zeros(len(means)))
