@@ -78,7 +78,7 @@ LEARNERS = {
     "duct": {"epochs": 1, "head_epochs": 1},
     "merge_oracle": {"epochs": 1},
     "smile": {"epochs": 1},
-    "routed": {"epochs": 1, "router": "smile"},
+    "routed": {"epochs": 1},
     "slda": {},
     "layer_lda": {},
     "l2_sp": {"epochs": 1},
@@ -198,6 +198,13 @@ def test_all_built_in_learners_are_here():
 @pytest.mark.parametrize("tuner", slow_beyond(["lora"], ["lora", "vpt_deep"]))
 def test_tuners_as_programs(tuner, make_run, tmp_path):
     run = make_run("aper", {"epochs": 1, "tuner": tuner})
+    check_same(run, export(run, tmp_path / "p", "torch.export"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"router": "smile"}, {"router": "entropy", "scores": "task"}, {"router": "gates"}])
+def test_routers_as_programs(settings, make_run, tmp_path):
+    run = make_run("routed", {"epochs": 1, **settings})
     check_same(run, export(run, tmp_path / "p", "torch.export"))
 
 

@@ -57,7 +57,7 @@ class ImageKeys(Classifier):
     def logits(self, features: Array) -> Tensor:
         """Largest cosine with a key of each class: the limit of :meth:`affinities` for β → ∞."""
         near = self._cosines(features)
-        least = near.new_full((len(near), self.num_classes), float("-inf"))
+        least = near.new_full((near.shape[0], self.num_classes), float("-inf"))
         return least.scatter_reduce(1, self.labels.expand_as(near), near, "amax")
 
     @without_autocast()

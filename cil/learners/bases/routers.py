@@ -87,7 +87,7 @@ class Gates(nn.Module):
 def of_tasks(log_p: Tensor, task_of: Tensor, tasks: int) -> Tensor:
     """Probabilities of tasks, from log-probabilities of classes up to a constant: [B, C], int64 [C] → [B, T]."""
     p = log_p.double().softmax(1)
-    return p.new_zeros(len(p), tasks).index_add(1, task_of, p)
+    return p.new_zeros(p.shape[0], tasks).index_add(1, task_of, p)  # len() would fix the batch size of a program
 
 
 def certainty(log_p: Tensor) -> Tensor:
