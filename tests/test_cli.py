@@ -61,9 +61,21 @@ assert "did you mean 'ranpac'" in str(CliRunner().invoke(app, ["run", "quickstar
 key = "learners=[{name: ranpac, tuner: {name: ssf, rank: 3}, projectin: 5}]"
 wrong = str(CliRunner().invoke(app, ["run", "quickstart", key]).exception)
 assert "unknown key tuner.rank" in wrong and "did you mean 'projection'" in wrong, wrong
+sys.modules["cil.runner"] = None  # its import fails here: all that follows is answered before it
+for change, reason in {
+    "steram.increment=2": "unknown key steram (did you mean 'stream'?)",
+    "learner=ranpak": "did you mean 'ranpac'",
+    "learner.metricc=cosine": "unknown key metricc (did you mean 'metric'?)",
+    "--grid=learner.metricc=cosine,euclidean": "unknown key metricc (did you mean 'metric'?)",
+    "--grid=learners.ncmm.metric=cosine,euclidean": "no learner 'ncmm' (did you mean 'ncm'?)",
+    "--grid=steram.increment=2,5": "unknown key steram",
+}.items():
+    for command in "sweep", "tune":
+        given = ["quickstart", "learner=ncm", change]
+        wrong = str(CliRunner().invoke(app, [command, *given]).exception)
+        assert reason in wrong and len(wrong.splitlines()) == 1, (command, wrong)
 for kind, name in {"learners": "ranpac", "tuners": "vpt_deep", "rules": "opcm", "configs": "quickstart"}.items():
     assert name in CliRunner().invoke(app, ["list", kind]).output, kind
-sys.modules["cil.runner"] = None  # its import fails here, after the first line
 changes = ["learners=[ncm, ranpac]", "seeds=[0, 1]", "orders=[1, 2]", "--results", "here"]
 first = CliRunner().invoke(app, ["run", "quickstart", *changes])
 assert first.output.startswith("8 runs of ncm, ranpac on digits, to here"), first.output

@@ -116,6 +116,9 @@ def tune(
     from rich.console import Console
     from rich.table import Table
 
+    from cil.sweep.grid import expand_grid
+
+    expand_grid(config, overrides or [], grid or [])  # a misspelt name or key is found before torch is imported
     console = Console(quiet=not is_main_process())
     with console.status("loading torch, data and backbone …"):
         from cil.runner.display import Display

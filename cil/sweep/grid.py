@@ -20,6 +20,7 @@ from cil.config.names import MOST_BYTES
 from cil.config.parsing import parse, to_yaml
 from cil.config.reading import override, read_raw, validated
 from cil.errors import ConfigError, clipped, shortened
+from cil.learners.registry import require_keys
 
 if TYPE_CHECKING:
     from cil.runner.plan import Plan
@@ -96,7 +97,10 @@ class Trial:
 
 
 def expand_grid(name: str, overrides: Sequence[str], grid: Sequence[str]) -> list[Setting]:
-    """Every learner at every point of its part of the grid, in the order of the grid; all settings are valid.
+    """Every learner at every point of its part of the grid, in the order of the grid.
+
+    All settings are valid but for the values of hyper-parameters, which need torch to be checked
+    (:func:`cil.runner.plan.plans`).
 
     Args:
         name: File or shipped name of a configuration.
@@ -106,20 +110,24 @@ def expand_grid(name: str, overrides: Sequence[str], grid: Sequence[str]) -> lis
     Raises:
         ConfigError: A key cannot be an axis, a learner does not exist, a key or value is given twice, or a
             configuration is not valid.
+        PluginError: It names a learner that does not exist.
     """
     raw = read_raw(name, overrides)
     validated(Config, raw, prefix="config: ")
     entries = {title_of(entry): as_section(entry) for entry in raw.get("learners") or [raw["learner"]]}
-    axes = [_axis(text, raw, list(entries)) for text in grid]
+    rest = {key: value for key, value in raw.items() if key not in ("learner", "learners")}
+    whole = {**rest, "learners": list(entries.values())}
+    axes = [_axis(text, whole, list(entries)) for text in grid]
     keys = [axis.key for axis in axes]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ConfigError(f"--grid: {twice} is given twice; list all its values in one")
-    rest = {key: value for key, value in raw.items() if key not in ("learner", "learners")}
     settings: list[Setting] = []
     for title, entry in entries.items():
         own = [axis for axis in axes if axis.learner in (None, title)]
         settings += _of_learner({**rest, "learners": [entry]}, title, own)
+    for setting in settings:
+        require_keys(setting.config.learners[0])
     return settings
 
 
@@ -130,11 +138,12 @@ def trials(name: str, overrides: Sequence[str], grid: Sequence[str]) -> list[Tri
         ConfigError: As :func:`expand_grid` raises it; or a hyper-parameter is wrong, or two runs share a folder.
         PluginError: A learner cannot be found.
     """
+    settings = expand_grid(name, overrides, grid)  # a misspelt name or key is found before torch is imported
     from cil.runner.plan import plans
 
     runs = []
     shared = [text for text in overrides if not text.startswith(("orders=", "seeds="))]  # each run sets its own
-    for setting in expand_grid(name, overrides, grid):
+    for setting in settings:
         for plan in plans(setting.config):
             change = [*setting.changes, f"orders={flow([plan.order])}", f"seeds={flow([plan.seed])}"]
             runs.append(Trial(plan, (name, *shared, *change)))
