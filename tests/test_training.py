@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
+from cil.backbone import Backbone
+from cil.backbone.kept_tokens import KeptTokens
+from cil.config import Augmentation, TransformConfig
+from cil.data.images import ImageSet
+from cil.data.sources import from_arrays
+from cil.data.transforms import Transforms
 from cil.errors import ConfigError, TrainingError
 from cil.learner import Learner, LearnerConfig
+from cil.learners.registry import build_learner
 from cil.runner import run_stages
-from cil.testing.setting import backbone, context, stream
+from cil.stream import Stream
+from cil.stream.protocol import ClassIncremental
+from cil.testing.setting import NAMES, SIZES, backbone, context, draw_images, stream
 from cil.training import ParamGroup, Recipe, cosface, fit, rate_factor
 from cil.training.batches import TensorData, WithRows
 from cil.utils.hardware import accelerator
@@ -329,3 +339,61 @@ def test_cosface_by_hand():
     rows = [[5.0, -2.0, 1.0 - 2.5], [2.0, 6.0 - 2.5, 4.0]]  # classes 1, 2, 3; the true one 0.25 lower
     expected = [math.log(sum(map(math.exp, row))) - row[y - 1] for row, y in zip(rows, [3, 2], strict=True)]
     assert value.item() == pytest.approx(sum(expected) / 2) and torch.equal(logits, 10 * cosines)
+
+
+# --- tokens that are the same in every epoch --------------------------------------------------------------------------
+
+
+def first_session(tuner, augment="none", **recipe):
+    """The state of ``aper`` after one task of 48 images, and the images that the backbone embedded meanwhile."""
+    vit, embedded = backbone(), []
+    transforms = Transforms(vit.data_config, TransformConfig(augment=augment))
+    train, test = (ImageSet(from_arrays(*draw_images(split), NAMES), transforms) for split in ("train", "test"))
+    task = Stream(train, test, ClassIncremental("natural", sizes=SIZES)).tasks[0]
+    learner = build_learner({"name": "aper", "tuner": tuner, "epochs": 3, "train_batch_size": 10, **recipe}, vit)
+    ctx = context()
+    hook = vit.model.patch_embed.register_forward_hook(lambda module, given, out: embedded.append(len(given[0])))
+    learner.begin(task, ctx)
+    learner.learn(task, ctx)
+    hook.remove()
+    return learner.state_dict(), sum(embedded)
+
+
+LATE = {"name": "adapter", "blocks": [2]}
+SPARED = {
+    "adapter": (LATE, {}, 2 * 48 - (10 + 8) - 3 * 5),  # two epochs, less what is compared, and one image per step
+    "micro-batches": (LATE, {"micro_batch_size": 6}, 2 * 48 - (6 + 4 + 2) - 3 * 10),
+    "partial": ("partial", {}, 2 * 48 - (10 + 8) - 3 * 5),
+    "one epoch": (LATE, {"epochs": 1}, 0),
+    "augmented": (LATE, {"augment": Augmentation(flip=0.5)}, 0),
+    "adapter in the first block": ({"name": "adapter", "blocks": [0, 2]}, {}, 0),
+    "full": ("full", {}, 0),
+    "prompts": ({"name": "vpt_deep", "length": 2}, {}, 0),
+}
+
+
+@pytest.mark.parametrize("case", SPARED)
+def test_tokens_below_the_first_tuned_block_are_computed_once_and_change_nothing(case, monkeypatch):
+    tuner, settings, spared = SPARED[case]
+    state, embedded = first_session(tuner, **settings)
+    monkeypatch.setattr(Backbone, "keeping_tokens", lambda self, most_bytes: nullcontext())
+    usual, all_embedded = first_session(tuner, **settings)
+    assert state.keys() == usual.keys() and all(torch.equal(state[name], usual[name]) for name in usual)
+    assert all_embedded - embedded == spared
+
+
+def test_kept_tokens_that_other_batches_would_round_otherwise_are_not_used():
+    images, calls = torch.arange(12.0).view(4, 3, 1, 1), []
+
+    def compute(some, error=0.0):
+        calls.append(len(some))
+        return some.flatten(1)[:, None] + error
+
+    kept, small = KeptTokens(1e6), KeptTokens(3 * 4 * 3)  # the second has room for three images
+    for one in (kept, small):
+        for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 0, 3, 1]):
+            assert torch.equal(one.before(1, images[order], compute), compute(images[order]))
+    assert len(calls) == (2 + 3) + (3 + 3)  # of the first, the third is kept
+    kept.before(2, images, lambda some: compute(some))
+    assert torch.equal(kept.before(2, images, lambda some: compute(some, 1e-6)), compute(images, 1e-6))
+    assert torch.equal(kept.before(1, images, lambda some: compute(some, 2.0)), compute(images, 2.0))  # nothing is left

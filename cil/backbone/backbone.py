@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cil.backbone.kept_tokens import KeptTokens
 from cil.backbone.text import TextSide
 from cil.backbone.vit import TunedForward, Tuner, keep_no_biases
 from cil.errors import BackboneError
@@ -38,6 +40,7 @@ class Backbone(nn.Module):
 
     text: TextSide | None = None
     source_head: nn.Linear | None = None
+    _kept: KeptTokens | None = None
 
     def __init__(
         self,
@@ -96,10 +99,27 @@ class Backbone(nn.Module):
 
     def _features(self, images: Tensor, tuner: Tuner | None) -> Tensor:
         weights = tuner.weights() if tuner is not None else {}
+        kept = self._kept
+        # inference tensors cannot take part in training, and a gradient of the images needs the graph
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or images.requires_grad:
+            kept = None
         if weights:
             swapped = {f"model.{key}": value for key, value in weights.items()}
-            return functional_call(self.tuned_forward, swapped, (images, tuner))
-        return self.tuned_forward(images, tuner)
+            return functional_call(self.tuned_forward, swapped, (images, tuner, kept))
+        return self.tuned_forward(images, tuner, kept)
+
+    @contextmanager
+    def keeping_tokens(self, most_bytes: float) -> Iterator[None]:
+        """Compute tokens below a tuner's first block once per image during the ``with`` block; results are the same.
+
+        Args:
+            most_bytes: Bytes that these tokens may take; see :class:`~cil.backbone.kept_tokens.KeptTokens`.
+        """
+        self._kept = KeptTokens(most_bytes)
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def views(self) -> dict[Hashable, Callable[[Tensor], Tensor]]:
         """The single view of a frozen model, under the version that learners use for it; see ``Learner.views``."""

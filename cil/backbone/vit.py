@@ -9,12 +9,14 @@ Shapes: B images, N tokens (class and register tokens first), D the embedding wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cil.backbone.kept_tokens import KeptTokens
 from cil.backbone.views import Place, PlainView, View, attend, require_views, started
 from cil.errors import BackboneError
 
@@ -211,6 +213,22 @@ def last_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
     return (*(f"blocks.{i}." for i in range(len(blocks) - count, len(blocks))), "norm.", "fc_norm.")
 
 
+def first_changed_block(model: nn.Module, names: Iterable[str]) -> int:
+    """The first block that differs if the weights of these names do, and nothing below it; 0 for weights elsewhere.
+
+    Args:
+        model: A timm model; only one whose blocks have views can start in the middle.
+        names: Names of weights.
+    """
+    try:
+        require_views(model)
+    except BackboneError:
+        return 0
+    before_features = [name for name in names if not name.startswith(("norm.", "fc_norm."))]
+    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in before_features]
+    return min((int(found[1]) if found else 0 for found in blocks), default=0)
+
+
 class Unkept(dict[str, Tensor]):
     """A cache that keeps nothing: a value can be read once, right after it was stored."""
 
@@ -243,6 +261,9 @@ class Tuner(nn.Module):
     tokens, or ``end``, after all tokens. Models with rotary or relative positions must know it."""
     width: int | None = None
     """Width of the features with this tuner, where it is not the backbone's own; None where it is."""
+    first_block: int = 0
+    """The first block that the tuner changes. If it is above 0, tokens before this block are those of the frozen model,
+    and training without augmentation computes them once (:class:`~cil.backbone.kept_tokens.KeptTokens`)."""
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw initial values again from ``generator`` (on the CPU); by default there is nothing to draw."""
@@ -293,8 +314,10 @@ class TunedForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, tuner: Tuner | None) -> Tensor:
+    def forward(self, images: Tensor, tuner: Tuner | None, kept: KeptTokens | None = None) -> Tensor:
         """Compute features [B, F] of images [B, 3, H, W]; without a tuner they equal timm's own."""
+        if kept is not None and tuner is not None and tuner.first_block:
+            return self._from_first_block(images, tuner, kept)
         vit: Any = self.model if tuner is None else tuner.model(self.model)  # timm's modules are not typed
         if tuner is None or not tuner.rides_blocks:
             return vit.forward_head(vit.forward_features(images), pre_logits=True)
@@ -302,5 +325,22 @@ class TunedForward(nn.Module):
         tokens, blocks = started(vit, images, tuner.prompts_at)
         tokens = tuner.embed(tokens)
         for i, block in enumerate(blocks):
+            tokens = tuner.block(i, block, tokens)
+        return tuner.finish(vit, tokens)
+
+    def _from_first_block(self, images: Tensor, tuner: Tuner, kept: KeptTokens) -> Tensor:
+        """The same, with the tokens before the tuner's first block from ``kept``."""
+        vit: Any = self.model
+
+        @torch.no_grad()
+        def below(images: Tensor) -> Tensor:
+            tokens, blocks = started(vit, images, tuner.prompts_at)
+            for i, block in enumerate(blocks[: tuner.first_block]):
+                tokens = tuner.block(i, block, tokens)
+            return tokens
+
+        _, blocks = started(vit, images[:1], tuner.prompts_at)  # some families make their blocks' views for a pass
+        tokens = kept.before(tuner.first_block, images, below)
+        for i, block in enumerate(blocks[tuner.first_block :], tuner.first_block):
             tokens = tuner.block(i, block, tokens)
         return tuner.finish(vit, tokens)

@@ -132,7 +132,8 @@ class HardwareConfig(Section):
         4.0,
         ge=0,
         allow_inf_nan=True,
-        description="GiB per split: decoded and transformed images are kept in memory if each set fits",
+        description="GiB per split: decoded and transformed images are kept in memory if each set fits, and so are "
+        "tokens that are the same in every epoch",
     )
     checkpoints: Literal["auto", "all", "last"] = Field(
         "auto",

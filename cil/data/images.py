@@ -79,6 +79,11 @@ class ImageSet:
         return self._in_memory
 
     @property
+    def repeated_bytes(self) -> float:
+        """Bytes for what is computed of the training images and is the same in every pass; 0 with augmentation."""
+        return self._memory if self.transforms.augment is None else 0.0
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Identifies the images after the test transform; part of the feature store's key."""
         card = {key: value for key, value in self.transforms.card.items() if key != "augment"}

@@ -58,6 +58,11 @@ class TaskData:
         assert self._images is not None  # only closed task data has none
         return self._images, self._indices
 
+    @property
+    def repeated_bytes(self) -> float:
+        """Bytes for what is computed of an image once for all training passes; 0 if augmentation makes them differ."""
+        return self.source[0].repeated_bytes
+
     def batches(
         self,
         batch_size: int,

@@ -67,6 +67,10 @@ class WithRows:
     def __init__(self, data: TaskData, rows: Tensor) -> None:
         self.data, self.rows = data, rows
 
+    @property
+    def repeated_bytes(self) -> float:
+        return self.data.repeated_bytes
+
     def __len__(self) -> int:
         return len(self.data)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from cil.backbone import Backbone, Backbones
 from cil.errors import ConfigError, TrainingError
 from cil.learner import Context, check_trained
 from cil.training.batches import Batches
@@ -68,7 +70,7 @@ def fit(
     scheduler = LambdaLR(optimizer, rate_factor(recipe, per_epoch))
     part = (accelerator.process_index, accelerator.num_processes)
     every = sync_interval(ctx.device)
-    with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)):
+    with isolated(derived_seed(_peek(ctx.generator), accelerator.process_index)), _keeping_tokens(data, recipe, ctx):
         for epoch in ctx.track(range(recipe.epochs), "training", recipe.epochs):
             for group in groups:
                 for p in group.parameters:
@@ -132,6 +134,20 @@ def _backward(
         value += share.detach()
         correct += (logits.argmax(1) == labels).sum()
     return value, correct
+
+
+def _keeping_tokens(data: Batches, recipe: Recipe, ctx: Context) -> AbstractContextManager[None]:
+    """Keep what is the same in every epoch: without augmentation, tokens below the first block that a tuner changes.
+
+    Not on a GPU, which would have to hand every image to the CPU, where they are told apart.
+    """
+    backbone = None if ctx.learner is None else ctx.learner.backbone
+    room = getattr(data, "repeated_bytes", 0.0)  # custom training data may lack it
+    if not room or recipe.epochs == 1 or ctx.device.type != "cpu":
+        return nullcontext()
+    if not isinstance(backbone, Backbone) or isinstance(backbone, Backbones):
+        return nullcontext()
+    return backbone.keeping_tokens(room)
 
 
 def sync_interval(device: torch.device) -> int:

@@ -108,6 +108,7 @@ class Adapter(Tuner):
         chosen = chosen_blocks(backbone.model, blocks)
         self.form = form
         sites = 2 if form == "sequential" else 1
+        self.first_block = min(chosen)
         self.first = {i: sites * n for n, i in enumerate(chosen)}  # index of each block's first adapter
         self.adapters = nn.ModuleList(
             Bottleneck(width, bottleneck, scale, dropout, activation, learned_scale) for _ in range(sites * len(chosen))

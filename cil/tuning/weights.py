@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from cil.backbone import Backbone
-from cil.backbone.vit import Tuner, final_norms, last_blocks
+from cil.backbone.vit import Tuner, final_norms, first_changed_block, last_blocks
 from cil.errors import BackboneError
 from cil.utils.precision import without_autocast
 
@@ -76,6 +76,7 @@ class WeightTuner(Tuner):
         for name, value in backbone.model.named_parameters():
             if select(name):
                 self.copies[name.replace(".", "/")] = nn.Parameter(value.detach().clone())  # keys must not contain dots
+        self.first_block = first_changed_block(backbone.model, self.weights())
 
     def weights(self) -> Mapping[str, Tensor]:
         return {name.replace("/", "."): value for name, value in self.copies.items()}
