@@ -126,6 +126,28 @@ def test_heads(script, tmp_path, monkeypatch):
             assert ("align" in sides["ours"]["seconds"]) == (head not in ("ranpac", "fecam"))
 
 
+def test_startup_takes_the_median_of_pairs(script, tmp_path):
+    """The processes themselves are started by the test of the page's command."""
+    from scripts.publish.benches import startup as table
+
+    class Fixed:
+        def __init__(self, *seconds):
+            self.seconds = lambda case, left=list(seconds): left.pop(0)
+
+    sides = {"ours": Fixed(1.0, 3.0, 2.0), "against": Fixed(4.0, 4.0, 20.0)}
+    found = importlib.import_module("scripts.bench.startup").compare("a", sides, 3)
+    assert found == {
+        "ours": {"cpu_seconds": 2.0},
+        "against": {"cpu_seconds": 4.0},
+        "ratio": 0.25,
+        "lowest": 0.1,
+        "highest": 0.75,
+    }
+    (tmp_path / "s.json").write_text(json.dumps({"cases": {"a": found, "b": {"ours": {"cpu_seconds": 1.5}}}}))
+    rows = table(tmp_path / "s.json").splitlines()[2:]
+    assert rows == ["| a | 4.00 | 2.00 | 0.25 (0.10 to 0.75) |", "| b | – | 1.50 | – |"]
+
+
 @pytest.mark.slow
 def test_records(script, tmp_path):
     out = tmp_path / "records.json"

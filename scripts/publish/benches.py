@@ -108,3 +108,14 @@ def heads(file: Path) -> str:
 def _share(both: list[dict[str, Any]]) -> str:
     """The last peak as a share of the first one, where there are two."""
     return f"{both[-1]['peak_mib'] / both[0]['peak_mib']:.2f}" if len(both) == 2 else "–"
+
+
+def startup(file: Path) -> str:
+    """Processor seconds of each case: of the other checkout, of this one, and the ratio with both ends of the pairs."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    rows = []
+    for case, sides in found["cases"].items():
+        ratio = f"{sides['ratio']:.2f} ({sides['lowest']:.2f} to {sides['highest']:.2f})" if "ratio" in sides else "–"
+        before = f"{sides['against']['cpu_seconds']:.2f}" if "against" in sides else "–"
+        rows.append([case, before, f"{sides['ours']['cpu_seconds']:.2f}", ratio])
+    return table(["what", "s before", "s now", "now over before"], rows)

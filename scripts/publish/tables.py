@@ -15,6 +15,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     heads         FILE                measurements of bench/heads.py
     one_step      FILE                measurements of bench/steps.py
     wide          FILE                measurements of bench/wide.py
+    startup       FILE                measurements of bench/startup.py
     banks         FOLDER              rules, banks and routers, from studies/banks.py
     backbones     FILE                scores from study_backbones.py
     families      FILE                what works with each family, from studies/families.py
@@ -226,6 +227,7 @@ def render(page: Path) -> str:
         "heads": benches.heads,
         "one_step": benches.one_step,
         "wide": benches.wide,
+        "startup": benches.startup,
         "banks": banks.table,
         "stages": stage_costs.table,
         "backbones": backbones,
