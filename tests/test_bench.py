@@ -149,6 +149,25 @@ def test_startup_takes_the_median_of_pairs(script, tmp_path):
 
 
 @pytest.mark.slow
+def test_our_side_beside_pilot(script, tmp_path, monkeypatch):
+    from scripts.publish.benches import pilot as table
+
+    out, bench = tmp_path / "pilot.json", importlib.import_module("scripts.bench.pilot")
+    monkeypatch.setattr(bench.stages, "time", bench.stages.time)  # put back afterwards
+    for learner in "simplecil", "lae":  # one after the other, into one file
+        script("bench.pilot", "--small", "--per-class", 4, "--learners", learner, "--out", out).main()
+    found = json.loads(out.read_text(encoding="utf-8"))["learners"]
+    assert list(found) == ["simplecil", "lae"] and found["simplecil"]["accuracy_last"] > 0.5
+    for run in found.values():
+        assert run["total"] == pytest.approx(run["learning"] + run["testing"] + run["rest"])
+        assert min(run["learning"], run["testing"], run["rest"]) > 0
+    assert found["lae"]["learning"] > found["simplecil"]["learning"] and "| lae |" in table(out)
+    script("bench.pilot", "--small", "--per-class", 4, "--images", tmp_path / "images").main()
+    files = sorted(path.relative_to(tmp_path / "images") for path in (tmp_path / "images").rglob("*.png"))
+    assert len(files) == 20 * (4 + 2) and files[0].as_posix() == "test/class 00/0000.png"
+
+
+@pytest.mark.slow
 def test_records(script, tmp_path):
     out = tmp_path / "records.json"
     script("bench.records", "--tasks", "3", "--out", out).main()

@@ -95,6 +95,7 @@ SHORTENED = {
     r"^python -m \S+bench\.steps": "--learners linear_probe --model vit_tiny_patch16_224 --out steps.json",
     r"^python -m \S+bench\.step_variants": "--tuners adapter --variants same --images 2 --pairs 1 --out steps.json",
     r"^python -m \S+bench\.startup": "--cases 'list of learners' --pairs 1 --out startup.json",
+    r"^python -m \S+bench\.pilot": "--small --per-class 2 --learners simplecil --out pilot.json",
     r"^python -m \S+bench\.wide": "--widths 16 --heads ncm --out wide.json",
     r"^python -m \S+bench\.records": "--tasks 8 --out records.json",
     r"^python -m \S+bench\.merge": "--small --tasks 2 --repeats 1 --out bench",

@@ -119,3 +119,11 @@ def startup(file: Path) -> str:
         before = f"{sides['against']['cpu_seconds']:.2f}" if "against" in sides else "–"
         rows.append([case, before, f"{sides['ours']['cpu_seconds']:.2f}", ratio])
     return table(["what", "s before", "s now", "now over before"], rows)
+
+
+def pilot(file: Path) -> str:
+    """Processor seconds of each learner's run, in parts."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    parts = ("learning", "testing", "rest", "total")
+    rows = [[name, *(f"{run[part]:.1f}" for part in parts)] for name, run in found["learners"].items()]
+    return table(["learner", "s learning", "s testing", "s for the rest", "s in total"], rows)

@@ -16,6 +16,7 @@ A table stands between ``<!-- table: FOLDER -->`` and ``<!-- /table -->``. In pl
     one_step      FILE                measurements of bench/steps.py
     wide          FILE                measurements of bench/wide.py
     startup       FILE                measurements of bench/startup.py
+    pilot         FILE                measurements of bench/pilot.py
     banks         FOLDER              rules, banks and routers, from studies/banks.py
     backbones     FILE                scores from study_backbones.py
     families      FILE                what works with each family, from studies/families.py
@@ -228,6 +229,7 @@ def render(page: Path) -> str:
         "one_step": benches.one_step,
         "wide": benches.wide,
         "startup": benches.startup,
+        "pilot": benches.pilot,
         "banks": banks.table,
         "stages": stage_costs.table,
         "backbones": backbones,
