@@ -21,7 +21,7 @@ from cil.testing.setting import draw_images
 
 
 @pytest.mark.slow
-@parametrize_learner([("cds", {**LEARNS, "consistency": 0.5})])
+@parametrize_learner([("cds", {**LEARNS, "consistency": 0.5, "covariance_rank": 3})])
 def test_common_checks(case, check):
     check(case)
 

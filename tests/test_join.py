@@ -91,8 +91,9 @@ def random_images(count=7, size=16):
 
 @pytest.mark.parametrize("make", [
     lambda: NCM(6), lambda: LDA(6, 0.1), lambda: Ridge(6, 9, "gcv"), lambda: Ridge(6, None, 2.0),
-    lambda: Mahalanobis(6), lambda: Gaussians(6), lambda: PartsLDA(6, [[0, 4, 1], [5, 0]]),
-], ids=["ncm", "lda", "ridge_gcv", "ridge", "mahalanobis", "gaussians", "parts"])  # fmt: skip
+    lambda: Mahalanobis(6), lambda: Gaussians(6), lambda: Gaussians(6, rank=6),
+    lambda: PartsLDA(6, [[0, 4, 1], [5, 0]]),
+], ids=["ncm", "lda", "ridge_gcv", "ridge", "mahalanobis", "gaussians", "gaussians_rank", "parts"])  # fmt: skip
 def test_added_classifiers_are_one_that_saw_all_samples(make):
     """Against joint training, in float64; labels are permuted, and classes 1 and 2 have samples on both sides."""
     rng = np.random.RandomState(0)
@@ -124,6 +125,8 @@ def test_a_ridge_keeps_the_strength_of_the_larger_side_where_samples_would_choos
 
 
 def test_what_is_more_than_sums_is_not_added():
+    with pytest.raises(ConfigError, match="Gaussians: cannot be added to one with another rank of covariances"):
+        Gaussians(3, rank=1).add([(Gaussians(3, rank=2), [])])
     with pytest.raises(ConfigError, match="NCM: cannot be added to one with another width of features"):
         NCM(3).add([(NCM(4), [])])
     one, two = (Ridge(3, 5).draw(torch.Generator().manual_seed(seed)) for seed in (0, 1))

@@ -64,7 +64,7 @@ def test_common_checks(case, check):
         ("proof", {"epochs": 10, "lr": 0.003, "train_batch_size": 16, "memory": 16}),
         ("engine", {"epochs": 3, "noise": 0.5, "train_batch_size": 8}),
         ("clip_gda", {"space": "joint", "text_prior": 4, "weight": "first_task", "published": True}),
-        ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1}),
+        ("fecam", {"shrinkage": [10, 10], "tuner": "vpt_deep", "epochs": 3, "lr": 0.1, "covariance_rank": 3}),
         ("ease", {"epochs": 3, "lr": 0.1, "bottleneck": 8}),
     ]
 )

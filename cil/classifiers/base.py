@@ -30,7 +30,7 @@ class StatisticsClassifier(Classifier):
         counts: int64 [C], number of samples of each class.
     """
 
-    per_class: ClassVar[tuple[str, ...]] = ("counts",)
+    per_class: tuple[str, ...] = ("counts",)
     """Names of the buffers with one row per class."""
     balance: bool = False
     """Whether every class weighs 1 in the sums over all classes, however many samples it has."""
@@ -81,12 +81,16 @@ class StatisticsClassifier(Classifier):
                     f"{type(self).__name__}: class {int(place[twice][0])} has samples in several classifiers; with "
                     "balance all samples of a class must be in one"
                 )
-            for name in self.per_class:
-                getattr(self, name).index_add_(0, place, getattr(other, name).to(self.device))
+            self._add_classes(other, place)
             for name in self.over_classes or ():
                 getattr(self, name).add_(getattr(other, name).to(self.device))
         self._forget()
         return self
+
+    def _add_classes(self: S, other: S, place: Tensor) -> None:
+        """Add what another classifier keeps of each class to that of class ``place``, int64 [its classes], here."""
+        for name in self.per_class:
+            getattr(self, name).index_add_(0, place, getattr(other, name).to(self.device))
 
     @exact()
     def clear(self: S) -> S:

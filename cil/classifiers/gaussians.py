@@ -9,10 +9,11 @@ from torch import Tensor
 
 from cil.classifiers.base import Array
 from cil.classifiers.drift import AffineMap
+from cil.classifiers.low_rank import LowRankRoot
 from cil.classifiers.moments import ClassMoments
 from cil.errors import ConfigError, DataError
 from cil.utils.linalg import shifted_cholesky
-from cil.utils.packed import diagonals, pack, unpack_lower
+from cil.utils.packed import pack, unpack_lower
 from cil.utils.precision import exact, without_autocast
 
 
@@ -28,20 +29,23 @@ class Gaussians(ClassMoments):
         ridge: Number > 0 added to every variance; 10⁻⁴ in the authors' code. It is meant for features whose squares
             are about 1: if their mean square is below ``ridge``, the ridge is multiplied by this mean square. If Σ_c is
             not numerically positive definite with it (features of norm 10⁶ and more), it is raised tenfold until it is.
+        rank: Number r ≥ 1 of directions that are kept of each covariance, beside its diagonal; see
+            :class:`ClassMoments`. A vector is then drawn with 2 r F products in place of F². None: all.
 
     Attributes:
         raised: The largest factor by which the ridge was raised, 1 if it never was; not saved.
 
     Buffers:
         sums: float64 [C, F]; triangles: float64 [C, F (F + 1) / 2], lower triangles of Σ x xᵀ (2.4 MB per class for
-        F = 768, and as much for its factor once it is drawn from); counts: int64 [C].
+        F = 768, and as much for its factor once it is drawn from); counts: int64 [C]. With a rank, see
+        :class:`ClassMoments`.
 
     Raises:
-        ConfigError: ``ridge`` is not positive.
+        ConfigError: ``ridge`` or ``rank`` is not positive.
     """
 
-    def __init__(self, feature_dim: int, ridge: float = 1e-4) -> None:
-        super().__init__(feature_dim)
+    def __init__(self, feature_dim: int, ridge: float = 1e-4, rank: int | None = None) -> None:
+        super().__init__(feature_dim, rank)
         if not 0 < ridge < math.inf:
             raise ConfigError(f"Gaussians: ridge is {ridge}; it must be positive and finite")
         self.ridge, self.raised = ridge, 1.0
@@ -76,8 +80,12 @@ class Gaussians(ClassMoments):
                 continue
             c = int(labels[rows[0]])
             mean = means[c] if scale is None else means[c] * scale.to(means)[rows, None]
-            drawn[rows] = (mean + drawn[rows].to(means) @ self.factor(c).T).float()
+            drawn[rows] = (mean + self.coloured(c, drawn[rows].to(means))).float()
         return drawn
+
+    def coloured(self, c: int, z: Tensor) -> Tensor:
+        """Rows L z_i with L Lᵀ = Σ_c, of rows z_i, float64 [n, F]."""
+        return z @ self.factor(c).T if self.rank is None else self.low_rank_root(c).colour(z)
 
     @exact()
     def calibrated(self, samples: Tensor, neighbours: int = 2, alpha: float = 0.21) -> tuple[Tensor, Tensor]:
@@ -146,8 +154,14 @@ class Gaussians(ClassMoments):
                 f"Gaussians.translate: spreads have shape {list(spreads.shape)}; expected [{len(shifts)}, directions, "
                 f"{self.feature_dim}]"
             )
+        flat = self.flat
         for c, shift in enumerate(shifts.to(self.sums)):
             n = max(1, int(self.counts[c]))
+            if self.rank is not None:
+                if spreads is not None and not flat[c]:
+                    self.widen(c, max(1, n - 1) ** 0.5 * spreads[c].to(self.rows))
+                self.sums[c] += int(self.counts[c]) * shift
+                continue
             scatter = self.covariance(c) * max(1, n - 1)
             if spreads is not None and bool(scatter.any()):
                 directions = spreads[c].to(scatter)
@@ -161,6 +175,11 @@ class Gaussians(ClassMoments):
     def transport(self, drift: AffineMap) -> Gaussians:
         """Apply ``drift`` to means and covariances, as if every sample had been mapped."""
         for c, count in enumerate(self.counts):
+            if self.rank is not None:
+                kept, rest = self.rows[c] @ drift.matrix.T, self.rest[c].sqrt()[:, None] * drift.matrix.T
+                self.rows[c], self.rest[c] = 0, 0
+                self.widen(c, torch.cat([kept, rest]))
+                continue
             self.set_outer(c, drift.outer(self.outer(c), self.sums[c], count))
         self.sums = drift.sums(self.sums, self.counts)
         self._forget()
@@ -172,6 +191,11 @@ class Gaussians(ClassMoments):
         x = self.checked(features)
         scores = x.new_full((len(x), self.num_classes), float("-inf"))
         for c in self.counts.nonzero().flatten().tolist():
+            if self.rank is not None:
+                root, away = self.low_rank_root(c), x.double() - self.means[c]
+                log_density = -root.whiten(away).square().sum(1) / 2 - root.log_volume
+                scores[:, c] = (log_density - self.feature_dim / 2 * math.log(2 * math.pi)).to(x.dtype)
+                continue
             factor = self.factor(c)
             z = torch.linalg.solve_triangular(factor.to(x.dtype), (x - self.means[c].to(x.dtype)).T, upper=False)
             volume = float(factor.diagonal().log().sum()) + self.feature_dim / 2 * math.log(2 * math.pi)
@@ -189,11 +213,18 @@ class Gaussians(ClassMoments):
 
         return unpack_lower(self.cached((c,), solve), self.feature_dim)
 
+    def low_rank_root(self, c: int) -> LowRankRoot:
+        """A root of Σ_c with a rank, computed once; the ridge never has to be raised for it."""
+
+        def solve() -> LowRankRoot:
+            kept = self.low_rank(c)
+            return LowRankRoot(kept.rows, kept.rest + self.ridge * self.cached("unit", self._unit))
+
+        return self.cached((c,), solve)
+
     def _unit(self) -> float:
         """1, or the mean square of all features if it is below the ridge, which would then hide them."""
-        square = float(diagonals(self.triangles, self.feature_dim).sum()) / max(
-            1, int(self.counts.sum()) * self.feature_dim
-        )
+        square = float(self.squares.sum()) / max(1, int(self.counts.sum()) * self.feature_dim)
         return square if 0 < square < self.ridge else 1.0
 
     def _forget(self, labels: Tensor | None = None) -> None:
@@ -203,6 +234,9 @@ class Gaussians(ClassMoments):
 
 class ShrunkGaussians(Gaussians):
     """Gaussians whose covariances are Σ + v₁ I + v₂ (1 − I), v₁ the mean variance, v₂ the mean non-zero covariance."""
+
+    def __init__(self, feature_dim: int, ridge: float = 1e-4) -> None:
+        super().__init__(feature_dim, ridge)
 
     def own_or_pooled(self, c: int) -> Tensor:
         covariance = super().own_or_pooled(c)

@@ -10,7 +10,7 @@ from cil.classifiers.base import Array
 from cil.classifiers.moments import ClassMoments
 from cil.classifiers.quadratic import QuadraticForms
 from cil.errors import ConfigError
-from cil.utils.linalg import low_rank_root, symmetric_inverse
+from cil.utils.linalg import RESOLUTION, low_rank_root, symmetric_inverse
 from cil.utils.precision import without_autocast
 
 RESIDUE = 1e-10
@@ -44,10 +44,13 @@ class Mahalanobis(ClassMoments):
         tukey: Exponent λ > 0 of Tukey's power transform sign(f)·|f|^λ, applied before step 1; 1: no transform. The
             paper transforms the non-negative features of a CNN; the sign extends it to a ViT's as an odd function.
         correlation: Whether to do step 4.
+        rank: Number r ≥ 1 of directions that are kept of each Σ_c, beside its diagonal; see :class:`ClassMoments`. A
+            class of any number of samples then takes r F products per image. v₁ and the scaling of step 4 are exact,
+            and v₂ is that of the kept directions. If α₁ = 0, or α₂ v₂ < 0, whole inverses are needed. None: all.
 
     Buffers:
         sums: float64 [C, F] and triangles: float64 [C, F (F + 1) / 2], sums of u and lower triangles of those of u uᵀ
-        (2.4 MB per class for F = 768); counts: int64 [C].
+        (2.4 MB per class for F = 768); counts: int64 [C]. With a rank, see :class:`ClassMoments`.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -60,8 +63,9 @@ class Mahalanobis(ClassMoments):
         normalize: bool = True,
         tukey: float = 1.0,
         correlation: bool = True,
+        rank: int | None = None,
     ) -> None:
-        super().__init__(feature_dim)
+        super().__init__(feature_dim, rank)
         if len(shrinkage) != 2 or not min(shrinkage) >= 0:
             raise ConfigError(f"Mahalanobis: shrinkage is {shrinkage}; it must be two numbers that are not negative")
         if not tukey > 0:
@@ -95,6 +99,9 @@ class Mahalanobis(ClassMoments):
         """Put the inverse of Σ̂ of class c into the forms; whether the class has samples."""
         if not self.counts[c]:
             return False
+        if self.rank is not None:
+            self._solve_low_rank(c, forms)
+            return True
         covariance, few = self.own_or_pooled(c), self.feature_dim // 8
         variances = covariance.diagonal()
         added, root = self.shrinkage[0] * float(variances.mean()), None
@@ -109,6 +116,30 @@ class Mahalanobis(ClassMoments):
         scale = variances + added if self.correlation else torch.ones_like(variances)
         forms.set_low_rank(c, self.means[c], scale / added, taken * scale.sqrt())
         return True
+
+    def _solve_low_rank(self, c: int, forms: QuadraticForms) -> None:
+        """As :meth:`_solve`: Σ_s = RᵀR + D with the rows of Σ and one more for v₂, so its inverse has few rows, too."""
+        kept = self.low_rank(c)
+        rows, variances = kept.rows, kept.variances
+        varied = variances > 0
+        others = rows.sum(1).square().sum() - rows.square().sum()  # the sum off the diagonal
+        count = int(varied.sum())
+        off_mean = self.shrinkage[1] * float(others) / max(1, count * (count - 1))
+        added = self.shrinkage[0] * float(variances.mean())
+        variances = variances + added
+        diagonal = torch.where(variances > 0, kept.rest + added - off_mean * varied, 1)
+        variances = torch.where(variances > 0, variances, 1)
+        if off_mean < 0 or not bool(diagonal.min() > RESOLUTION * variances.max()):
+            forms.set_matrix(c, self.means[c], symmetric_inverse(self.shrunk(kept.dense())))
+            return
+        if off_mean > 0:
+            rows = torch.cat([rows, off_mean**0.5 * varied[None]])
+        scaled = rows / diagonal.sqrt()
+        inner = scaled @ scaled.T
+        inner.diagonal().add_(1)
+        taken = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), scaled, upper=False)
+        weights = (variances if self.correlation else torch.ones_like(variances)) / diagonal
+        forms.set_low_rank(c, self.means[c], weights, taken * weights.sqrt())
 
     def shrunk(self, covariance: Tensor) -> Tensor:
         """Σ̂ of a covariance Σ, float64 [F, F]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class RandomFeatures(StatisticsClassifier):
         ConfigError: An argument is out of range.
     """
 
-    per_class: ClassVar[tuple[str, ...]] = ("targets", "counts")
+    per_class: tuple[str, ...] = ("targets", "counts")
     projection: Tensor | None
     targets: Tensor
 

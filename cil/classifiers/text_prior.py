@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class TextRidge(Ridge):
         sums: float64 [C, d], sum of each class's features before the projection.
     """
 
-    per_class: ClassVar[tuple[str, ...]] = (*Ridge.per_class, "sums")
+    per_class = (*Ridge.per_class, "sums")
     sums: Tensor
 
     def __init__(self, feature_dim: int, texts: Callable[[], Tensor], prior: float, *more: Any) -> None:

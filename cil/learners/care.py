@@ -63,7 +63,7 @@ class CaRE(TaskOfClass):
         self.bank = RoutedBank(backbone, c.shared, c.bottleneck, c.dropout, c.routers, c.experts).requires_grad_(False)
         self.head = CosineHead(backbone.feature_dim)
         self.head.sigma.requires_grad_(False)  # it stays 1: the factor s is in the configuration
-        self.gaussians = Gaussians(backbone.feature_dim)
+        self.gaussians = Gaussians(backbone.feature_dim, rank=config.covariance_rank)
         self._own = SomeViews(self, self.own_view)
 
     def begin(self, task: Task, ctx: Context) -> None:

@@ -69,7 +69,7 @@ class E2LoRA(TaskOfClass, SequentialTuning):
         require_called(backbone, layers)
         self.tuner = ProjectedUpdates(backbone, layers, fresh_norm=config.fresh_norm)
         self.head = LinearHead(backbone.feature_dim)
-        self.gaussians = Gaussians(backbone.feature_dim, config.ridge)
+        self.gaussians = Gaussians(backbone.feature_dim, config.ridge, config.covariance_rank)
 
     def learn(self, task: Task, ctx: Context) -> None:
         self.make_room(task.index)

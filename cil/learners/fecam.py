@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from cil.classifiers import Mahalanobis
 from cil.learners.bases.first_session import AdaptOnce
@@ -27,6 +27,12 @@ class FeCAM(AdaptOnce):
         normalize: bool = Field(True, description="whether to L2-normalise features")
         correlation: bool = Field(True, description="whether to normalise covariances to correlations")
 
+        covariance_rank: PositiveInt | None = Field(
+            None,
+            description="number r ≥ 1 of directions that are kept of each class's covariance, beside its diagonal: r F "
+            "numbers per class in place of F²/2, and as many products per image; null: all",
+        )
+
     name = "fecam"
     summary = "Mahalanobis distance to class means, one covariance per class"
     trains = "nothing, or a tuner on the first task"
@@ -40,4 +46,5 @@ class FeCAM(AdaptOnce):
             normalize=config.normalize,
             tukey=config.tukey,
             correlation=config.correlation,
+            rank=config.covariance_rank,
         )

@@ -53,7 +53,7 @@ class MergeLCA(TaskOfClass, Merge):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        self.gaussians = Gaussians(self.models.width, config.ridge)
+        self.gaussians = Gaussians(self.models.width, config.ridge, config.covariance_rank)
 
     def make_classifier(self) -> CosineHead:
         return CosineHead(self.models.width, self.config.head_scale)

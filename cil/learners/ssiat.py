@@ -72,7 +72,7 @@ class SSIAT(TaskOfClass, ReusingTuning):
         width = feature_width(backbone, self.tuner)
         self.head = CosineHead(width, config.scale)
         self.head.sigma.requires_grad_(False)  # it stays at s
-        self.gaussians = Gaussians(width, config.ridge)
+        self.gaussians = Gaussians(width, config.ridge, config.covariance_rank)
 
     def make_tuner(self, backbone: Backbone) -> Tuner:
         return build_tuner(self.config.tuner, backbone)

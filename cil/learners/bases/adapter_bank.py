@@ -53,7 +53,7 @@ class AdapterBank(TaskAdapters, RoutedLearner):
     def __init__(self, config: Any, backbone: Backbone, head: Head) -> None:
         super().__init__(config, backbone)
         self.head = head
-        self.gaussians = Gaussians(backbone.feature_dim)
+        self.gaussians = Gaussians(backbone.feature_dim, rank=config.covariance_rank)
         self._newest = SomeViews(self, self._newest_view)
 
     @property

@@ -41,7 +41,7 @@ class AlignedCopy(TaskOfClass):
     def keep_copy(self, ridge: float = 1e-4) -> None:
         """Build the copy and the Gaussians, whose variances get ``ridge`` more; call it when ``head`` is built."""
         self.aligned = copy.deepcopy(self.head)
-        self.gaussians = Gaussians(self.backbone.feature_dim, ridge)
+        self.gaussians = Gaussians(self.backbone.feature_dim, ridge, self.config.covariance_rank)
 
     def finish(self, head: Head, task: Task, ctx: Context) -> None:
         """Estimate the new classes' Gaussians with the backbone as it is, and align a copy of ``head``."""

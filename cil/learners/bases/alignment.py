@@ -29,6 +29,11 @@ class AlignedRecipe(Recipe):
     samples: PositiveInt = Field(
         256, description="vectors sampled per class and epoch of the alignment, and per optimiser step"
     )
+    covariance_rank: PositiveInt | None = Field(
+        None,
+        description="number r ≥ 1 of directions that are kept of each class's covariance, beside its diagonal: r F "
+        "numbers per class in place of F²/2; null: all",
+    )
     variation: float = Field(
         0.0, ge=0, description="weight λ of LCA's term, the loss difference within a class (0.1 in its paper); 0: none"
     )
