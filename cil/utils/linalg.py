@@ -71,7 +71,7 @@ def ridge_solve(gram: Tensor | Callable[[], Tensor], targets: Tensor, strength: 
     factor, _ = shifted_cholesky(gram, strength)
     # torch.cholesky_solve, which does the same, copies the factor
     half = torch.linalg.solve_triangular(factor, targets, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True, out=half)
 
 
 def shifted_cholesky(gram: Tensor | Callable[[], Tensor], strength: float) -> tuple[Tensor, float]:
