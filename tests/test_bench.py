@@ -111,19 +111,23 @@ def test_heads(script, tmp_path, monkeypatch):
         ),
     )
     size = ["--classes", 10, 15, "--width", 8, "--projection", 24, "--tested", 9]
-    for heads in ("ranpac", "fecam"), ("slca", "ssiat", "mos"):  # one after the other, into one file
+    first = ["ranpac", "fecam"]
+    for heads in first, [head for head in bench.HEADS if head not in first]:  # one after the other, into one file
         script("bench.heads", "--heads", *heads, *size, "--against", tmp_path, "--out", out).main()
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["heads"].keys() == bench.HEADS.keys()
     for head, sizes in found["heads"].items():
         assert sizes.keys() == {"10", "15"}
         for classes, sides in sizes.items():
-            assert sides["ours"]["scores"] == sides["against"]["scores"] and sides["ours"]["seconds"]["learn"] > 0
-            if head in ("ranpac", "fecam"):  # one epoch of alignment teaches the others little
+            assert sides["ours"]["seconds"]["learn"] > 0
+            if "rank" not in head:
+                assert sides["ours"]["scores"] == sides["against"]["scores"]
+            if head.startswith(("ranpac", "fecam")):  # one epoch of alignment teaches the others little
                 assert sides["ours"]["accuracy"] > 0.2
-            kept = {"ranpac": 24 * 25 // 2}.get(head, int(classes) * 8 * 9 // 2) * 8 / 2**20
+            low = int(classes) * 8 * 9  # rank 10 of width 8 is 8 rows and a diagonal
+            kept = {"ranpac": 24 * 25 // 2}.get(head, low if "rank" in head else low // 2) * 8 / 2**20
             assert kept < sides["ours"]["checkpoint_mib"] < kept + 0.03
-            assert ("align" in sides["ours"]["seconds"]) == (head not in ("ranpac", "fecam"))
+            assert ("align" in sides["ours"]["seconds"]) == (not head.startswith(("ranpac", "fecam")))
 
 
 def test_startup_takes_the_median_of_pairs(script, tmp_path):

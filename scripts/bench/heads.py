@@ -2,8 +2,9 @@
 
 Synthetic classes of width 768 in five tasks, 20 images per class, on the classifiers alone: no images, no backbone. Of
 the learners that train, the part that grows with the classes is measured: their Gaussians, one epoch of alignment, and
-for ``ssiat`` the correction of old Gaussians. Every case runs in its own process. ``--against`` measures another
-checkout of this repository in turn with this one, and compares what both predict.
+for ``ssiat`` the correction of old Gaussians. Rows ``…_rank_10`` keep ten directions of every covariance. Every case
+runs in its own process. ``--against`` measures another checkout of this repository in turn with this one, and compares
+what both predict; rows with a rank are measured here alone.
 
     python -m scripts.bench.heads
 """
@@ -38,7 +39,7 @@ from scripts import ROOT
 from scripts.bench.growth import features, timed
 
 MIB = 2**20
-TASKS = 5
+TASKS, RANK = 5, 10
 Found = dict[str, Any]
 
 
@@ -52,11 +53,14 @@ class Gaussed(nn.Module):
         per_class: Vectors drawn per class and epoch.
         normalised: Whether the loss is SLCA's, with normalised logits.
         shifted: Whether old Gaussians are shifted in every task, as SSIAT does.
+        low_rank: ``rank`` of the covariances, which another checkout may not know.
     """
 
-    def __init__(self, width: int, head: Head, ridge: float, per_class: int, normalised: bool, shifted: bool) -> None:
+    def __init__(
+        self, width: int, head: Head, ridge: float, per_class: int, normalised: bool, shifted: bool, **low_rank: int
+    ) -> None:
         super().__init__()
-        self.head, self.gaussians, self.shifted = head, Gaussians(width, ridge), shifted
+        self.head, self.gaussians, self.shifted = head, Gaussians(width, ridge, **low_rank), shifted
         self.normalised, self.recipe = normalised, AlignedRecipe(alignment_epochs=1, samples=per_class)
 
     def partial_fit(self, x: Tensor, y: Tensor) -> None:
@@ -89,6 +93,8 @@ HEADS: dict[str, Callable[[int, int], Any]] = {
     "slca": lambda width, projection: Gaussed(width, LinearHead(width), 1e-4, 256, True, False),
     "ssiat": lambda width, projection: Gaussed(width, CosineHead(width, 20.0), 1e-3, 256, False, True),
     "mos": lambda width, projection: Gaussed(width, LinearHead(width), 1e-4, 240, False, False),
+    "fecam_rank_10": lambda width, projection: Mahalanobis(width, rank=RANK),
+    "slca_rank_10": lambda width, projection: Gaussed(width, LinearHead(width), 1e-4, 256, True, False, rank=RANK),
 }
 
 
@@ -163,6 +169,8 @@ def main() -> None:
     for head in given.heads:
         for classes in given.classes:
             for side, checkout in sides.items():
+                if side == "against" and head.endswith(f"_rank_{RANK}"):
+                    continue
                 found = in_own_process(head, classes, given, checkout)
                 result["heads"].setdefault(head, {}).setdefault(str(found["classes"]), {})[side] = found
                 print(head, side, json.dumps(found), flush=True)
