@@ -14,6 +14,34 @@ ROWS = 32
 """Samples whose products x_i x_j are in memory at once, as many numbers each as a class's triangle."""
 
 
+class Rows:
+    """Rows [n, F] in one tensor that doubles when it is full.
+
+    What is kept of a class is small beside the matrices [F, F] from which it is made. In memory of its own it would be
+    placed where one of them was, the next one would no longer fit there, and every class would take a whole matrix.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._all, self._count = like.new_empty(0, like.shape[-1]), 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, rows: Tensor) -> slice:
+        """Copy rows [k, F] to the end; returns where they are."""
+        place = slice(self._count, self._count + len(rows))
+        if place.stop > len(self._all):
+            larger = self._all.new_empty(max(place.stop, 2 * len(self._all)), self._all.shape[1])
+            larger[: self._count] = self._all[: self._count]
+            self._all = larger
+        self._all[place] = rows
+        self._count = place.stop
+        return place
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        return self._all[: self._count][rows]
+
+
 class QuadraticForms:
     """d_c(x) = (x − μ_c)ᵀ P_c (x − μ_c) for classes c, which are set one by one, and may be set again.
 
@@ -28,8 +56,10 @@ class QuadraticForms:
     def __init__(self, origin: Tensor) -> None:
         self.origin = origin
         self._triangles: dict[int, Tensor] = {}  # by group: those of whole matrices, [GROUP, F (F + 1) / 2]
-        self._whole: dict[int, tuple[Tensor, Tensor]] = {}  # P μ, μᵀP μ
-        self._low: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # μ, w, K
+        self._linear: dict[int, Tensor] = {}  # by group: P μ and μᵀP μ of its classes, [GROUP, F + 1]
+        self._whole: set[int] = set()
+        self._vectors, self._rows = Rows(origin), Rows(origin)
+        self._low: dict[int, tuple[slice, slice]] = {}  # where μ and w are among the vectors, and K among the rows
         self._stacked: tuple[Tensor, ...] | None = None  # the terms of all low-rank classes
 
     def set_matrix(self, c: int, mean: Tensor, matrix: Tensor) -> None:
@@ -38,19 +68,22 @@ class QuadraticForms:
         group, mean = c // GROUP, mean - self.origin
         if group not in self._triangles:
             self._triangles[group] = lazy_zeros(GROUP, matrix.new_empty(1, packed_size(len(mean))))
+            self._linear[group] = matrix.new_zeros(GROUP, len(mean) + 1)
         # an entry below the diagonal stands for both of its places
         pack(2 * matrix - matrix.diagonal().diag(), out=self._triangles[group][c % GROUP])
         linear = matrix @ mean
-        self._whole[c] = linear, linear @ mean
+        self._linear[group][c % GROUP] = torch.cat([linear, (linear @ mean)[None]])
+        self._whole.add(c)
 
     def set_low_rank(self, c: int, mean: Tensor, weights: Tensor, rows: Tensor) -> None:
         """Set a class to its mean [F] and the matrix diag(``weights``) − ``rows``ᵀ ``rows``, [F] and [r, F]."""
         self._drop(c)
-        self._low[c] = mean - self.origin, weights, rows
+        vectors = torch.stack([mean - self.origin, weights])
+        self._low[c] = self._vectors.append(vectors), self._rows.append(rows)
         self._stacked = None
 
     def _drop(self, c: int) -> None:
-        self._whole.pop(c, None)
+        self._whole.discard(c)
         if self._low.pop(c, None) is not None:
             self._stacked = None
 
@@ -73,9 +106,10 @@ class QuadraticForms:
         for group, triangles in self._triangles.items():
             own = [c for c in range(group * GROUP, (group + 1) * GROUP) if c in self._whole]
             if own:
-                linear, constant = (torch.stack(terms) for terms in zip(*(self._whole[c] for c in own), strict=True))
-                squares = products @ triangles[: own[-1] % GROUP + 1].T
-                found.append(squares[:, [c % GROUP for c in own]] - 2 * (x @ linear.T) + constant)
+                places = [c % GROUP for c in own]
+                linear, constant = self._linear[group][places].split([x.shape[1], 1], dim=1)
+                squares = products @ triangles[: places[-1] + 1].T
+                found.append(squares[:, places] - 2 * (x @ linear.T) + constant.T)
                 order += own
         column = {c: place for place, c in enumerate(order)}
         return torch.cat(found, 1)[:, [column.get(c, 0) for c in range(classes)]]
@@ -83,16 +117,23 @@ class QuadraticForms:
     def _low_rank(self, x: Tensor) -> Tensor:
         """Σ_i w_i (x_i − μ_i)² − ‖K (x − μ)‖² for the low-rank classes in order, [B, their number]."""
         if self._stacked is None:
-            order = sorted(self._low)
-            means, weights, rows = zip(*(self._low[c] for c in order), strict=True)
-            counts = torch.tensor([len(one) for one in rows], device=x.device)
-            stacked = torch.cat(rows)
-            for c, mean, weight, own in zip(order, means, weights, stacked.split(counts.tolist()), strict=True):
-                self._low[c] = mean, weight, own  # parts of one tensor, so that it is not kept twice
-            mean, weight = torch.stack(means), torch.stack(weights)
-            owner = torch.arange(len(order), device=x.device).repeat_interleave(counts)
+            self._compact()
+            mean, weight = self._vectors[:].unflatten(0, (-1, 2)).unbind(1)
+            counts = torch.tensor([own.stop - own.start for _, own in self._low.values()], device=x.device)
+            owner = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
+            stacked = self._rows[:]
             offsets = (stacked * mean[owner]).sum(1)
             self._stacked = weight, weight * mean, (weight * mean.square()).sum(1), stacked, offsets, owner
         weight, linear, constant, stacked, offsets, owner = self._stacked
         whole = x.square() @ weight.T - 2 * (x @ linear.T) + constant
         return whole.index_add(1, owner, (x @ stacked.T - offsets).square(), alpha=-1)
+
+    def _compact(self) -> None:
+        """Put what is kept of low-rank classes in the order of the classes, without that of classes set again."""
+        places = sorted(self._low.items())
+        if places == list(self._low.items()) and len(self._vectors) == 2 * len(places):
+            return
+        vectors, rows, self._low = Rows(self.origin), Rows(self.origin), {}
+        for c, (pair, own) in places:
+            self._low[c] = vectors.append(self._vectors[pair]), rows.append(self._rows[own])
+        self._vectors, self._rows = vectors, rows
