@@ -97,11 +97,13 @@ SHORTENED = {
     r"^python -m \S+bench\.startup": "--cases 'list of learners' --pairs 1 --out startup.json",
     r"^python -m \S+bench\.pilot": "--small --per-class 2 --learners simplecil --out pilot.json",
     r"^python -m \S+bench\.wide": "--widths 16 --heads ncm --out wide.json",
+    r"^python -m \S+bench\.factor": "--projection 64 --rows 8 --out factor.json",
     r"^python -m \S+bench\.records": "--tasks 8 --out records.json",
     r"^python -m \S+bench\.merge": "--small --tasks 2 --repeats 1 --out bench",
     r"^python -m \S+\.reproduce": "--streams quickstart --render",
     r"^python -m \S+\.study_backbones": f"{FEW_DIGITS} --variants --per-class 3 --projection 9 --work w --out b.json",
     r"^python -m \S+\.departures": f"{FEW_DIGITS} --methods coda_prompt --orders 1993 --variants ours --out d.json",
+    r"^python -m \S+\.covariance_rank": f"{FEW_DIGITS} --ranks 2 --out c.json",
     r"^python -m \S+studies\.families": "--only 'deit_tiny_patch*'",
     r"^python -m \S+studies\.reusing": "--streams digits --learners finetune --seconds 0 --images 2 1 2 --out r.json",
     r"^python -m \S+\.ablate_merging": f"{FEW_DIGITS} {SMALL} learners.merge.epochs=1 --orders 1993 "
