@@ -2,9 +2,10 @@
 
 Per class order each task is trained once from the pre-trained weights, by the recipe of a learner ``merge``. Then the
 learners ``merge`` (by several rules), ``smile`` and ``routed`` (by every router and kind of scores) learn the stream
-with these updates instead of training. The numbers are after the last task: accuracy over all classes, bytes of what is
-kept of the updates, and forward passes per test image; for routers also the share of images whose task is found, and
-the accuracy if all were; for LDA on the frozen features the accuracy among the classes of the true task. What is finished is kept, so the command can be repeated until all is done.
+with these updates instead of training. The numbers are after the last task: accuracy over all classes, bytes of what
+is kept of the updates, and forward passes per test image; for routers also the share of images whose task is found,
+and the accuracy if all were; for LDA on the frozen features the accuracy among the classes of the true task. What is
+finished is kept, so the command can be repeated until all is done.
 
     python -m scripts.studies.banks data.root=../shared/data --out results/bench/banks
 """
