@@ -44,7 +44,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "coda_prompt": {"name": "coda_prompt", **SHORT},
     "ease": {"name": "ease", **SHORT},
     "finetune": {"name": "finetune", "loss": "local", **SHORT},
-    "lae": {"name": "lae", **SHORT},
+    "lae": {"name": "lae", "frozen_epochs": 1, **SHORT},
     "dualprompt": {"name": "dualprompt", **SHORT},
     "l2p": {"name": "l2p", **SHORT},
 }
