@@ -104,8 +104,8 @@ SHORTENED = {
     r"^python -m \S+\.study_backbones": f"{FEW_DIGITS} --variants --per-class 3 --projection 9 --work w --out b.json",
     r"^python -m \S+\.departures": f"{FEW_DIGITS} --methods coda_prompt --orders 1993 --variants ours --out d.json",
     r"^python -m \S+\.covariance_rank": f"{FEW_DIGITS} --ranks 2 --out c.json",
-    r"^python -m \S+studies\.banks": "data.per_class=2 learners.merge.epochs=1 --orders 1993 --images 1 "
-    f"--out banks {SMALL}",
+    r"^python -m \S+studies\.banks": f"{FEW_DIGITS} {SMALL} data.per_class=2 learners.merge.epochs=1 --orders 1993 "
+    "--images 1 --out banks",
     r"^python -m \S+studies\.families": "--only 'deit_tiny_patch*'",
     r"^python -m \S+studies\.reusing": "--streams digits --learners finetune --seconds 0 --images 2 1 2 --out r.json",
     r"^python -m \S+\.ablate_merging": f"{FEW_DIGITS} {SMALL} learners.merge.epochs=1 --orders 1993 "
