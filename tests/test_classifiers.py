@@ -34,7 +34,7 @@ from cil.classifiers import (
 from cil.classifiers.lda import RATIOS
 from cil.classifiers.ridge import STRENGTHS
 from cil.classifiers.selection import Selection
-from cil.errors import ConfigError, DataError
+from cil.errors import ConfigError, DataError, TrainingError
 from cil.learners.bases.alignment import SampledFeatures, mean_scales, normalized_cross_entropy
 from cil.utils import packed
 from cil.utils.linalg import add_gram_, eigh_, ridge_solve, symmetric_inverse
@@ -1029,6 +1029,28 @@ def test_packed_triangles_are_lapacks(block, monkeypatch):
     two = torch.stack([triangle, -triangle])
     assert packed.pack(-matrix, out=two[0]) is not None and torch.equal(two[0], two[1])
     assert torch.equal(packed.diagonals(two, 7), -matrix.diagonal().expand(2, 7))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+def test_packed_ridge_regression_solves_the_normal_equations(width):
+    rows = torch.randn(3, width, generator=generator(0), dtype=torch.float64)  # fewer than 5 or 8: G alone is singular
+    triangle = packed.pack(rows.T @ rows)
+    targets = torch.randn(4, width, generator=generator(1), dtype=torch.float64)
+    before = triangle.clone(), targets.clone()
+    expected = np.linalg.solve((rows.T @ rows).numpy() + 0.1 * np.eye(width), targets.T.numpy()).T
+    np.testing.assert_allclose(packed.packed_ridge_solve(triangle, targets, 0.1), expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(triangle, before[0]) and torch.equal(targets, before[1])
+
+
+def test_packed_ridge_regression_raises_a_strength_that_float64_cannot_resolve():
+    ones = torch.ones(1, 6, dtype=torch.float64)
+    gram = 1e8 * ones.T @ ones
+    triangle = packed.pack(gram)
+    torch.testing.assert_close(packed.packed_ridge_solve(triangle, ones, 1e-12) @ gram, ones, rtol=1e-6, atol=0)
+    with pytest.raises(TrainingError, match="too large"):
+        packed.packed_ridge_solve(torch.full_like(triangle, math.nan), ones, 1.0)
+    with pytest.raises(TrainingError, match="too large"):
+        packed.packed_ridge_solve(triangle * math.inf, ones, 1.0)
 
 
 def test_matrices_larger_than_a_block(monkeypatch):

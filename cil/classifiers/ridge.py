@@ -17,7 +17,7 @@ from cil.classifiers.random_features import RandomFeatures
 from cil.classifiers.selection import Score, Selection, SelectsFeatures, variance_ratios
 from cil.errors import ConfigError
 from cil.utils.linalg import BLOCK, add_gram_, eigh_, generalised_errors, ridge_solve
-from cil.utils.packed import add_packed_gram_, diagonals, pack, packed_size, unpack
+from cil.utils.packed import add_packed_gram_, diagonals, pack, packed_ridge_solve, packed_size, unpack
 from cil.utils.precision import exact, without_autocast
 
 Decision = Literal["linear", "cosine"]
@@ -54,9 +54,9 @@ class Ridge(SelectsFeatures, RandomFeatures):
     candidates are meant for random features whose mean square m is between 10^-6 and 10^10; otherwise they, and the
     initial λ, are multiplied by m. As long as no class has two samples, W is the nearest mean by cosine.
 
-    G is kept as its lower triangle. Peak memory, in units of G (800 MB for M = 10,000), is 1.5 while W is solved; less
-    for ``holdout`` on n < M/2 samples, where the kernel HHᵀ [n, n] is decomposed; 3.5 for ``loo``, for ``gcv``, and for
-    ``holdout`` on more than M samples.
+    G is kept as its lower triangle. Peak memory, in units of G (800 MB for M = 10,000), is 1 while W is solved, 1.5 on
+    a GPU; about as much for ``holdout`` on n < M/2 samples, where the kernel HHᵀ [n, n] is decomposed; 3.5 for ``loo``,
+    for ``gcv``, and for ``holdout`` on more than M samples.
 
     Args:
         feature_dim: Feature width F.
@@ -112,7 +112,7 @@ class Ridge(SelectsFeatures, RandomFeatures):
 
     def peak_bytes(self, classes: int, width: int) -> float:
         rows = 3 * super().kept_bytes(classes, width) + 3 * DOUBLE * BLOCK * width
-        matrices = 3.5 if isinstance(self.strength, str) else 1.5
+        matrices = 3.5 if isinstance(self.strength, str) else 1.5  # on a GPU; a solution on a CPU takes 1
         if self.select is not None:  # G beside what is selected of it
             matrices = max(matrices, 1.5 + self.select.fraction**2)
         return rows + matrices * DOUBLE * width**2
@@ -242,23 +242,24 @@ class Ridge(SelectsFeatures, RandomFeatures):
             return variance_ratios(squares, self.targets / self.totals.clamp(min=1)[:, None], self.totals)
         return squares * self._solution(None).square().sum(1)
 
-    def solved_gram(self) -> Tensor:
-        """G of the regression, a new tensor; a subclass may know more than the samples."""
-        return self.gram
+    def solved_triangle(self) -> Tensor:
+        """G of the regression, as ``triangle``; a subclass may know more than the samples."""
+        return self.triangle
 
     def solved_targets(self) -> Tensor:
-        """Qᵀ of the regression; as :meth:`solved_gram`."""
+        """Qᵀ of the regression; as :meth:`solved_triangle`."""
         return self.targets
 
     def _solution(self, columns: Tensor | None) -> Tensor:
         """(G + λI)⁻¹Q of some columns of H, [k, C]; None: of all."""
+        triangle, targets, strength = self.solved_triangle(), self.solved_targets(), float(self.strength_)
+        if columns is None:
+            return packed_ridge_solve(triangle, targets, strength).T
 
         def gram() -> Tensor:  # a function, so that no copy is kept beside the factor
-            whole = self.solved_gram()
-            return whole if columns is None else whole[columns[:, None], columns]
+            return unpack(triangle, self.width)[columns[:, None], columns]
 
-        targets = self.solved_targets() if columns is None else self.solved_targets()[:, columns]
-        return ridge_solve(gram, targets.T, float(self.strength_))
+        return ridge_solve(gram, targets[:, columns].T, strength)
 
     def _solve(self) -> Tensor:
         if not bool((self.counts > 1).any()):

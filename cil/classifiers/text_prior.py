@@ -12,6 +12,7 @@ from cil.classifiers.base import Array
 from cil.classifiers.lda import LDA
 from cil.classifiers.memory import DOUBLE
 from cil.classifiers.ridge import Ridge
+from cil.utils.packed import add_packed_gram_
 from cil.utils.precision import exact
 
 
@@ -110,9 +111,12 @@ class TextRidge(Ridge):
         worth = (self.prior * self.totals[seen].double() / self.counts[seen])[:, None]
         return seen, self.expand(expected[seen]), worth
 
-    def solved_gram(self) -> Tensor:
-        gram, virtual = super().solved_gram(), self._virtual()
-        return gram if virtual is None else gram.addmm_((virtual[2] * virtual[1]).T, virtual[1])
+    def solved_triangle(self) -> Tensor:
+        triangle, virtual = super().solved_triangle(), self._virtual()
+        if virtual is not None:
+            triangle = triangle.clone()
+            add_packed_gram_(triangle, virtual[2].sqrt() * virtual[1])
+        return triangle
 
     def solved_targets(self) -> Tensor:
         virtual = self._virtual()

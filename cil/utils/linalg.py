@@ -15,6 +15,7 @@ BLOCK = 1024
 """Rows or columns that are processed at once."""
 RESOLUTION = 1e-10
 """A variance below this share of the largest one is mostly rounding error."""
+TOO_LARGE = "the features are too large: their squares are not finite in float64"
 FREE = 1e-4
 """If the share of free directions 1 − tr S / n is below this, the residual sum of squares is mostly rounding error."""
 
@@ -93,7 +94,7 @@ def shifted_cholesky(gram: Tensor | Callable[[], Tensor], strength: float) -> tu
         if not bool(failed.any()):
             return factor, strength
         strength *= 10
-    raise TrainingError("the features are too large: their squares are not finite in float64")
+    raise TrainingError(TOO_LARGE)
 
 
 def _shifted(gram: Tensor | Callable[[], Tensor], strength: float) -> Tensor:

@@ -6,13 +6,18 @@ are kept in it, one per class or of thousands of features, because it halves wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
+from scipy.linalg.lapack import dpftrf, dpftrs, dtpttf
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from cil.utils.linalg import BLOCK
+from cil.errors import TrainingError
+from cil.utils.linalg import BLOCK, TOO_LARGE, ridge_solve
 
 
 def packed_size(width: int) -> int:
@@ -70,6 +75,50 @@ def add_packed_gram_(packed: Tensor, rows: Tensor) -> None:
         own = strip[:, i * BLOCK :]
         own.copy_((own + own.T) / 2)
         packed[part] += strip.masked_select(mask)
+
+
+def packed_ridge_solve(packed: Tensor, targets: Tensor, strength: float) -> Tensor:
+    """Solve (G + strength·I) Wᵀ = targetsᵀ by Cholesky for a matrix G in packed form, [C, M] → [C, M].
+
+    The factor is as large as the packed form (LAPACK's rectangular full packed form, LAWN 199): half of what
+    :func:`cil.utils.linalg.ridge_solve` needs, which does the same on a GPU, where there is no such routine. If the sum
+    is not numerically positive definite, ``strength`` is multiplied by ten until the factorisation succeeds.
+
+    Args:
+        packed: G, float64 [M (M + 1) / 2]; it is not changed.
+        targets: Right-hand sides, float64 [C, M]; they are not changed.
+        strength: Number > 0.
+
+    Raises:
+        TrainingError: G is not finite.
+    """
+    width = targets.shape[1]
+    if packed.device.type != "cpu":
+        return ridge_solve(lambda: unpack(packed, width), targets.T, strength).T
+    if not bool(packed.isfinite().all()):
+        raise TrainingError(TOO_LARGE)
+    failed = 1
+    with ThreadpoolController().limit(limits=torch.get_num_threads(), user_api="blas"):  # scipy has a BLAS of its own
+        while failed:
+            if strength == math.inf:
+                raise TrainingError(TOO_LARGE)
+            factor, _ = dtpttf(width, packed.numpy(), uplo="U")
+            factor[_rectangular_diagonal(width)] += strength
+            factor, failed = dpftrf(width, factor, uplo="U", overwrite_a=1)
+            strength *= 10
+        solved, _ = dpftrs(width, factor, targets.clone().numpy().T, uplo="U", overwrite_b=1)
+    return torch.from_numpy(solved.T)
+
+
+def _rectangular_diagonal(width: int) -> np.ndarray:
+    """Where the diagonal [M] is in LAPACK's rectangular full packed form with ``uplo='U'``, ``transr='N'``.
+
+    Its columns, of M numbers or M + 1 for an even M, are those of the upper triangle from column M // 2 on. Below them
+    lies the transpose of the triangle before.
+    """
+    half, length = width // 2, width + (width % 2 == 0)
+    first, second = np.arange(half), np.arange(half, width)
+    return np.concatenate([half + 1 + first + first * length, second + (second - half) * length])
 
 
 def diagonals(packed: Tensor, width: int) -> Tensor:
