@@ -184,7 +184,7 @@ def test_records(script, tmp_path):
 
 
 def test_step_variants_train_the_same_weights(script, tmp_path):
-    out, variants = tmp_path / "v.json", ["same", "micro", "no_graph", "prefix"]
+    out, variants = tmp_path / "v.json", ["same", "micro", "no_graph", "prefix", "training"]
     script(
         "bench.step_variants",
         "--tuners",
@@ -199,9 +199,9 @@ def test_step_variants_train_the_same_weights(script, tmp_path):
         out,
     ).main()
     found = json.loads(out.read_text(encoding="utf-8"))["tuners"]["late_adapter"]
-    assert list(found) == ["same", "micro", "no_graph", "prefix"]
+    assert list(found) == variants and found["training"]["images"] == 8
     assert {name: one["difference"] for name, one in found.items() if name != "micro"} == dict.fromkeys(
-        ("same", "no_graph", "prefix"), 0.0
+        ("same", "no_graph", "prefix", "training"), 0.0
     )
     assert found["micro"]["difference"] < 1e-4 and found["prefix"]["kept_bytes_per_image"] == 65 * 192 * 4
 

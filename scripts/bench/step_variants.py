@@ -11,6 +11,8 @@ seconds of the variant's first step.
 - ``micro``: the step in micro-batches of a quarter.
 - ``no_graph``: the blocks below the first tuned one explicitly without a graph of gradients.
 - ``prefix``: their tokens computed once and kept, as is possible without augmentation.
+- ``training``: the same in the whole first task of ``ssiat`` on the digits without augmentation, over its default
+  number of epochs, with everything that training needs; the usual side computes the tokens again.
 
 Variants that are not asked for stay in the file.
 
@@ -27,14 +29,22 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cil import load_config
 from cil.backbone import Backbone, load_backbone
 from cil.classifiers import CosineHead
 from cil.config import BackboneConfig
+from cil.data.images import LoadedSplit
+from cil.data.transforms import Transforms
+from cil.features import FeatureCache
+from cil.learner import Context
+from cil.learners.ssiat import SSIAT
+from cil.runner import make_stream
 from cil.runner.checkpoint import to_json
 from cil.runner.provenance import versions
 from cil.tuning import build_tuner
@@ -47,7 +57,7 @@ TUNERS: dict[str, Any] = {
     "full": "full",
 }
 CLASSES = 10
-VARIANTS = ["same", "fused", "micro", "no_graph", "prefix", "compiled"]
+VARIANTS = ["same", "fused", "micro", "no_graph", "prefix", "training", "compiled"]
 Found = dict[str, Any]
 
 
@@ -101,6 +111,42 @@ class Trained:
         return below, above
 
 
+class Stage:
+    """The first task of the digits for ``ssiat``, without augmentation.
+
+    Args:
+        backbone: The frozen backbone.
+        tuner: Configuration of the tuner.
+        per_class: Training images per class, for two classes.
+    """
+
+    def __init__(self, backbone: Backbone, tuner: Any, per_class: int) -> None:
+        self.backbone, self.learner_config = backbone, SSIAT.Config.model_validate({"tuner": tuner})
+        config = load_config("quickstart", [f"data.per_class={per_class}", "transform.augment=none"])
+        transforms = Transforms(backbone.data_config, config.transform)
+        train, test = (
+            LoadedSplit(config.data, split, config.hardware).images(transforms) for split in ("train", "test")
+        )
+        self.task = make_stream(config, train, test).tasks[0]
+        self.learner: SSIAT
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.learner.parameters())
+
+    def learn(self) -> None:
+        """Learn the task from the start."""
+        accelerator = hardware.accelerator("cpu")
+        self.learner, ctx = SSIAT(self.learner_config, self.backbone), Context(accelerator, FeatureCache(accelerator))
+        self.learner.begin(self.task, ctx)
+        self.learner.learn(self.task, ctx)
+
+    def learn_again(self) -> None:
+        """The same, with all tokens computed in every epoch."""
+        with mock.patch.object(Backbone, "keeping_tokens", lambda *_: nullcontext()):
+            self.learn()
+
+
 def compare(usual: Callable[[], None], variant: Callable[[], None], pairs: int) -> Found:
     """Processor seconds of a variant over those of the step as it is, after a step of each."""
     started = time.perf_counter()
@@ -120,7 +166,7 @@ def compare(usual: Callable[[], None], variant: Callable[[], None], pairs: int) 
     return {**found, "seconds_usual": statistics.median(seconds), "seconds_first": once}
 
 
-def difference(one: Trained, two: Trained) -> float:
+def difference(one: Trained | Stage, two: Trained | Stage) -> float:
     """The largest difference between the weights of two that have trained alike; 0 if they are equal bit for bit."""
     return max((a - b).detach().abs().max().item() for a, b in zip(one.parameters, two.parameters, strict=True))
 
@@ -152,6 +198,10 @@ def measure(tuner: Any, images: Tensor, labels: Tensor, pairs: int, wanted: list
         against("prefix", cached, inputs=tokens)
         if "prefix" in found:
             found["prefix"]["kept_bytes_per_image"] = tokens[0].numel() * tokens.element_size()
+        if "training" in wanted:
+            once, again = (Stage(backbone, tuner, len(images)) for _ in range(2))
+            result = compare(again.learn_again, once.learn, pairs)
+            found["training"] = {**result, "difference": difference(once, again), "images": len(once.task.train)}
     if "compiled" in wanted:
         quick = Trained(backbone, tuner)
         code: nn.Module = torch.compile(load_backbone(BackboneConfig()))  # type: ignore[assignment]
@@ -163,7 +213,7 @@ def measure(tuner: Any, images: Tensor, labels: Tensor, pairs: int, wanted: list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tuners", nargs="+", choices=TUNERS, default=list(TUNERS))
-    parser.add_argument("--images", type=int, default=32, help="images of the step")
+    parser.add_argument("--images", type=int, default=32, help="images of the step, and per class in a training")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="compiled takes minutes")
     parser.add_argument("--threads", type=int, default=1)
