@@ -55,6 +55,7 @@ CAMPAIGNS = (
         f"{TINY}_50", tuple(f"{TINY}/{n}" for n in ("bounds", "adapted", "prompts", "merging", "avalanche", "ewc"))
     ),
     Campaign(f"{TINY}_records", (f"{TINY}/records",)),
+    Campaign(f"{TINY}_records_2026", (f"{TINY}/records_2026",)),
     Campaign(f"{TINY}_orders", (f"{TINY}/orders",)),
     Campaign(f"{TINY}_defaults", (f"{TINY}/defaults",), kind="settings", beside=(f"{TINY}_orders", f"{TINY}_records")),
     Campaign(f"{TINY}_layers", (f"{TINY}/layers",)),
