@@ -141,11 +141,33 @@ def test_of_equals_the_first_is_kept_and_it_is_said(cil, place):  # noqa: F811
     assert more.returncode == 0 and "do the same" not in more.stdout
 
 
+def test_an_interrupted_selection_keeps_what_it_has_measured(place, monkeypatch):
+    from cil.selection import tune as module
+
+    file, usual, started = write(place / "c.yaml", learners=[PROBE]), module._try, []
+
+    def interrupted(*arguments):
+        if started:
+            raise KeyboardInterrupt
+        started.append(True)
+        return usual(*arguments)
+
+    monkeypatch.setattr(module, "_try", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(str(file), [], ["learner.lr=0.001,0.1"])
+    record = json.loads((place / "results/t/tuned.json").read_text())
+    [known] = record["learners"]["linear_probe"]["tried"]
+    assert known["setting"] == {"learner.lr": 0.001} and known["accuracy"] > 0
+    assert record["not_tried_yet"] == ["linear_probe lr=0.1"] and not (place / "results/t/tuned.yaml").exists()
+
+
 def test_a_setting_that_fails_is_ranked_last(cil, place):  # noqa: F811
     file = write(place / "c.yaml", learners=[PROBE])
     found = cil("tune", file, "--grid", "learner.lr=1.0e+38,0.1")
     assert found.returncode == 0, found.stderr
-    record = json.loads((place / "results/t/tuned.json").read_text())["learners"]["linear_probe"]
+    record = json.loads((place / "results/t/tuned.json").read_text())
+    assert record["not_tried_yet"] == []
+    record = record["learners"]["linear_probe"]
     assert record["chosen"] == {"learner.lr": 0.1}
     assert record["tried"][1]["accuracy"] is None and "the training loss is" in record["tried"][1]["failed"]
     (place / "results/t/tuned.yaml").unlink()

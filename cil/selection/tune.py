@@ -110,7 +110,8 @@ def tune(
         grid: ``KEY=V1,V2``, as for a sweep.
         first_tasks: Number of tasks to learn before the test on the held-out images of all of them. Hyper-parameters
             that act between tasks (a moving average, a penalty on change) need more than one.
-        results: Folder in which ``<name>/tuned.yaml`` and ``<name>/tuned.json`` are written.
+        results: Folder in which ``<name>/tuned.yaml`` and ``<name>/tuned.json`` are written. The record is written
+            after every setting, the configuration at the end.
         display: Terminal output; none by default.
 
     Raises:
@@ -125,28 +126,36 @@ def tune(
     accelerator = hardware.accelerator(config.hardware.device, config.precision)
     display = display if display is not None and accelerator.is_main_process else Display()
     data = FirstTasks(first_tasks)
-    tried: dict[str, list[Tried]] = {}
-    with display:
-        for setting, runs in settings:
-            accelerator = hardware.accelerator(setting.config.hardware.device, setting.config.precision)
-            result = _try(setting, runs, held_out, data, accelerator, display)
-            tried.setdefault(setting.learner, []).append(result)
-            display.say(f"{setting.learner} {result.title}  " + (result.reason or f"{100 * result.accuracy:.1f} %"))
-    choices = tuple(_choice(learner, outcomes) for learner, outcomes in tried.items())
     chosen_by = WORDS[first_tasks] if first_tasks < len(WORDS) else f"first_{first_tasks}_tasks"
     place = expand(results) / config.name
     record = {
         "chosen_by": chosen_by,
         "measure": "accuracy on held-out training images over all classes of these tasks, mean over seeds",
         "validation": fraction,
-        **data.facts,
-        "learners": {choice.learner: _record(choice) for choice in choices},
-        "versions": versions(),
-        "machine": hardware.facts(accelerator),
     }
+    tried: dict[str, list[Tried]] = {}
+    with display:
+        for done, (setting, runs) in enumerate(settings, start=1):
+            accelerator = hardware.accelerator(setting.config.hardware.device, setting.config.precision)
+            result = _try(setting, runs, held_out, data, accelerator, display)
+            tried.setdefault(setting.learner, []).append(result)
+            display.say(f"{setting.learner} {result.title}  " + (result.reason or f"{100 * result.accuracy:.1f} %"))
+            choices = tuple(_choice(learner, outcomes) for learner, outcomes in tried.items())
+            facts = {
+                "not_tried_yet": [f"{later.learner} {', '.join(later.assignments)}" for later, _ in settings[done:]],
+                **data.facts,
+                "learners": {choice.learner: _record(choice) for choice in choices},
+                "versions": versions(),
+                "machine": hardware.facts(accelerator),
+            }
+            if accelerator.is_main_process:  # after every setting, so that an interruption loses one at most
+                write(place / "tuned.json", to_json(record | facts))
+    for choice in choices:
+        if choice.ranked[0].reason:
+            best = choice.ranked[0]
+            raise TrainingError(f"cil tune: every setting of {choice.learner} failed; {best.title}: {best.reason}")
     tuned = Tuned(place / "tuned.yaml", place / "tuned.json", choices)
     if accelerator.is_main_process:
-        write(tuned.record, to_json(record))
         write(tuned.config, _as_yaml(choices, chosen_by))
     return tuned
 
@@ -194,8 +203,6 @@ def _try(
 def _choice(learner: str, tried: list[Tried]) -> Choice:
     """Rank the settings of one learner, and list the keys that made no difference at all."""
     ranked = sorted(tried, key=lambda one: -one.accuracy)  # stable: equal ones keep the order of the grid
-    if ranked[0].reason:
-        raise TrainingError(f"cil tune: every setting of {learner} failed; {ranked[0].title}: {ranked[0].reason}")
     undecided = []
     for key in tried[0].setting.values:
         groups: dict[str, set[tuple[float, ...]]] = {}
