@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cil.backbone import Backbone, Backbones, text_side
 from cil.classifiers.base import StatisticsClassifier, match_saved_shapes
-from cil.classifiers.joining import Joined
+from cil.classifiers.joined import Joined
 from cil.config import Section
 from cil.errors import PluginError, TrainingError
 from cil.features import FeatureCache, View, Viewer
@@ -240,7 +240,7 @@ class Learner(nn.Module, ABC):
         """The concatenated features of all views [B, F] as the classifier takes them, [B, F].
 
         They are unchanged with one backbone. With several, each one's features are scaled and weighted
-        (:class:`~cil.classifiers.joining.Joined`), as the first features with ``labels`` in the first stage decide.
+        (:class:`~cil.classifiers.joined.Joined`), as the first features with ``labels`` in the first stage decide.
         """
         if self.joined is None:
             return features

@@ -12,7 +12,7 @@ from test_runner import stable
 
 from cil import Context, build_learner
 from cil.classifiers.drift import read_out, ridge_map
-from cil.classifiers.joining import Joined
+from cil.classifiers.joined import Joined
 from cil.classifiers.leave_one_out import fixed_point, thin_svd
 from cil.config import TransformConfig
 from cil.data.images import ImageSet

@@ -24,7 +24,7 @@ from cil import Context, build_learner
 from cil.backbone import Backbone, Backbones, load_backbone, load_backbones
 from cil.classifiers import LDA, NCM, Ridge
 from cil.classifiers.calibration import mean_logits, mean_probabilities
-from cil.classifiers.joining import Joined, boosting_weights, stacking_weights
+from cil.classifiers.joined import Joined, boosting_weights, stacking_weights
 from cil.classifiers.leave_one_out import left_out_predictions, mean_log_evidence, thin_svd
 from cil.config import BackboneConfig, CombineConfig, Config, TransformConfig
 from cil.config.code import with_paths

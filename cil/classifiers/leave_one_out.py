@@ -1,6 +1,6 @@
 """Closed forms on the singular values of features: leave-one-out predictions of ridge regression, and LogME's evidence.
 
-:mod:`cil.selection.transferability` scores backbones with them, and :mod:`cil.classifiers.joining` weights several.
+:mod:`cil.selection.transferability` scores backbones with them, and :mod:`cil.classifiers.joined` weights several.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from cil.classifiers.joining import Joined
+from cil.classifiers.joined import Joined
 from cil.classifiers.scales import BlockScales
 from cil.data.transforms import Transforms
 from cil.errors import DataError, RunError, shortened

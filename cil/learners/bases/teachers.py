@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cil.backbone import Backbones
 from cil.classifiers.drift import AffineMap, read_out
-from cil.classifiers.joining import Joined
+from cil.classifiers.joined import Joined
 from cil.classifiers.leave_one_out import posterior_means, scorable
 from cil.classifiers.scales import BlockScales
 from cil.config import CombineConfig
