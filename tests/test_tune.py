@@ -152,13 +152,17 @@ def test_an_interrupted_selection_keeps_what_it_has_measured(place, monkeypatch)
         started.append(True)
         return usual(*arguments)
 
+    earlier = tune(str(file), [], ["learner.lr=0.01"])
+    before = earlier.record.read_text(), earlier.config.read_text()
+    assert not (place / "results/t/tuned.partial.json").exists()
     monkeypatch.setattr(module, "_try", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(str(file), [], ["learner.lr=0.001,0.1"])
-    record = json.loads((place / "results/t/tuned.json").read_text())
+    record = json.loads((place / "results/t/tuned.partial.json").read_text())
     [known] = record["learners"]["linear_probe"]["tried"]
     assert known["setting"] == {"learner.lr": 0.001} and known["accuracy"] > 0
-    assert record["not_tried_yet"] == ["linear_probe lr=0.1"] and not (place / "results/t/tuned.yaml").exists()
+    assert record["not_tried_yet"] == ["linear_probe lr=0.1"]
+    assert (earlier.record.read_text(), earlier.config.read_text()) == before
 
 
 def test_a_setting_that_fails_is_ranked_last(cil, place):  # noqa: F811

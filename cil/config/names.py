@@ -9,7 +9,7 @@ from cil.errors import shortened
 
 MOST_BYTES = 200
 PLAIN = re.compile(r"[\w.\-]+")
-RESERVED = re.compile(r"compare(-\d+)?\.(html|png)|tuned\.(yaml|json)|backbones\.json", re.IGNORECASE)
+RESERVED = re.compile(r"compare(-\d+)?\.(html|png)|tuned(\.partial)?\.json|tuned\.yaml|backbones\.json", re.IGNORECASE)
 """What commands write beside the folders that have these names."""
 
 

@@ -110,8 +110,8 @@ def tune(
         grid: ``KEY=V1,V2``, as for a sweep.
         first_tasks: Number of tasks to learn before the test on the held-out images of all of them. Hyper-parameters
             that act between tasks (a moving average, a penalty on change) need more than one.
-        results: Folder in which ``<name>/tuned.yaml`` and ``<name>/tuned.json`` are written. The record is written
-            after every setting, the configuration at the end.
+        results: Folder in which ``<name>/tuned.yaml`` and ``<name>/tuned.json`` are written at the end, and until
+            then, after every setting, ``<name>/tuned.partial.json``.
         display: Terminal output; none by default.
 
     Raises:
@@ -128,7 +128,8 @@ def tune(
     data = FirstTasks(first_tasks)
     chosen_by = WORDS[first_tasks] if first_tasks < len(WORDS) else f"first_{first_tasks}_tasks"
     place = expand(results) / config.name
-    record = {
+    partial = place / "tuned.partial.json"
+    record: dict[str, Any] = {
         "chosen_by": chosen_by,
         "measure": "accuracy on held-out training images over all classes of these tasks, mean over seeds",
         "validation": fraction,
@@ -141,22 +142,24 @@ def tune(
             tried.setdefault(setting.learner, []).append(result)
             display.say(f"{setting.learner} {result.title}  " + (result.reason or f"{100 * result.accuracy:.1f} %"))
             choices = tuple(_choice(learner, outcomes) for learner, outcomes in tried.items())
-            facts = {
+            record |= {
                 "not_tried_yet": [f"{later.learner} {', '.join(later.assignments)}" for later, _ in settings[done:]],
                 **data.facts,
                 "learners": {choice.learner: _record(choice) for choice in choices},
                 "versions": versions(),
                 "machine": hardware.facts(accelerator),
             }
-            if accelerator.is_main_process:  # after every setting, so that an interruption loses one at most
-                write(place / "tuned.json", to_json(record | facts))
+            if accelerator.is_main_process:  # so that an interruption loses one setting, and no earlier selection
+                write(partial, to_json(record))
     for choice in choices:
         if choice.ranked[0].reason:
             best = choice.ranked[0]
             raise TrainingError(f"cil tune: every setting of {choice.learner} failed; {best.title}: {best.reason}")
     tuned = Tuned(place / "tuned.yaml", place / "tuned.json", choices)
     if accelerator.is_main_process:
+        write(tuned.record, to_json(record))
         write(tuned.config, _as_yaml(choices, chosen_by))
+        partial.unlink()
     return tuned
 
 
